@@ -1,0 +1,1 @@
+"""Engines: what boots a machine. Siblings never import each other."""

@@ -1,0 +1,81 @@
+"""The Engine protocol. An engine only boots: everything after that speaks to the agent that it connected.
+
+Optional abilities are small protocols of their own (`Pausable`, `Measurable`, `Resizable`); callers find them
+through `capabilities`, never by asking for an engine's name.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple, Protocol
+
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import Limits, MachineSpec
+from nagaya.net.plan import NetworkPlan
+from nagaya.storage.plan import MountPlan, RootfsPlan
+
+
+class BootRequest(NamedTuple):
+    """All that a boot needs. The manager planned it; the engine carries it out."""
+
+    spec: MachineSpec
+    rootfs: RootfsPlan
+    mounts: tuple[MountPlan, ...]  # spec.mounts with sources resolved to host paths, parents before children
+    network: NetworkPlan
+    etc: tuple[tuple[str, str], ...]  # (path inside, host file) to bind: /etc/hosts, /etc/hostname, /etc/resolv.conf
+    runtime_dir: str  # private to this machine, for sockets
+
+
+class Booted(NamedTuple):
+    """A machine whose agent answers. Descriptors belong to the caller."""
+
+    pid: int  # the machine's init as the host sees it; for display, never to be signalled
+    pidfd: int  # readable when the machine has ended
+    agent: int  # connected stream socket or port to the agent, non-blocking
+    policy: ProcessPolicy
+    warnings: tuple[str, ...] = ()
+
+
+class Stats(NamedTuple):
+    """One reading. -1 = this host does not account for it."""
+
+    cpu_ns: int = -1
+    memory_bytes: int = -1
+    memory_limit_bytes: int = -1
+    pids: int = -1
+    block_read_bytes: int = -1
+    block_write_bytes: int = -1
+    net_rx_bytes: int = -1
+    net_tx_bytes: int = -1
+
+
+class Engine(Protocol):
+    """One instance boots one machine at a time, inside that machine's supervisor."""
+
+    type: str
+    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits"}
+
+    def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.
+
+        Raises `HostError`, `Unsupported`, `UsageError`; on a raise nothing is left behind.
+        """
+
+    def kill(self) -> None:
+        """End every process of the machine at once; returns without waiting. Does nothing when it has ended."""
+
+    def reclaim(self, machine_id: str) -> None:
+        """Free what a killed supervisor of `machine_id` left on the host. Idempotent; called under its lock."""
+
+
+class Pausable(Protocol):
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Measurable(Protocol):
+    def stats(self) -> Stats: ...
+
+
+class Resizable(Protocol):
+    def set_limits(self, limits: Limits) -> None: ...

@@ -1,0 +1,1 @@
+"""Thin bindings to Linux: one function per call, plain `OSError`, no policy."""

@@ -1,0 +1,14 @@
+"""What holds for every program in a machine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ProcessPolicy(NamedTuple):
+    """What the agent applies to each program right before it executes it (see docs/agent-protocol.md)."""
+
+    capabilities: int  # bit mask: bounding, permitted and effective
+    no_new_privileges: bool
+    seccomp: bytes = b""  # an array of struct sock_filter, or nothing
+    rlimits: tuple[tuple[int, int, int], ...] = ()  # (resource, soft, hard); 2**64-1 = unlimited

@@ -1,0 +1,107 @@
+"""What a machine is to be: written once at `create`, read by every layer below."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limits(NamedTuple):
+    """Resource limits; 0 or "" means none. `cpus_milli` is thousandths of a CPU (1500 = 1.5 CPUs)."""
+
+    memory_bytes: int = 0
+    cpus_milli: int = 0
+    pids: int = 0
+    cpuset_cpus: str = ""
+    blkio_weight: int = 0  # 10..1000 as Docker's users know it; cgroup v2 maps it to io.weight 1..10000
+
+
+class Mount(NamedTuple):
+    """One mount inside the machine, in the order given. `source`: host path (bind), name (volume), "" (tmpfs)."""
+
+    kind: str  # "bind" | "volume" | "tmpfs"
+    source: str
+    target: str  # absolute path inside the machine
+    read_only: bool = False
+    propagation: str = "rprivate"  # private | rprivate | slave | rslave | shared | rshared
+    size_bytes: int = 0  # tmpfs only; 0 = kernel's default
+    mode: int = 0o1777  # tmpfs only
+    options: tuple[str, ...] = ()  # extra flags: nosuid, nodev, noexec (and exec, suid, dev to lift them on tmpfs)
+
+
+class Device(NamedTuple):
+    """A host device node shown inside the machine, with cgroup access letters out of "rwm"."""
+
+    host_path: str
+    path: str
+    access: str = "rwm"
+
+
+class Ulimit(NamedTuple):
+    name: str  # "nofile", as in setrlimit(2) without RLIMIT_
+    soft: int  # -1 = unlimited
+    hard: int
+
+
+class Security(NamedTuple):
+    """What the program may do. Capability names are without CAP_, upper case; "ALL" is allowed."""
+
+    cap_add: tuple[str, ...] = ()
+    cap_drop: tuple[str, ...] = ()
+    no_new_privileges: bool = True
+    seccomp: str = "default"  # "default" | "unconfined" | path of a profile in Docker's JSON format
+    unmask: bool = False  # security-opt systempaths=unconfined: no masked or read-only paths under /proc and /sys
+
+
+class Restart(NamedTuple):
+    policy: str = "no"  # no | on-failure | always | unless-stopped
+    max_retries: int = 0  # on-failure only; 0 = without end
+
+
+class LogLimits(NamedTuple):
+    max_bytes: int = 10 << 20
+    files: int = 3
+
+
+class Process(NamedTuple):
+    """A program to run inside a machine: the machine's main one, or one that `exec` adds."""
+
+    argv: tuple[str, ...]
+    env: tuple[str, ...] = ()  # "NAME=value", complete: nothing is inherited
+    workdir: str = "/"
+    user: str = ""  # "user[:group]", names or numbers, looked up inside the machine; "" = root
+    tty: bool = False
+    stdin: bool = False
+    rows: int = 0  # terminal size at start, 0 = unknown
+    columns: int = 0
+
+
+class MachineSpec(NamedTuple):
+    """The whole description of a machine. `id` is 32 hex digits; `name` is unique in its store."""
+
+    id: str
+    name: str
+    type: str  # "container" | "kvm" | "emulated"
+    image: str  # the reference as the user gave it, for display
+    image_id: str  # "sha256:..." of the image's configuration
+    platform: str  # "linux/amd64"
+    process: Process
+    hostname: str
+    created_ns: int
+    init: bool = True  # False: the program itself is PID 1
+    read_only: bool = False
+    userns: str = ""  # "" = host's user namespace, "auto" = own range of ids
+    network: str = "bridge"  # "bridge" | "host" | "none"
+    mounts: tuple[Mount, ...] = ()
+    devices: tuple[Device, ...] = ()
+    ulimits: tuple[Ulimit, ...] = ()
+    sysctls: tuple[tuple[str, str], ...] = ()
+    security: Security = Security()
+    limits: Limits = Limits()
+    restart: Restart = Restart()
+    log: LogLimits = LogLimits()
+    auto_remove: bool = False
+    stop_signal: int = 15
+    stop_timeout_s: float = 10.0
+    labels: tuple[tuple[str, str], ...] = ()
+    dns: tuple[str, ...] = ()  # nameservers; empty = the host's
+    extra_hosts: tuple[tuple[str, str], ...] = ()  # (name, address) lines for /etc/hosts

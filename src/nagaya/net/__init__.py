@@ -1,0 +1,1 @@
+"""Links, bridges, firewall and addresses."""
