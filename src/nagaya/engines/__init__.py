@@ -1,1 +1,23 @@
-"""Engines: what boots a machine. Siblings never import each other."""
+"""Engines: what boots a machine. Siblings never import each other; this is the one place that knows their names."""
+
+from __future__ import annotations
+
+from nagaya.errors import Unsupported, UsageError
+
+TYPES = ("container", "kvm", "emulated")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.engines.base import Engine
+
+
+def open_engine(type_: str) -> Engine:
+    """The engine for a machine type. Raises `UsageError` for an unknown one, `Unsupported` for one to come."""
+    if type_ == "container":
+        from nagaya.engines.container.engine import ContainerEngine  # lazy: each engine is large
+
+        return ContainerEngine()
+    if type_ in TYPES:
+        raise Unsupported(
+            f"machines of type '{type_}' are not built yet", hint="use --type container, the default of this version"
+        )
+    raise UsageError(f"unknown machine type '{type_}'", hint=f"one of: {', '.join(TYPES)}")

@@ -53,13 +53,16 @@ class Engine(Protocol):
     """One instance boots one machine at a time, inside that machine's supervisor."""
 
     type: str
-    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits"}
+    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom"}
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.
 
         Raises `HostError`, `Unsupported`, `UsageError`; on a raise nothing is left behind.
         """
+
+    def check(self, spec: MachineSpec) -> list[str]:
+        """Raise `UsageError` or `Unsupported` for what this engine could not boot; answers warnings. Changes nothing."""
 
     def kill(self) -> None:
         """End every process of the machine at once; returns without waiting. Does nothing when it has ended."""
@@ -79,3 +82,8 @@ class Measurable(Protocol):
 
 class Resizable(Protocol):
     def set_limits(self, limits: Limits) -> None: ...
+
+
+class OomAware(Protocol):
+    def oom_killed(self) -> bool:
+        """Whether the kernel has killed a process of the machine for want of memory."""

@@ -26,6 +26,7 @@ class Mount(NamedTuple):
     size_bytes: int = 0  # tmpfs only; 0 = kernel's default
     mode: int = 0o1777  # tmpfs only
     options: tuple[str, ...] = ()  # extra flags: nosuid, nodev, noexec (and exec, suid, dev to lift them on tmpfs)
+    anonymous: bool = False  # a volume made for this machine alone: `rm -v` and --rm remove it
 
 
 class Device(NamedTuple):

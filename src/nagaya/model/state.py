@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from nagaya.errors import Conflict
+
 CREATED = "created"  # never started
+STARTING = "starting"  # being created by `run`, or booting
 RUNNING = "running"
 PAUSED = "paused"
+RESTARTING = "restarting"  # ended; its restart policy waits before the next start
 EXITED = "exited"
 
-PHASES = (CREATED, RUNNING, PAUSED, EXITED)
+PHASES = (CREATED, STARTING, RUNNING, PAUSED, RESTARTING, EXITED)
+ALIVE = (STARTING, RUNNING, PAUSED, RESTARTING)  # phases that a held lock must back
 
 # command -> phases in which it is accepted
 ACCEPTS: dict[str, tuple[str, ...]] = {
     "start": (CREATED, EXITED),
-    "stop": (RUNNING, PAUSED),
-    "kill": (RUNNING, PAUSED),
+    "stop": (RUNNING, PAUSED, RESTARTING),
+    "kill": (RUNNING, PAUSED, RESTARTING),
     "pause": (RUNNING,),
     "unpause": (PAUSED,),
     "exec": (RUNNING,),
@@ -24,6 +29,25 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "stats": (RUNNING, PAUSED),
     "remove": (CREATED, EXITED),
 }
+
+
+def require(command: str, phase: str, name: str) -> None:
+    """Raise `Conflict` unless `command` is accepted in `phase`."""
+    accepted = ACCEPTS[command]
+    if phase in accepted:
+        return
+    hint = ""
+    if command == "remove":
+        hint = f"stop it first with 'nagaya stop {name}', or use 'nagaya rm -f {name}'"
+    elif command == "start" and phase in (RUNNING, PAUSED):
+        hint = f"'nagaya attach {name}' shows its output"
+    elif phase in (CREATED, EXITED):
+        hint = f"start it with 'nagaya start {name}'"
+    elif phase == PAUSED:
+        hint = f"let it go on with 'nagaya unpause {name}'"
+    raise Conflict(
+        f"machine '{name}' is {phase}: cannot {command} it", hint=hint, state=phase, required=" or ".join(accepted)
+    )
 
 
 class MachineState(NamedTuple):

@@ -1,0 +1,71 @@
+"""Unix stream sockets as plain descriptors.
+
+Uses `_socket`, the C module below `socket`: the latter spends 4 ms on making enumerations, and a start has 40.
+"""
+
+from __future__ import annotations
+
+import os
+
+import _socket
+
+SOMAXCONN = 128
+
+
+def socket_pair() -> tuple[int, int]:
+    """Two connected, close-on-exec stream sockets."""
+    first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM, 0)
+    fds = first.detach(), second.detach()
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return fds
+
+
+def _short(directory: int, name: str) -> str:
+    # sun_path holds 108 bytes; going through our own descriptor makes any store's depth fit.
+    return f"/proc/self/fd/{directory}/{name}"
+
+
+def listen(directory: str, name: str) -> int:
+    """A listening, non-blocking socket `directory/name`, replacing a dead one's file."""
+    where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    made = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK, 0)
+    try:
+        try:
+            os.unlink(name, dir_fd=where)
+        except FileNotFoundError:
+            pass
+        made.bind(_short(where, name))
+        made.listen(SOMAXCONN)
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(where)
+    return made.detach()
+
+
+def accept(listener: int) -> int:
+    """The next connection's descriptor, close-on-exec. Raises `BlockingIOError` when there is none."""
+    wrapped = _socket.socket(fileno=listener)
+    try:
+        fd, _ = wrapped._accept()
+    finally:
+        wrapped.detach()
+    os.set_inheritable(fd, False)
+    made: int = fd
+    return made
+
+
+def connect(directory: str, name: str) -> int:
+    """Connect to `directory/name`. Raises `FileNotFoundError` or `ConnectionRefusedError` when nobody listens."""
+    where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    made = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    try:
+        made.connect(_short(where, name))
+    except BaseException:
+        made.close()
+        raise
+    finally:
+        os.close(where)
+    return made.detach()

@@ -1,0 +1,417 @@
+"""One machine, as the CLI and the library hold it: a handle, not a copy. Every property tells the truth of now."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from nagaya.engines.base import Stats
+from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, UsageError
+from nagaya.manager import repair
+from nagaya.manager.attachment import Attachment, Connection, ask, connect
+from nagaya.manager.creating import plan_exec
+from nagaya.manager.naming import check_name
+from nagaya.manager.options import ExecOptions, UpdateOptions
+from nagaya.model.spec import MachineSpec, Process
+from nagaya.model.state import ALIVE, MachineState, require
+from nagaya.protocol import control
+from nagaya.storage import events, machines, rootfs
+from nagaya.storage.lock import FileLock
+from nagaya.storage.logs import LogLine
+from nagaya.storage.paths import Paths
+from nagaya.storage.records import from_data, to_data
+from nagaya.supervisor.launch import launch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.images.changes import Change
+    from nagaya.images.store import Image, ImageStore
+
+
+class Store(Protocol):
+    """What a machine needs of the host that it belongs to."""
+
+    @property
+    def images(self) -> ImageStore: ...
+
+
+class ProcessRow(NamedTuple):
+    """A process inside a machine, numbered as the machine itself sees it."""
+
+    pid: int
+    ppid: int
+    user: str
+    cpu_s: float
+    memory_bytes: int
+    command: str
+
+
+class Completed(NamedTuple):
+    """A program that ran to its end."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Machine:
+    """A machine of one store. Methods raise the errors of `nagaya.errors`; `NotFound` once it has been removed."""
+
+    def __init__(self, paths: Paths, spec: MachineSpec, *, store: Store) -> None:
+        self._paths = paths
+        self._store = store
+        self._held: FileLock | None = None
+        self.spec = spec
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name} {self.id[:12]}>"
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def directory(self) -> str:
+        return self._paths.machine(self.id)
+
+    @property
+    def state(self) -> MachineState:
+        """What has become of it. A machine whose supervisor was killed is repaired and shown as exited."""
+        state = repair.settle(self._paths, self.spec)
+        if state is None:
+            raise NotFound(f"machine '{self.name}' has been removed")
+        return state
+
+    # -- life cycle
+
+    def hold(self, lock: FileLock) -> None:
+        """Keep the command lock of a machine that has just been created until its first `start`."""
+        self._held = lock
+
+    def start(self, *, attach: bool = False, rows: int = 0, columns: int = 0) -> Attachment | None:
+        """Boot it and wait until its program runs. With `attach`, its streams from the very first byte.
+
+        Raises `ExecError` when the program cannot be executed, `Conflict` when it is running already.
+        """
+        fresh, self._held = self._held, None
+        lock = fresh or self._lock()
+        try:
+            if fresh is None:
+                require("start", self._settled().phase, self.name)
+            fd = launch(self._paths, self.id, attach=attach, size=(rows, columns))
+            connection = Connection(fd)
+            try:
+                answer = connection.answer()
+            except BaseException:
+                connection.close()
+                raise
+        finally:
+            lock.release()
+        warnings = tuple(str(warning) for warning in _list(answer.get("warnings")))
+        if attach:
+            return Attachment(connection, warnings=warnings)
+        connection.close()
+        return None
+
+    def stop(self, *, timeout_s: float | None = None) -> None:
+        """Send its stop signal, kill it after `timeout_s`, and wait until nothing of it runs. Fine when it has ended."""
+        with self._lock():
+            if self._settled().phase not in ALIVE:
+                return
+            seconds = self.spec.stop_timeout_s if timeout_s is None else timeout_s
+            self._ask_end("stop", timeout_ms=int(seconds * 1000))
+
+    def kill(self, signal: int = 9) -> None:
+        """Send a signal to its program; SIGKILL ends the machine and waits for that."""
+        require("kill", self.state.phase, self.name)
+        if signal == 9:
+            self._ask_end("kill", signal=9)
+        else:
+            self._ask("kill", signal=signal)
+
+    def restart(self, *, timeout_s: float | None = None) -> None:
+        """Stop it if it runs, then start it."""
+        self.stop(timeout_s=timeout_s)
+        self.start()
+
+    def pause(self) -> None:
+        """Freeze all its processes."""
+        require("pause", self.state.phase, self.name)
+        self._ask("pause")
+
+    def unpause(self) -> None:
+        require("unpause", self.state.phase, self.name)
+        self._ask("unpause")
+
+    def wait(self) -> int:
+        """Block until it has ended for good; its exit status."""
+        state = self.state
+        if state.phase in ALIVE:
+            try:
+                answer = self._ask("wait")
+                return int(str(answer.get("exit_code")))
+            except (Conflict, RemoteError):
+                state = self.state  # it ended, or was killed, between our look and our question
+        return state.exit_code
+
+    def remove(self, *, force: bool = False, volumes: bool = False) -> None:
+        """Remove it and its data. `force` kills it first; `volumes` removes its anonymous volumes as well."""
+        with self._lock():
+            state = self._settled()
+            if state.phase in ALIVE:
+                if not force:
+                    require("remove", state.phase, self.name)
+                self._ask_end("kill", signal=9)
+                if not os.path.exists(self.directory):
+                    return  # created with --rm: its supervisor has removed it
+            machines.discard(self._paths, self.id, self.name)
+        if volumes or self.spec.auto_remove:
+            rootfs.remove_anonymous_volumes(self._paths, self.spec)
+        self._record("destroy")
+
+    def rename(self, name: str) -> None:
+        """Give it another name. The old one is free afterwards."""
+        check_name(name)
+        with self._lock():
+            self._reload()
+            old = self.name
+            if name == old:
+                return
+            machines.claim_name(self._paths, name, self.id)
+            self.spec = self.spec._replace(name=name)
+            machines.store_spec(self._paths, self.spec)
+            machines.release_name(self._paths, old, self.id)
+            if self._settled().phase in ALIVE:
+                self._ask("update")
+        self._record("rename", old=old)
+
+    def update(self, options: UpdateOptions) -> list[str]:
+        """Change limits and restart policy; answers a sentence for each change saying when it holds."""
+        from nagaya.manager.updating import describe, plan_update  # lazy: rare
+
+        with self._lock():
+            self._reload()
+            planned = plan_update(self.spec, options)
+            if planned == self.spec:
+                raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
+            before, self.spec = self.spec, planned
+            alive = self._settled().phase in ALIVE
+            machines.store_spec(self._paths, planned)
+            if alive:
+                try:
+                    self._ask("update")
+                except NagayaError:
+                    self.spec = before
+                    machines.store_spec(self._paths, before)
+                    raise
+        self._record("update")
+        return describe(before, planned, alive=alive)
+
+    # -- programs
+
+    def attach(self, *, stdin: bool = True) -> Attachment:
+        """The streams of its main program from now on."""
+        require("attach", self.state.phase, self.name)
+        connection = connect(self.runtime_dir, self.name)
+        return self._stream(connection, control.request("attach", stdin=stdin))
+
+    def exec(self, options: ExecOptions, *, detach: bool = False) -> Attachment | None:
+        """Run a further program in it. Raises `ExecError` when it cannot be executed."""
+        require("exec", self.state.phase, self.name)
+        process = plan_exec(options, self.spec.process)
+        connection = connect(self.runtime_dir, self.name)
+        request = control.request("exec", process=to_data(process), detach=detach)
+        if not detach:
+            return self._stream(connection, request)
+        try:
+            connection.send(request)
+            connection.answer()
+        finally:
+            connection.close()
+        return None
+
+    def run(
+        self,
+        argv: tuple[str, ...] | list[str],
+        *,
+        stdin: bytes = b"",
+        env: tuple[str, ...] = (),
+        user: str | None = None,
+        workdir: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Completed:
+        """Execute a program to its end and collect its output."""
+        options = ExecOptions(tuple(argv), env=env, user=user, workdir=workdir, stdin=bool(stdin))
+        attachment = self.exec(options)
+        assert attachment is not None
+        with attachment:
+            return Completed(*attachment.communicate(stdin, timeout_s=timeout_s))
+
+    def applet(self, argv: tuple[str, ...], *, stdin: bool = False) -> Attachment:
+        """One of the agent's own functions (docs/agent-protocol.md): what `top` and `cp` are made of."""
+        connection = connect(self.runtime_dir, self.name)
+        process = Process(argv=argv, stdin=stdin)
+        return self._stream(connection, control.request("exec", process=to_data(process), applet=True))
+
+    def top(self) -> list[ProcessRow]:
+        """Its processes."""
+        require("top", self.state.phase, self.name)
+        with self.applet(("ps",)) as attachment:
+            status, out, err = attachment.communicate(timeout_s=30)
+        if status:
+            raise RemoteError(f"the agent could not list processes: {err.decode(errors='replace').strip()}")
+        rows = []
+        for line in out.splitlines():
+            data = json.loads(line)
+            rows.append(
+                ProcessRow(
+                    int(data["pid"]), int(data["ppid"]), str(data.get("user") or data["uid"]), data["cpu_ms"] / 1000,
+                    int(data["rss_bytes"]), str(data["command"]),
+                )
+            )  # fmt: skip
+        return rows
+
+    # -- looking at it
+
+    def stats(self) -> Stats:
+        """One reading of its use of resources."""
+        require("stats", self.state.phase, self.name)
+        return from_data(Stats, self._ask("stats"), what="stats")
+
+    def logs(
+        self, *, follow: bool = False, since_ns: int = 0, until_ns: int = 0, tail: int = -1
+    ) -> Iterator[LogLine]:
+        """Its output so far (the last `tail` lines of it), and with `follow` what comes until it ends."""
+        from nagaya.manager.logs import read_logs  # lazy: only `logs` reads
+
+        return read_logs(self, follow=follow, since_ns=since_ns, until_ns=until_ns, tail=tail)
+
+    def inspect(self) -> dict[str, object]:
+        """Everything about it, JSON-ready."""
+        state = self.state
+        spec: dict[str, object] = to_data(self.spec)
+        spec["labels"] = dict(self.spec.labels)
+        spec["sysctls"] = dict(self.spec.sysctls)
+        return {
+            **spec,
+            "state": {**to_data(state), "warnings": list(state.warnings)},
+            "directory": self.directory,
+            "log_path": f"{self.directory}/log",
+        }
+
+    # -- files
+
+    def copy_out(self, source: str, target: str, *, follow_links: bool = False, archive: bool = False) -> None:
+        """Copy `source` inside the machine to `target` on the host. `archive` keeps owners."""
+        from nagaya.manager import copying  # lazy: only `cp` copies
+
+        copying.copy_out(self, source, target, follow_links=follow_links, archive=archive)
+
+    def copy_in(self, source: str, target: str, *, follow_links: bool = False, archive: bool = False) -> None:
+        """Copy `source` on the host to `target` inside the machine. `archive` keeps owners."""
+        from nagaya.manager import copying
+
+        copying.copy_in(self, source, target, follow_links=follow_links, archive=archive)
+
+    def tar_out(self, source: str, out: int) -> None:
+        """Write `source` inside the machine as a tar stream to descriptor `out`."""
+        from nagaya.manager import copying
+
+        copying.tar_out(self, source, out)
+
+    def tar_in(self, target: str, source: int) -> None:
+        """Unpack a tar stream from descriptor `source` into the directory `target` inside the machine."""
+        from nagaya.manager import copying
+
+        copying.tar_in(self, target, source)
+
+    def diff(self) -> list[Change]:
+        """What the machine has changed of its image: A added, C changed, D deleted."""
+        from nagaya.images.changes import diff
+
+        self._reload()
+        return diff(f"{self.directory}/upper", rootfs.load_layers(self.directory))
+
+    def commit(
+        self, reference: str, *, author: str = "", message: str = "", changes: tuple[str, ...] = (), pause: bool = True
+    ) -> Image:
+        """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
+        base = self._store.images.get(self.spec.image_id)
+        frozen = pause and self.state.phase == "running"
+        if frozen:
+            self.pause()
+        try:
+            return self._store.images.commit(
+                base, f"{self.directory}/upper", rootfs.load_layers(self.directory), reference,
+                author=author, message=message, changes=changes,
+            )  # fmt: skip
+        finally:
+            if frozen:
+                self.unpause()
+
+    # -- inside
+
+    @property
+    def runtime_dir(self) -> str:
+        return self._paths.runtime(self.id)
+
+    def _lock(self) -> FileLock:
+        lock = machines.command_lock(self._paths, self.id)
+        try:
+            lock.acquire()
+        except FileNotFoundError:
+            raise NotFound(f"machine '{self.name}' has been removed") from None
+        return lock
+
+    def _settled(self) -> MachineState:
+        """The true state, while we hold the command lock ourselves."""
+        try:
+            state = machines.load_state(self._paths, self.id)
+            if state.phase in ALIVE and not machines.is_alive(self._paths, self.id):
+                repaired = repair.repair(self._paths, self.spec)
+                if repaired is None:
+                    raise NotFound(f"machine '{self.name}' has been removed")
+                state = repaired
+        except FileNotFoundError:
+            raise NotFound(f"machine '{self.name}' has been removed") from None
+        return state
+
+    def _reload(self) -> None:
+        try:
+            self.spec = machines.load_spec(self._paths, self.id)
+        except FileNotFoundError:
+            raise NotFound(f"machine '{self.name}' has been removed") from None
+
+    def _ask(self, op: str, **arguments: object) -> dict[str, object]:
+        return ask(self.runtime_dir, self.name, op, **arguments)
+
+    def _ask_end(self, op: str, **arguments: object) -> None:
+        """A request whose answer is the machine's end; its supervisor being killed meanwhile is an end as well."""
+        try:
+            self._ask(op, **arguments)
+        except (Conflict, RemoteError):
+            if os.path.exists(self.directory) and machines.is_alive(self._paths, self.id):
+                raise
+
+    def _stream(self, connection: Connection, request: bytes) -> Attachment:
+        try:
+            connection.send(request)
+            connection.answer()
+        except BaseException:
+            connection.close()
+            raise
+        return Attachment(connection)
+
+    def _record(self, action: str, **attributes: str) -> None:
+        events.record(self._paths.events, "machine", action, self.id, self.name, image=self.spec.image, **attributes)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+

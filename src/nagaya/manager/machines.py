@@ -1,0 +1,188 @@
+"""All machines of a store: create, find, list, prune."""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.errors import Conflict, IntegrityError, NotFound
+from nagaya.manager import repair
+from nagaya.manager.creating import check_options, plan_machine
+from nagaya.manager.machine import Machine, Store
+from nagaya.manager.naming import check_name, generate_name
+from nagaya.manager.options import CreateOptions
+from nagaya.model.spec import MachineSpec
+from nagaya.model.state import CREATED, EXITED, STARTING, MachineState
+from nagaya.storage import events, machines, rootfs
+from nagaya.storage.lock import FileLock
+from nagaya.storage.paths import Paths, make_directory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.images.progress import Progress
+
+SHORTEST_PREFIX = 1
+
+
+class Machines:
+    """The machines below one store."""
+
+    def __init__(self, paths: Paths, store: Store) -> None:
+        self._paths = paths
+        self._store = store  # not its images: most commands never touch those, and importing them costs
+
+    def create(self, options: CreateOptions, *, progress: Progress | None = None, starting: bool = False) -> Machine:
+        """Make a machine, not yet started. Raises `UsageError`, `NotFound`, `Conflict` (name); leaves nothing then.
+
+        `starting` is for a caller that starts it next: if that caller is killed in between, the machine counts as
+        one whose start was cut off, so that `run --rm` leaves nothing even then.
+        """
+        check_options(options)
+        if options.name:
+            check_name(options.name)
+            self._refuse_taken(options.name)
+        image = self._store.images.ensure(
+            options.image, platform=options.platform, pull=options.pull, insecure=options.insecure, progress=progress
+        )
+        machine_id = os.urandom(16).hex()
+        spec = plan_machine(options, image, machine_id=machine_id, name=options.name)
+        lower = self._store.images.layer_directories(image)
+        lock = self._make_directory(machine_id)
+        try:
+            spec = self._claim_name(spec)
+            spec = self._make_volumes(spec, lower)
+            directory = self._paths.machine(machine_id)
+            rootfs.store_layers(directory, lower)
+            machines.store_spec(self._paths, spec)
+            state = MachineState(phase=STARTING if starting else CREATED)
+            machines.store_state(self._paths, machine_id, state)
+        except BaseException:
+            machines.discard(self._paths, machine_id, spec.name)
+            rootfs.remove_anonymous_volumes(self._paths, spec)
+            lock.release()
+            raise
+        events.record(self._paths.events, "machine", "create", machine_id, spec.name, image=spec.image)
+        machine = Machine(self._paths, spec, store=self._store)
+        if starting:
+            machine.hold(lock)
+        else:
+            lock.release()
+        return machine
+
+    def get(self, name: str) -> Machine:
+        """By name, id, or a prefix of an id that only one machine has."""
+        machine_id = machines.find_by_name(self._paths, name) or self._find_by_id(name)
+        try:
+            spec = machines.load_spec(self._paths, machine_id)
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        return Machine(self._paths, spec, store=self._store)
+
+    def list(self) -> list[Machine]:
+        """All machines, newest first. Repairs what a kill left half done."""
+        repair.sweep(self._paths)
+        found = []
+        for machine_id in machines.ids(self._paths):
+            try:
+                spec = machines.load_spec(self._paths, machine_id)
+            except FileNotFoundError:
+                continue
+            if repair.settle(self._paths, spec) is not None:
+                found.append(Machine(self._paths, spec, store=self._store))
+        return sorted(found, key=lambda machine: machine.spec.created_ns, reverse=True)
+
+    def prune(self) -> list[str]:
+        """Remove all machines that do not run; answers their ids."""
+        removed = []
+        for machine in self.list():
+            try:
+                if machine.state.phase in (CREATED, EXITED):
+                    machine.remove(volumes=True)
+                    removed.append(machine.id)
+            except (NotFound, Conflict):
+                continue  # somebody removed or started it meanwhile
+        return removed
+
+    def image_ids(self) -> frozenset[str]:
+        """Images that a machine needs."""
+        used = set()
+        for machine_id in machines.ids(self._paths):
+            try:
+                used.add(machines.load_spec(self._paths, machine_id).image_id)
+            except FileNotFoundError:
+                continue
+        return frozenset(used)
+
+    def volume_names(self) -> frozenset[str]:
+        """Volumes that a machine uses."""
+        used = set()
+        for machine_id in machines.ids(self._paths):
+            try:
+                spec = machines.load_spec(self._paths, machine_id)
+            except FileNotFoundError:
+                continue
+            used.update(mount.source for mount in spec.mounts if mount.kind == "volume")
+        return frozenset(used)
+
+    # -- inside
+
+    def _find_by_id(self, text: str) -> str:
+        if machines.is_id(text):
+            return text
+        digits = "0123456789abcdef"
+        if len(text) < SHORTEST_PREFIX or any(letter not in digits for letter in text):
+            raise self._unknown(text)
+        found = [machine_id for machine_id in machines.ids(self._paths) if machine_id.startswith(text)]
+        if len(found) > 1:
+            raise Conflict(f"'{text}' is the beginning of {len(found)} machines' ids", hint="give more digits")
+        if not found:
+            raise self._unknown(text)
+        return found[0]
+
+    def _unknown(self, name: str) -> NotFound:
+        return NotFound(f"there is no machine '{name}'", hint="'nagaya ps -a' lists them all")
+
+    def _refuse_taken(self, name: str) -> None:
+        """A taken name is known before an image is pulled for nothing. The claim itself comes later, and decides."""
+        owner = machines.find_by_name(self._paths, name)
+        if owner:
+            spec = self._spec_or_none(owner)
+            if spec is not None and repair.settle(self._paths, spec) is None:
+                return
+            raise machines.name_taken(name, owner)
+
+    def _spec_or_none(self, machine_id: str) -> MachineSpec | None:
+        try:
+            return machines.load_spec(self._paths, machine_id)
+        except (FileNotFoundError, IntegrityError):
+            return None
+
+    def _make_directory(self, machine_id: str) -> FileLock:
+        """The new machine's directory with its command lock held: one step for `repair.sweep`, by `create.lock`."""
+        make_directory(self._paths.machines)
+        with FileLock(f"{self._paths.root}/create.lock"):
+            os.mkdir(self._paths.machine(machine_id), 0o700)
+            lock = machines.command_lock(self._paths, machine_id)
+            lock.acquire()
+        return lock
+
+    def _claim_name(self, spec: MachineSpec) -> MachineSpec:
+        if spec.name:
+            machines.claim_name(self._paths, spec.name, spec.id)
+            return spec
+        for attempt in range(64):
+            name = generate_name(attempt)
+            try:
+                machines.claim_name(self._paths, name, spec.id)
+            except Conflict:
+                continue
+            return spec._replace(name=name)
+        raise Conflict("no free machine name was found", hint="give one with --name")
+
+    def _make_volumes(self, spec: MachineSpec, lower: tuple[str, ...]) -> MachineSpec:
+        """Make the volumes that are not there yet, and fill new ones with what the image has at their place."""
+        if not any(mount.kind == "volume" for mount in spec.mounts):
+            return spec
+        from nagaya.manager.volumes import make_volumes  # lazy: most machines have none
+
+        return spec._replace(mounts=make_volumes(self._paths, spec.mounts, lower))
+

@@ -1,0 +1,132 @@
+"""After a `kill -9`: find machines whose supervisor is gone and put the store and the host right.
+
+Every command that looks at machines calls `settle` on what it looks at, so the truth is always shown, and the
+first command that may change things mends them. A machine is broken when its record says that it lives
+(model/state.py, ALIVE) and nobody holds its liveness lock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from nagaya.errors import NagayaError
+from nagaya.model.spec import MachineSpec
+from nagaya.model.state import ALIVE, CREATED, EXITED, STARTING, MachineState
+from nagaya.storage import events, machines, rootfs
+from nagaya.storage.lock import FileLock
+from nagaya.storage.paths import Paths
+
+KILLED = 128 + 9
+
+
+def settle(paths: Paths, spec: MachineSpec) -> MachineState | None:
+    """The machine's true state, repaired if need be; None when it turned out to be removed."""
+    try:
+        state = machines.load_state(paths, spec.id)
+        if state.phase not in ALIVE or machines.is_alive(paths, spec.id):
+            return state
+        lock = machines.command_lock(paths, spec.id)
+        if not lock.acquire(wait=False):
+            return _while_changing(paths, spec.id, state)
+        try:
+            return repair(paths, spec)
+        finally:
+            lock.release()
+    except FileNotFoundError:
+        return None
+
+
+def _while_changing(paths: Paths, machine_id: str, state: MachineState) -> MachineState:
+    """Another command is at work on it: `run` before its supervisor holds the lock, or `rm`. Show, do not touch."""
+    if state.phase == STARTING:
+        return state
+    return machines.load_state(paths, machine_id)
+
+
+def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
+    """Under the command lock: nobody else starts, stops or removes the machine now."""
+    state = machines.load_state(paths, spec.id)
+    if state.phase not in ALIVE:
+        return state
+    lock = machines.liveness_lock(paths, spec.id)
+    if not lock.acquire(wait=False):
+        return state
+    try:
+        reclaim(paths, spec)
+        started = bool(state.started_ns)
+        if spec.auto_remove:
+            machines.discard(paths, spec.id, spec.name)
+            rootfs.remove_anonymous_volumes(paths, spec)
+            events.record(paths.events, "machine", "destroy", spec.id, spec.name, image=spec.image)
+            return None
+        state = state._replace(
+            phase=EXITED if started else CREATED,
+            exit_code=KILLED if started else -1,
+            error="its supervisor was killed" if started else "its start was cut off",
+            finished_ns=time.time_ns(),
+            pid=0,
+            address="",
+        )
+        machines.store_state(paths, spec.id, state)
+        if started:
+            events.record(paths.events, "machine", "die", spec.id, spec.name, image=spec.image, exit_code=str(KILLED))
+        return state
+    finally:
+        lock.release()
+
+
+def reclaim(paths: Paths, spec: MachineSpec) -> None:
+    """Free what a killed supervisor left on the host: processes, cgroups, links, addresses, sockets."""
+    from nagaya.engines import open_engine  # lazy: only repairs need an engine outside a supervisor
+    from nagaya.net import attach
+
+    open_engine(spec.type).reclaim(spec.id)
+    if spec.network not in ("none", "host"):
+        attach.reclaim_machine(paths.root, spec.id)
+    machines.remove_runtime(paths, spec.id)
+
+
+def sweep(paths: Paths) -> None:
+    """Finish what was cut off while it had no record yet, or none any more: half-made directories, removals."""
+    machines.sweep_trash(paths)
+    for machine_id in machines.ids(paths):
+        directory = paths.machine(machine_id)
+        try:
+            if os.path.exists(f"{directory}/state.json"):
+                continue
+            with FileLock(f"{paths.root}/create.lock"):  # a creator makes the directory and takes its lock in one step
+                lock = machines.command_lock(paths, machine_id)
+                if not lock.acquire(wait=False):
+                    continue
+        except FileNotFoundError:
+            continue
+        try:
+            if not os.path.exists(f"{directory}/state.json"):
+                machines.discard(paths, machine_id, _name_of(paths, machine_id))
+        finally:
+            lock.release()
+    _sweep_names(paths)
+
+
+def _name_of(paths: Paths, machine_id: str) -> str:
+    try:
+        return machines.load_spec(paths, machine_id).name
+    except (NagayaError, OSError):
+        return ""
+
+
+def _sweep_names(paths: Paths) -> None:
+    try:
+        names = os.listdir(paths.names)
+    except FileNotFoundError:
+        return
+    for name in names:
+        try:
+            machine_id = os.readlink(f"{paths.names}/{name}")
+        except OSError:
+            continue
+        if not os.path.exists(paths.machine(machine_id)):
+            machines.release_name(paths, name, machine_id)
+
+

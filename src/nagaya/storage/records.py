@@ -1,0 +1,117 @@
+"""Records on disk: NamedTuples as JSON files, replaced atomically and validated on load.
+
+A field's annotation is its check: str, int, float, bool, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, NamedTuples.
+Unknown keys are refused, missing ones take the field's default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from nagaya.errors import IntegrityError
+
+T = TypeVar("T")
+_hints: dict[type, dict[str, Any]] = {}
+
+
+def to_data(value: Any) -> Any:
+    """`value` as JSON-ready data: NamedTuples become objects, tuples arrays."""
+    if isinstance(value, tuple):
+        fields = getattr(value, "_fields", None)
+        if fields is not None:
+            return {name: to_data(part) for name, part in zip(fields, value, strict=True)}
+        return [to_data(part) for part in value]
+    return value
+
+
+def from_data(cls: type[T], data: object, *, what: str = "record") -> T:
+    """Build a `cls` from JSON data. Raises `IntegrityError` naming the field that is wrong."""
+    made: T = _build(cls, data, what)
+    return made
+
+
+def _build(kind: Any, data: Any, what: str) -> Any:
+    if kind is float and type(data) is int:
+        return float(data)
+    if kind in (str, int, float, bool):
+        if type(data) is not kind:
+            raise IntegrityError(f"{what}: expected {kind.__name__}, found {type(data).__name__}")
+        return data
+    origin = get_origin(kind)
+    if origin is UnionType:
+        options = [option for option in get_args(kind) if option is not NoneType]
+        return None if data is None else _build(options[0], data, what)
+    if origin is tuple:
+        return _build_tuple(get_args(kind), data, what)
+    fields = getattr(kind, "_fields", None)
+    if fields is None:
+        raise TypeError(f"{what}: no rule to load a {kind}")
+    if not isinstance(data, dict):
+        raise IntegrityError(f"{what}: expected an object")
+    if kind not in _hints:
+        _hints[kind] = get_type_hints(kind)
+    unknown = set(data).difference(fields)
+    missing = set(fields).difference(data, kind._field_defaults)
+    if unknown or missing:
+        raise IntegrityError(f"{what}: unexpected or missing {', '.join(sorted(unknown | missing))}")
+    return kind(**{name: _build(_hints[kind][name], part, f"{what}.{name}") for name, part in data.items()})
+
+
+def _build_tuple(kinds: tuple[Any, ...], data: Any, what: str) -> tuple[Any, ...]:
+    if not isinstance(data, list):
+        raise IntegrityError(f"{what}: expected an array")
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        return tuple(_build(kinds[0], part, what) for part in data)
+    if len(data) != len(kinds):
+        raise IntegrityError(f"{what}: expected {len(kinds)} parts, found {len(data)}")
+    return tuple(_build(kind, part, what) for kind, part in zip(kinds, data, strict=True))
+
+
+def load(path: str, cls: type[T]) -> T:
+    """Read and check a record. Raises `FileNotFoundError`, or `IntegrityError` for anything malformed."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        raw = os.read(fd, 4 << 20)
+    finally:
+        os.close(fd)
+    try:
+        data = json.loads(raw)
+    except ValueError:
+        raise IntegrityError(f"{path}: not valid JSON", hint="the file was damaged; remove the machine with 'nagaya rm -f'") from None
+    return from_data(cls, data, what=path)
+
+
+def store(path: str, value: object, *, durable: bool = False) -> None:
+    """Replace the record at `path`. `durable` waits until it would survive a power cut (fsync: milliseconds)."""
+    write_file(path, json.dumps(to_data(value), separators=(",", ":")).encode(), durable=durable)
+
+
+def write_file(path: str, data: bytes, *, durable: bool = False, mode: int = 0o600) -> None:
+    """Replace a whole file by temporary file and rename; a reader sees the old or the new one, never a part."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        raise
+    if durable:
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -1,0 +1,77 @@
+"""From a machine's record to its rootfs and mount plans."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from nagaya.errors import IntegrityError, NagayaError, NotFound, UsageError
+from nagaya.model.spec import MachineSpec
+from nagaya.storage import records
+from nagaya.storage.paths import Paths
+from nagaya.storage.plan import MountPlan, RootfsPlan
+
+
+class Layers(NamedTuple):
+    """The image's unpacked layers, topmost first, as the machine's `rootfs.json` keeps them."""
+
+    lower: tuple[str, ...]
+
+
+def store_layers(directory: str, lower: tuple[str, ...]) -> None:
+    records.store(f"{directory}/rootfs.json", Layers(lower))
+
+
+def load_layers(directory: str) -> tuple[str, ...]:
+    return records.load(f"{directory}/rootfs.json", Layers).lower
+
+
+def plan_rootfs(directory: str, spec: MachineSpec) -> RootfsPlan:
+    """The machine's overlay. Raises `IntegrityError` when a layer is no longer there."""
+    lower = load_layers(directory)
+    for layer in lower:
+        if not os.path.isdir(layer):
+            raise IntegrityError(
+                f"a layer of image '{spec.image}' is missing from the store ({layer})",
+                hint=f"bring it back with 'nagaya pull {spec.image}'",
+            )
+    return RootfsPlan(lower, f"{directory}/upper", f"{directory}/work", spec.read_only)
+
+
+def plan_mounts(paths: Paths, spec: MachineSpec) -> tuple[MountPlan, ...]:
+    """The machine's mounts with sources resolved on this host, parents before children."""
+    plans = []
+    for mount in spec.mounts:
+        source, kind = mount.source, mount.kind
+        if kind == "volume":
+            from nagaya.storage.volumes import Volumes  # lazy: most machines have none
+
+            source, kind = Volumes(paths.root).get(mount.source).path, "bind"
+        elif kind == "bind":
+            if not os.path.isabs(source):
+                raise UsageError(f"the mount source '{source}' is not an absolute path")
+            if not os.path.exists(source):
+                raise NotFound(
+                    f"the mount source '{source}' does not exist", hint=f"make it first, for example 'mkdir -p {source}'"
+                )
+        plans.append(
+            MountPlan(
+                kind, source, mount.target, mount.read_only, mount.propagation, mount.size_bytes, mount.mode, mount.options
+            )
+        )
+    return tuple(sorted(plans, key=lambda plan: plan.target.rstrip("/").count("/")))
+
+
+def remove_anonymous_volumes(paths: Paths, spec: MachineSpec) -> None:
+    """Remove the volumes that were made for this machine alone."""
+    names = [mount.source for mount in spec.mounts if mount.anonymous]
+    if not names:
+        return
+    from nagaya.storage.volumes import Volumes  # lazy: most machines have none
+
+    volumes = Volumes(paths.root)
+    for name in names:
+        try:
+            volumes.remove(name, force=True)
+        except NagayaError:
+            continue  # gone already, or somebody else uses it by its name: theirs now

@@ -1,0 +1,1 @@
+"""One process per machine instead of a daemon: boot, serve the control socket, reap."""

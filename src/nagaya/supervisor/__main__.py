@@ -1,0 +1,16 @@
+"""`python -m nagaya.supervisor ROOT RUN ID ATTACH ROWS COLUMNS`, launch socket on descriptor 3 (launch.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nagaya.storage.paths import Paths
+from nagaya.supervisor.entry import run
+
+if __name__ == "__main__":
+    root, run_dir, machine_id, attach, rows, columns = sys.argv[1:]
+    os.set_inheritable(3, False)
+    if os.fork():
+        os._exit(0)
+    os._exit(run(Paths(root, run_dir), machine_id, 3, attach=attach == "1", size=(int(rows), int(columns))))

@@ -1,0 +1,31 @@
+"""The files that every machine gets bound over its own: /etc/hosts, /etc/hostname, /etc/resolv.conf."""
+
+from __future__ import annotations
+
+from nagaya.model.spec import MachineSpec
+from nagaya.net import names
+from nagaya.net.plan import NetworkPlan
+from nagaya.storage.paths import make_directory
+from nagaya.storage.records import write_file
+
+
+def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[tuple[str, str], ...]:
+    """Write them below `directory`; answers (path inside, host file) pairs."""
+    make_directory(directory, 0o755)
+    contents = {
+        "hosts": names.hosts(spec.hostname, network.address, spec.extra_hosts),
+        "hostname": spec.hostname + "\n",
+    }
+    if network.kind != "none":
+        contents["resolv.conf"] = names.resolv_conf(_host_resolv_conf(), spec.dns, own_namespace=network.kind != "host")
+    for name, text in contents.items():
+        write_file(f"{directory}/{name}", text.encode(), mode=0o644)
+    return tuple((f"/etc/{name}", f"{directory}/{name}") for name in contents)
+
+
+def _host_resolv_conf() -> str:
+    try:
+        with open("/etc/resolv.conf", encoding="utf-8", errors="replace") as file:
+            return file.read(64 << 10)
+    except OSError:
+        return ""

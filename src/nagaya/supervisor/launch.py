@@ -1,0 +1,76 @@
+"""Starting a supervisor: from the CLI by fork (no second interpreter), from anywhere else by executing one.
+
+Either way the launcher gets one connected socket, whose first frame says that the machine runs (REPLY) or why it
+does not (ERROR), and which then carries the program's streams when asked to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nagaya.errors import HostError
+from nagaya.kernel import unix
+from nagaya.storage.paths import Paths
+
+_may_fork = False
+
+
+def allow_fork() -> None:
+    """Called by the CLI: this process has one thread and nothing that a forked copy could upset."""
+    global _may_fork
+    _may_fork = True
+
+
+def launch(paths: Paths, machine_id: str, *, attach: bool, size: tuple[int, int]) -> int:
+    """Start the supervisor of a machine; answers the launcher's end of the socket."""
+    ours, theirs = unix.socket_pair()
+    try:
+        if _may_fork and not _has_threads():
+            _fork(paths, machine_id, ours, theirs, attach=attach, size=size)
+        else:
+            _execute(paths, machine_id, theirs, attach=attach, size=size)
+    except OSError as error:
+        os.close(ours)
+        raise HostError.from_os(error, "cannot start a supervisor process") from None
+    finally:
+        os.close(theirs)
+    return ours
+
+
+def _has_threads() -> bool:
+    threading = sys.modules.get("threading")
+    return threading is not None and threading.active_count() > 1
+
+
+def _fork(paths: Paths, machine_id: str, ours: int, theirs: int, *, attach: bool, size: tuple[int, int]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork():
+        return
+    status = 1
+    try:
+        os.close(ours)
+        from nagaya.supervisor.entry import run  # lazy: only the child needs it
+
+        status = run(paths, machine_id, theirs, attach=attach, size=size)
+    finally:
+        os._exit(status)  # never unwind into the CLI's own frames
+
+
+def _execute(paths: Paths, machine_id: str, theirs: int, *, attach: bool, size: tuple[int, int]) -> None:
+    """Execute `python -m nagaya.supervisor`; the intermediate exits at once, so no zombie is left to the caller."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    argv = [sys.executable, "-m", "nagaya.supervisor", paths.root, paths.run, machine_id]
+    argv += ["1" if attach else "0", str(size[0]), str(size[1])]
+    # The socket becomes the child's descriptor 3; a dup2 onto itself would keep close-on-exec, so it never is 3 here.
+    source = os.dup(theirs) if theirs == 3 else theirs
+    pid = os.posix_spawn(
+        sys.executable, argv, environment, file_actions=[(os.POSIX_SPAWN_DUP2, source, 3)], setsid=True
+    )
+    _, status = os.waitpid(pid, 0)
+    if source != theirs:
+        os.close(source)
+    if status:
+        raise OSError(0, f"the supervisor's interpreter ended with status {os.waitstatus_to_exitcode(status)}")

@@ -1,0 +1,199 @@
+"""The programs of one running machine: between the agent's channels and the clients that look at them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from nagaya.errors import ExecError, LaunchError, NagayaError, RemoteError
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import Process
+from nagaya.protocol import agent
+from nagaya.supervisor.client import Client
+from nagaya.supervisor.loop import Loop
+from nagaya.supervisor.stream import Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.storage.logs import LogWriter
+
+
+class Program:
+    """One program and who is attached to it. Output is lossless: a client that does not read holds it back."""
+
+    def __init__(self, owner: Programs, channel: int, *, wants_stdin: bool, tty: bool, log: LogWriter | None) -> None:
+        self._owner = owner
+        self._log = log
+        self._owed = 0
+        self._stdin: deque[tuple[Client, bytes]] = deque()
+        self._stdin_ending = not wants_stdin
+        self.channel = channel
+        self.tty = tty
+        self.clients: list[Client] = []
+        self.on_started: Callable[[int], None] = lambda pid: None
+        self.on_failed: Callable[[NagayaError], None] = lambda problem: None
+        self.on_exited: Callable[[int], None] = lambda status: None
+
+    def join(self, client: Client, *, stdin: bool) -> None:
+        client.program = self
+        client.wants_stdin = stdin
+        self.clients.append(client)
+
+    def leave(self, client: Client) -> None:
+        """The client is gone. Its half-sent input is not; a program without a terminal then sees end of input."""
+        if client in self.clients:
+            self.clients.remove(client)
+        if client.wants_stdin and not self.tty:
+            self.end_stdin(client)
+        self.grant()
+
+    def output(self, stream: int, data: bytes) -> None:
+        if self._log is not None:
+            self._log.write(stream, data)
+        for client in self.clients:
+            client.output(stream, data)
+        self._owed += len(data)
+        self.grant()
+
+    def grant(self) -> None:
+        """Let the agent send more, unless an attached client is still congested."""
+        if self._owed and not any(client.congested for client in self.clients):
+            owed, self._owed = self._owed, 0
+            self._owner.link.grant(self.channel, owed)
+            self._owner.flush()
+
+    def feed(self, client: Client, data: bytes) -> None:
+        """Input from a client; credit returns to it as the agent takes it."""
+        if self._stdin_ending or not client.wants_stdin:
+            client.consumed_stdin(len(data))  # the program has no input (any more): swallow it, as a pipe's writer expects
+            return
+        self._stdin.append((client, data))
+        self.pump_stdin()
+
+    def end_stdin(self, client: Client) -> None:
+        if client.wants_stdin and not self._stdin_ending:
+            self._stdin_ending = True
+            if not self._stdin:
+                self._owner.link.close_stdin(self.channel)
+                self._owner.flush()
+
+    def pump_stdin(self) -> None:
+        while self._stdin:
+            client, data = self._stdin[0]
+            taken = self._owner.link.send_stdin(self.channel, data)
+            if not taken:
+                break
+            client.consumed_stdin(taken)
+            if taken < len(data):
+                self._stdin[0] = (client, data[taken:])
+                break
+            self._stdin.popleft()
+        if self._stdin_ending and not self._stdin:
+            self._owner.link.close_stdin(self.channel)
+        self._owner.flush()
+
+    def signal(self, number: int) -> None:
+        self._owner.link.signal(self.channel, number)
+        self._owner.flush()
+
+    def resize(self, rows: int, columns: int) -> None:
+        if self.tty:
+            self._owner.link.resize(self.channel, rows, columns)
+            self._owner.flush()
+
+
+class Programs:
+    """Speaks to the agent. `on_lost(error)` is called once, when the agent's stream ends or breaks its protocol."""
+
+    def __init__(self, loop: Loop, agent_fd: int, *, on_lost: Callable[[NagayaError | None], None]) -> None:
+        self.link = agent.AgentLink()
+        self._programs: dict[int, Program] = {}
+        self._on_lost = on_lost
+        self._problem: NagayaError | None = None
+        self._stream = Stream(
+            loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush
+        )
+
+    def spawn(
+        self,
+        process: Process,
+        policy: ProcessPolicy,
+        *,
+        main: bool = False,
+        applet: bool = False,
+        discard: bool = False,
+        log: LogWriter | None = None,
+    ) -> Program:
+        """Ask the agent to run `process`; the program's callbacks say what came of it."""
+        channel = self.link.spawn(process, policy, main=main, applet=applet, discard=discard)
+        program = Program(self, channel, wants_stdin=process.stdin, tty=process.tty, log=log)
+        self._programs[channel] = program
+        return program
+
+    def running(self) -> list[Program]:
+        return list(self._programs.values())
+
+    def shutdown(self) -> None:
+        self.link.shutdown()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the link has queued, unless the stream is still busy with earlier bytes."""
+        while self._stream.open and not self._stream.queued:
+            data = self.link.outgoing()
+            if not data:
+                return
+            self.link.sent(len(data))
+            self._stream.send(data)
+
+    def close(self) -> None:
+        """Take what the agent still said, then close."""
+        before = -1
+        while self._stream.open and before != self._seen:
+            before = self._seen
+            self._stream.receive()
+        self._stream.close()
+
+    _seen = 0
+
+    def _received(self, data: bytes) -> None:
+        self._seen += len(data)
+        try:
+            events = self.link.receive(data)
+        except RemoteError as problem:
+            self._problem = problem
+            self._stream.close()
+            return
+        for event in events:
+            self._handle(event)
+        self.flush()
+
+    def _handle(self, event: agent.Event) -> None:
+        if isinstance(event, agent.Hello):
+            return
+        program = self._programs.get(event.channel)
+        if program is None:
+            return
+        if isinstance(event, agent.Output):
+            program.output(event.stream, event.data)
+        elif isinstance(event, agent.StdinRoom):
+            program.pump_stdin()
+        elif isinstance(event, agent.Started):
+            program.on_started(event.pid)
+        elif isinstance(event, agent.SpawnFailed):
+            del self._programs[event.channel]
+            program.on_failed(_spawn_error(event))
+        else:
+            del self._programs[event.channel]
+            program.on_exited(event.status)
+
+    def _closed(self) -> None:
+        self._on_lost(self._problem)
+
+
+def _spawn_error(event: agent.SpawnFailed) -> NagayaError:
+    if event.status == 127:
+        return ExecError(event.text, status=127, hint="check the command's name, and PATH inside the image")
+    if event.status == 126:
+        return ExecError(event.text, status=126, hint="the file must be executable and for this platform")
+    return LaunchError(event.text)

@@ -1,0 +1,165 @@
+"""What clients may ask of a running machine: one function per request, all arguments checked here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nagaya.engines.base import Stats
+from nagaya.errors import Conflict, NagayaError, RemoteError, Unsupported
+from nagaya.model import state as phases
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import Process
+from nagaya.protocol import control
+from nagaya.storage import machines
+from nagaya.storage.records import from_data, to_data
+from nagaya.supervisor.client import Client
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.supervisor.supervisor import Supervisor
+
+PRIVILEGED = (1 << 64) - 1
+
+
+def handle(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """Carry out one request; errors raised here go to the client, which is then closed."""
+    op = str(request.get("op"))
+    call = _REQUESTS.get(op)
+    if call is None:
+        raise RemoteError(f"control protocol: unknown request '{op}'", hint="the machine was started by another version")
+    call(machine, client, request)
+
+
+def tell_end(machine: Supervisor, clients: list[Client], status: int, problem: NagayaError | None) -> None:
+    """The machine has ended for good: answer everyone who is still connected, and close."""
+    launcher = machine.take_launcher()
+    for client in clients:
+        if client is launcher:
+            client.fail(problem or RemoteError(f"the machine ended with status {status} before it was ready"))
+        elif client in machine.waiters:
+            client.finish(control.reply(exit_code=status))
+        elif client.program is not None:
+            client.finish(control.exited(status, problem.message if problem else ""))
+        else:
+            client.close()
+
+
+def _number(request: dict[str, object], name: str, low: int, high: int) -> int:
+    value = request.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise RemoteError(f"control protocol: '{name}' must be a number from {low} to {high}")
+    return value
+
+
+def _require(machine: Supervisor, command: str) -> None:
+    phases.require(command, machine.state.phase, machine.spec.name)
+
+
+def _need(machine: Supervisor, capability: str, what: str) -> None:
+    if capability not in machine.engine.capabilities:
+        raise Unsupported(f"a machine of type '{machine.spec.type}' cannot {what}")
+
+
+def _attach(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "attach")
+    assert machine.main is not None
+    client.send(control.reply(tty=machine.main.tty))
+    machine.main.join(client, stdin=bool(request.get("stdin")) and machine.spec.process.stdin)
+
+
+def _exec(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """A further program (or, with `applet`, one of the agent's own functions) in the machine."""
+    _require(machine, "exec")
+    if machine.booted is None or machine.programs is None:
+        raise Conflict(f"machine '{machine.spec.name}' is just ending", state=machine.state.phase)
+    process = from_data(Process, request.get("process"), what="exec")
+    applet, detach = bool(request.get("applet")), bool(request.get("detach"))
+    policy = machine.booted.policy
+    if applet:  # the agent's own code, which needs what the agent has and no program policy
+        policy = ProcessPolicy(capabilities=PRIVILEGED, no_new_privileges=False)
+    program = machine.programs.spawn(process, policy, applet=applet, discard=detach)
+
+    def started(pid: int) -> None:
+        if detach:
+            client.finish(control.reply(pid=pid))
+        else:
+            client.send(control.reply(pid=pid))
+
+    def ended(status: int) -> None:
+        for reader in list(program.clients):
+            reader.finish(control.exited(status))
+
+    program.on_started, program.on_failed, program.on_exited = started, client.fail, ended
+    if not detach:
+        program.join(client, stdin=process.stdin)
+    machine.programs.flush()
+    if not applet:
+        machine.record("exec", command=" ".join(process.argv)[:256])
+
+
+def _stop(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "stop")
+    timeout_ms = _number(request, "timeout_ms", 0, 1 << 40)
+    machine.waiters.append(client)
+    machine.request_stop(timeout_ms / 1000)
+
+
+def _kill(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "kill")
+    number = _number(request, "signal", 1, 64)
+    machine.record("kill", signal=str(number))
+    if number == 9:
+        machine.waiters.append(client)
+        machine.request_kill()
+        return
+    assert machine.main is not None
+    machine.main.signal(number)
+    client.finish(control.reply())
+
+
+def _pause(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "pause")
+    _need(machine, "pause", "be paused")
+    machine.pause()
+    client.finish(control.reply())
+
+
+def _unpause(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "unpause")
+    machine.resume()
+    client.finish(control.reply())
+
+
+def _wait(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    machine.waiters.append(client)
+
+
+def _stats(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "stats")
+    _need(machine, "stats", "report its use of resources")
+    stats: Stats = machine.engine.stats()  # type: ignore[attr-defined]
+    client.finish(control.reply(**to_data(stats)))
+
+
+def _update(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """The manager has rewritten the record: take the limits and the restart policy from it."""
+    spec = machines.load_spec(machine.paths, machine.spec.id)
+    if spec.limits != machine.spec.limits:
+        _need(machine, "limits", "change its limits while it runs")
+        if machine.booted is not None:
+            machine.engine.set_limits(spec.limits)  # type: ignore[attr-defined]
+    machine.spec = spec
+    client.finish(control.reply())
+
+
+_REQUESTS: dict[str, Any] = {
+    "attach": _attach,
+    "exec": _exec,
+    "stop": _stop,
+    "kill": _kill,
+    "pause": _pause,
+    "unpause": _unpause,
+    "wait": _wait,
+    "stats": _stats,
+    "update": _update,
+}

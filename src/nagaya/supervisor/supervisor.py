@@ -1,0 +1,349 @@
+"""The supervisor of one machine: boots it, serves its control socket, reaps it, restarts it, cleans up after it.
+
+It holds the machine's liveness lock from before the boot until nothing of the machine is left on the host.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import ExitStack
+
+from nagaya.engines import open_engine
+from nagaya.engines.base import Booted, BootRequest
+from nagaya.errors import ExecError, HostError, LaunchError, NagayaError
+from nagaya.kernel import unix
+from nagaya.model.spec import MachineSpec
+from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING
+from nagaya.protocol import control
+from nagaya.storage import events, machines, rootfs
+from nagaya.storage.lock import FileLock
+from nagaya.storage.logs import LogWriter
+from nagaya.storage.paths import Paths, make_directory
+from nagaya.supervisor import requests
+from nagaya.supervisor.client import Client
+from nagaya.supervisor.etc import write_etc
+from nagaya.supervisor.loop import Loop, Timer
+from nagaya.supervisor.network import wire_up
+from nagaya.supervisor.programs import Program, Programs
+
+BOOT_TIMEOUT_S = 30.0
+SHUTDOWN_TIMEOUT_S = 2.0
+KILLED = 128 + 9
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 60.0
+STABLE_AFTER_S = 10.0
+
+
+class Supervisor:
+    """`serve` returns when the machine has ended for good. The caller holds the liveness lock."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        spec: MachineSpec,
+        launcher_fd: int,
+        *,
+        lock: FileLock,
+        attach: bool,
+        size: tuple[int, int],
+    ) -> None:
+        self.paths = paths
+        self.spec = spec
+        self._lock = lock
+        self.loop = Loop()
+        self.engine = open_engine(spec.type)
+        self.state = machines.load_state(paths, spec.id)
+        self.booted: Booted | None = None
+        self.programs: Programs | None = None
+        self.main: Program | None = None
+        self.waiters: list[Client] = []  # clients that are answered when the machine has ended for good
+        self._directory = paths.machine(spec.id)
+        self._clients: set[Client] = set()
+        self._attach = attach
+        self._size = size
+        self._log = LogWriter(self._directory, spec.log)
+        self._stack = ExitStack()
+        self._exit_status: int | None = None
+        self._problem: NagayaError | None = None
+        self._backoff_s = BACKOFF_FIRST_S
+        self._timers: dict[str, Timer] = {}
+        self._launcher: Client | None = self._accept(launcher_fd)
+        self._listener = -1
+        self._over = False
+
+    def serve(self) -> None:
+        make_directory(self.paths.runtime(self.spec.id))
+        self._listener = unix.listen(self.paths.runtime(self.spec.id), "control.sock")
+        self.loop.watch(self._listener, self._connected)
+        self.start()
+        self.loop.run()
+
+    def watch_signals(self) -> None:
+        """SIGTERM (a host that shuts down) stops the machine in good order."""
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler there is no wake-up byte
+
+        def woken(events_: int) -> None:
+            if signal.SIGTERM in os.read(read, 64) and self.state.phase in ALIVE:
+                self.request_stop(self.spec.stop_timeout_s)
+
+        self.loop.watch(read, woken)
+
+    # -- the machine's runs
+
+    def start(self) -> None:
+        """Boot and ask the agent for the main program. What fails here ends the machine."""
+        self._exit_status, self._problem = None, None
+        self.set_state(phase=STARTING, error="", exit_code=-1, warnings=(), pid=0)
+        try:
+            booted = self._boot()
+        except NagayaError as problem:
+            self._start_failed(problem)
+            return
+        except OSError as error:
+            self._start_failed(HostError.from_os(error, "cannot start the machine"))
+            return
+        self.booted = booted
+        self.loop.watch(booted.pidfd, self._ended)
+        self.programs = Programs(self.loop, booted.agent, on_lost=self._agent_lost)
+        process = self.spec.process
+        if process.tty and self._size != (0, 0):
+            process = process._replace(rows=self._size[0], columns=self._size[1])
+        attached = self.main.clients if self.main is not None else []
+        main = self.programs.spawn(process, booted.policy, main=True, log=self._log)
+        main.on_started, main.on_failed, main.on_exited = self._started, self._spawn_failed, self._main_exited
+        for client in attached:
+            main.join(client, stdin=client.wants_stdin)
+        if self._launcher is not None and self._attach:
+            main.join(self._launcher, stdin=process.stdin)
+        self.main = main
+        self._set_timer("boot", BOOT_TIMEOUT_S, self._boot_timed_out)
+        self.programs.flush()
+
+    def _boot(self) -> Booted:
+        stack = self._stack = ExitStack()
+        try:
+            network = wire_up(self.paths, self.spec, stack)
+            request = BootRequest(
+                spec=self.spec,
+                rootfs=rootfs.plan_rootfs(self._directory, self.spec),
+                mounts=rootfs.plan_mounts(self.paths, self.spec),
+                network=network,
+                etc=write_etc(f"{self._directory}/etc", self.spec, network),
+                runtime_dir=self.paths.runtime(self.spec.id),
+            )
+            self.state = self.state._replace(address=network.address)
+            return self.engine.boot(request, stack)
+        except BaseException:
+            stack.close()
+            raise
+
+    def _start_failed(self, problem: NagayaError) -> None:
+        self._problem = problem
+        self._finish(problem.status if isinstance(problem, ExecError) else 125)
+
+    def _started(self, pid: int) -> None:
+        assert self.booted is not None
+        self._cancel_timer("boot")
+        self.set_state(
+            phase=RUNNING, started_ns=time.time_ns(), pid=self.booted.pid, warnings=self.booted.warnings, finished_ns=0
+        )
+        self.record("start")
+        self._set_timer("stable", STABLE_AFTER_S, self._became_stable)
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            answer = control.reply(warnings=list(self.booted.warnings))
+            if self._attach:
+                launcher.send(answer)
+            else:
+                launcher.finish(answer)
+
+    def _became_stable(self) -> None:
+        self._backoff_s = BACKOFF_FIRST_S
+
+    def _spawn_failed(self, problem: NagayaError) -> None:
+        self._problem = problem
+        self._main_exited(problem.status if isinstance(problem, ExecError) else 125)
+
+    def _main_exited(self, status: int) -> None:
+        self._exit_status = status
+        if self.programs is not None:
+            self.programs.shutdown()
+        self._set_timer("shutdown", SHUTDOWN_TIMEOUT_S, self.engine.kill)
+
+    def _boot_timed_out(self) -> None:
+        self._problem = LaunchError(f"the machine's agent did not start its program within {BOOT_TIMEOUT_S:.0f} s")
+        self.engine.kill()
+
+    def _agent_lost(self, problem: NagayaError | None) -> None:
+        """The stream to the agent ended: as part of the end (then the pidfd tells), or instead of it."""
+        self._problem = self._problem or problem
+        if self.booted is not None:
+            self.engine.kill()
+
+    def _ended(self, events_: int) -> None:
+        """The machine's init is gone, and with it every process of the machine."""
+        booted, programs = self.booted, self.programs
+        assert booted is not None and programs is not None
+        self.loop.forget(booted.pidfd)
+        self.booted = None
+        programs.close()
+        self.programs = None
+        for program in programs.running():
+            if program is not self.main:
+                program.on_exited(KILLED)
+        try:
+            os.waitid(os.P_PIDFD, booted.pidfd, os.WEXITED)
+        except ChildProcessError:
+            pass  # not our child: whoever is its parent reaps it
+        os.close(booted.pidfd)
+        for name in list(self._timers):
+            self._cancel_timer(name)
+        status = self._exit_status
+        oom = "oom" in self.engine.capabilities and self.engine.oom_killed()  # type: ignore[attr-defined]
+        self._stack.close()
+        if status is None:
+            status = KILLED
+            if self._problem is None and not self.state.stop_requested:
+                self._problem = LaunchError("the machine's init was killed from outside")
+        self.state = self.state._replace(oom_killed=oom)
+        if self._launcher is None and self._should_restart(status):
+            self._restart_later(status)
+        else:
+            self._finish(status)
+
+    def _should_restart(self, status: int) -> bool:
+        policy = self.spec.restart
+        if self.state.stop_requested or policy.policy == "no":
+            return False
+        if policy.policy == "on-failure":
+            return status != 0 and not (policy.max_retries and self.state.restarts >= policy.max_retries)
+        return True
+
+    def _restart_later(self, status: int) -> None:
+        self.record("die", exit_code=str(status))
+        self.set_state(
+            phase=RESTARTING, exit_code=status, finished_ns=time.time_ns(), restarts=self.state.restarts + 1, pid=0
+        )
+        self._set_timer("restart", self._backoff_s, self.start)
+        self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+
+    def _finish(self, status: int) -> None:
+        """The last run is over and everything on the host is freed: say so to all who wait, in that order."""
+        problem = self._problem
+        self.set_state(
+            phase=EXITED, exit_code=status, error=problem.message if problem else "", finished_ns=time.time_ns(), pid=0
+        )
+        self.record("die", exit_code=str(status))
+        self._log.close()
+        if self._listener >= 0:
+            self.loop.forget(self._listener)
+            os.close(self._listener)
+            self._listener = -1
+        if self.spec.auto_remove:
+            machines.discard(self.paths, self.spec.id, self.spec.name)
+            rootfs.remove_anonymous_volumes(self.paths, self.spec)
+            self.record("destroy")
+        else:
+            machines.remove_runtime(self.paths, self.spec.id)
+        requests.tell_end(self, list(self._clients), status, problem)
+        self._leave_when_told()
+
+    def _leave_when_told(self) -> None:
+        """Stay until slow readers have read (their program's output is in our queues), but no longer as the machine."""
+        self._lock.release()
+        self._over = True
+        if not self._clients:
+            self.loop.stop()
+
+    # -- clients
+
+    def _connected(self, events_: int) -> None:
+        try:
+            fd = unix.accept(self._listener)
+        except OSError:
+            return  # the client changed its mind, or we are out of descriptors: it will see the connection refused
+        self._accept(fd)
+
+    def _accept(self, fd: int) -> Client:
+        client = Client(self.loop, fd, on_request=self._requested, on_gone=self._gone)
+        self._clients.add(client)
+        return client
+
+    def _requested(self, client: Client, request: dict[str, object]) -> None:
+        try:
+            requests.handle(self, client, request)
+        except NagayaError as problem:
+            client.fail(problem)
+        except OSError as error:
+            client.fail(HostError.from_os(error, f"cannot {request.get('op')}"))
+
+    def _gone(self, client: Client) -> None:
+        self._clients.discard(client)
+        if client in self.waiters:
+            self.waiters.remove(client)
+        if client is self._launcher:
+            self._launcher = None
+        if self._over and not self._clients:
+            self.loop.stop()
+
+    def take_launcher(self) -> Client | None:
+        launcher, self._launcher = self._launcher, None
+        return launcher
+
+    # -- what requests.py does to the machine
+
+    def request_stop(self, timeout_s: float) -> None:
+        """Ask the program to end, and kill the machine when it has not within `timeout_s`."""
+        self.state = self.state._replace(stop_requested=True)
+        if self.state.phase == RESTARTING:
+            self._cancel_timer("restart")
+            self._finish(self.state.exit_code)
+            return
+        self.resume()
+        self._set_timer("stop", timeout_s, self.engine.kill)
+        if self.main is not None and self.booted is not None:
+            self.main.signal(self.spec.stop_signal)
+
+    def request_kill(self) -> None:
+        self.state = self.state._replace(stop_requested=True)
+        if self.state.phase == RESTARTING:
+            self._cancel_timer("restart")
+            self._finish(self.state.exit_code)
+            return
+        self.resume()
+        self.engine.kill()
+
+    def pause(self) -> None:
+        self.engine.pause()  # type: ignore[attr-defined]
+        self.set_state(phase=PAUSED)
+        self.record("pause")
+
+    def resume(self) -> None:
+        if self.state.phase == PAUSED:
+            self.engine.resume()  # type: ignore[attr-defined]
+            self.set_state(phase=RUNNING)
+            self.record("unpause")
+
+    # -- records
+
+    def set_state(self, **changes: object) -> None:
+        self.state = self.state._replace(**changes)  # type: ignore[arg-type]
+        machines.store_state(self.paths, self.spec.id, self.state)
+
+    def record(self, action: str, **attributes: str) -> None:
+        events.record(
+            self.paths.events, "machine", action, self.spec.id, self.spec.name, image=self.spec.image, **attributes
+        )
+
+    def _set_timer(self, name: str, seconds: float, call: object) -> None:
+        self._cancel_timer(name)
+        self._timers[name] = self.loop.after(seconds, call)  # type: ignore[arg-type]
+
+    def _cancel_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
