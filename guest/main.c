@@ -1,0 +1,711 @@
+/* nagaya-agent: init of every machine. Serves the protocol of docs/agent-protocol.md on one descriptor. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "proto.h"
+#include "spawn.h"
+#include "stub.h"
+
+#ifndef TIOCGPTPEER
+#define TIOCGPTPEER _IO('T', 0x41)
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+#define MAX_CHANNELS 256
+#define EXIT_LOST 100 /* the supervisor is gone, or broke the protocol */
+
+/* Which descriptor of a channel an epoll event is about. */
+enum part { P_HOST, P_SIGNALS, P_IN, P_OUT, P_ERR, P_REPORT };
+
+struct channel {
+	uint32_t id;	/* 0: the slot is free, or lingers (the program has ended, descendants still write) */
+	int used;
+	pid_t pid;	/* 0 once reaped */
+	int in, out, err, report; /* -1 when closed; with a terminal, in == out */
+	int tty, discard, started, exited, closing;
+	uint32_t status;
+	uint32_t window;      /* bytes that we may still send */
+	unsigned char *queue; /* input that the program has not taken yet */
+	size_t queued;
+	int in_watched, out_watched;
+};
+
+static struct channel channels[MAX_CHANNELS];
+static int host = -1, epoll = -1, program_fd = -1, sync_at_end;
+static pid_t program_pid;
+static sigset_t watched_signals;
+
+static void __attribute__((noreturn)) end(int status)
+{
+	if (getpid() == 1) {
+		kill(-1, SIGKILL);
+		if (sync_at_end) { /* a VM's disks: only after everything that writes is gone */
+			while (waitpid(-1, NULL, 0) > 0 || errno == EINTR)
+				;
+			sync();
+		}
+	} else { /* somebody else's PID namespace: only what we started, and it ends with its own PID 1 */
+		for (int i = 0; i < MAX_CHANNELS; i++)
+			if (channels[i].used && channels[i].pid > 0)
+				kill(channels[i].pid, SIGKILL);
+		if (program_pid > 0)
+			kill(program_pid, SIGKILL);
+	}
+	_exit(status);
+}
+
+/* -- frames out. Blocking: the supervisor never blocks on us, so this cannot lock up. */
+
+static void write_all(const unsigned char *bytes, size_t size)
+{
+	while (size) {
+		ssize_t n = write(host, bytes, size);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			end(EXIT_LOST);
+		bytes += n;
+		size -= (size_t)n;
+	}
+}
+
+static void put_header(unsigned char *at, unsigned type, uint32_t channel, size_t size)
+{
+	put32(at, (uint32_t)size);
+	put16(at + 4, (uint16_t)type);
+	put16(at + 6, 0);
+	put32(at + 8, channel);
+}
+
+static void send_u32(unsigned type, uint32_t channel, uint32_t value)
+{
+	unsigned char frame[HEADER_SIZE + 4];
+
+	put_header(frame, type, channel, 4);
+	put32(frame + HEADER_SIZE, value);
+	write_all(frame, sizeof frame);
+}
+
+static void send_failed(uint32_t channel, uint32_t status, uint32_t error, const char *text)
+{
+	unsigned char frame[HEADER_SIZE + 8 + sizeof ((struct spawn_error *)0)->text];
+	size_t length = strnlen(text, sizeof frame - HEADER_SIZE - 8);
+
+	put_header(frame, F_SPAWN_FAILED, channel, 8 + length);
+	put32(frame + HEADER_SIZE, status);
+	put32(frame + HEADER_SIZE + 4, error);
+	memcpy(frame + HEADER_SIZE + 8, text, length);
+	write_all(frame, HEADER_SIZE + 8 + length);
+}
+
+/* -- epoll, with (channel index, part) packed into the event's data */
+
+static void watch(int fd, uint32_t events, int index, enum part part)
+{
+	struct epoll_event e = {.events = events, .data.u64 = (uint64_t)index << 8 | part};
+
+	if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &e) && errno == EEXIST)
+		epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &e);
+}
+
+static void unwatch(int fd)
+{
+	epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL);
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0) {
+		unwatch(*fd);
+		close(*fd);
+		*fd = -1;
+	}
+}
+
+static int index_of(const struct channel *c)
+{
+	return (int)(c - channels);
+}
+
+/* A terminal is one descriptor for both directions: one registration with the union of what is wanted. */
+static void update_watches(struct channel *c)
+{
+	int i = index_of(c), room = c->window > 0 || !c->id || c->discard;
+
+	if (c->tty) {
+		if (c->out < 0)
+			return;
+		uint32_t events = (room ? EPOLLIN : 0) | (c->queued ? EPOLLOUT : 0);
+		if (events)
+			watch(c->out, events, i, P_OUT);
+		else
+			unwatch(c->out); /* EPOLLHUP cannot be masked: leave the set, or spin */
+		return;
+	}
+	for (int k = 0; k < 2; k++) {
+		int fd = k ? c->err : c->out;
+		if (fd < 0)
+			continue;
+		if (room)
+			watch(fd, EPOLLIN, i, k ? P_ERR : P_OUT);
+		else
+			unwatch(fd);
+	}
+	if (c->in >= 0) {
+		if (c->queued)
+			watch(c->in, EPOLLOUT, i, P_IN);
+		else
+			unwatch(c->in);
+	}
+}
+
+static void release(struct channel *c)
+{
+	if (c->tty)
+		c->in = -1;
+	close_fd(&c->in);
+	close_fd(&c->out);
+	close_fd(&c->err);
+	close_fd(&c->report);
+	free(c->queue);
+	memset(c, 0, sizeof *c);
+	c->in = c->out = c->err = c->report = -1;
+}
+
+static struct channel *find_channel(uint32_t id)
+{
+	for (int i = 0; id && i < MAX_CHANNELS; i++)
+		if (channels[i].used && channels[i].id == id)
+			return &channels[i];
+	return NULL;
+}
+
+static struct channel *new_channel(void)
+{
+	struct channel *lingering = NULL;
+
+	for (int i = 0; i < MAX_CHANNELS; i++) {
+		if (!channels[i].used) {
+			release(&channels[i]);
+			return &channels[i];
+		}
+		if (!channels[i].id && !lingering)
+			lingering = &channels[i];
+	}
+	if (lingering)
+		release(lingering); /* its descendants get SIGPIPE: better than refusing new programs */
+	return lingering;
+}
+
+/* -- a program's output */
+
+static unsigned char data_frame[HEADER_SIZE + MAX_DATA];
+
+/* Read what there is, as far as the window goes. 1 when nothing more is there now (or ever), 0 when the window ended. */
+static int pump_one(struct channel *c, int *fd, unsigned type)
+{
+	while (*fd >= 0) {
+		int drop = !c->id || c->discard;
+		size_t room = drop || c->window > MAX_DATA ? MAX_DATA : c->window;
+		if (!room)
+			return 0;
+		ssize_t n = read(*fd, data_frame + HEADER_SIZE, room);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EAGAIN)
+			return 1;
+		if (n <= 0) { /* end of file, or EIO: a terminal whose other side is closed */
+			if (c->tty)
+				c->in = -1;
+			close_fd(fd);
+			return 1;
+		}
+		if (drop)
+			continue;
+		put_header(data_frame, type, c->id, (size_t)n);
+		write_all(data_frame, HEADER_SIZE + (size_t)n);
+		c->window -= (uint32_t)n;
+	}
+	return 1;
+}
+
+static void pump_output(struct channel *c)
+{
+	int done = pump_one(c, &c->out, F_STDOUT);
+
+	done &= pump_one(c, &c->err, F_STDERR);
+	if (c->id && c->exited && c->started && done) {
+		send_u32(F_EXITED, c->id, c->status);
+		c->id = 0; /* lingers until its descendants have closed, so that they do not die of SIGPIPE */
+		if (!c->tty)
+			close_fd(&c->in);
+		free(c->queue);
+		c->queue = NULL;
+		c->queued = 0;
+	}
+	if (!c->id && c->out < 0 && c->err < 0)
+		release(c);
+	else
+		update_watches(c);
+}
+
+/* -- a program's input */
+
+static void pump_input(struct channel *c)
+{
+	uint32_t taken = 0;
+
+	while (c->queued && c->in >= 0) {
+		ssize_t n = write(c->in, c->queue, c->queued);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EAGAIN)
+			break;
+		if (n < 0) { /* EPIPE: the program reads no more; swallow, as a shell's pipe would */
+			n = (ssize_t)c->queued;
+			if (!c->tty)
+				close_fd(&c->in);
+		}
+		memmove(c->queue, c->queue + n, c->queued - (size_t)n);
+		c->queued -= (size_t)n;
+		taken += (uint32_t)n;
+	}
+	if (c->queued && c->in < 0) {
+		taken += (uint32_t)c->queued;
+		c->queued = 0;
+	}
+	if (taken && c->id)
+		send_u32(F_CREDIT, c->id, taken);
+	if (!c->queued && c->closing && !c->tty)
+		close_fd(&c->in);
+	update_watches(c);
+}
+
+static void take_input(struct channel *c, const unsigned char *bytes, size_t size)
+{
+	if (size > WINDOW - c->queued)
+		end(EXIT_LOST); /* more than the window: the peer is not what it should be */
+	if (!c->queue && !(c->queue = malloc(WINDOW)))
+		end(EXIT_LOST);
+	memcpy(c->queue + c->queued, bytes, size);
+	c->queued += size;
+	pump_input(c);
+}
+
+/* -- starting programs */
+
+static int open_terminal(const struct spawn *s, int *slave)
+{
+	struct winsize size = {s->rows, s->columns, 0, 0};
+	int unlock = 0, master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC);
+
+	if (master < 0)
+		return -1;
+	if (ioctl(master, TIOCSPTLCK, &unlock) ||
+	    (*slave = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0) {
+		close(master);
+		return -1;
+	}
+	if (s->rows && s->columns)
+		ioctl(master, TIOCSWINSZ, &size);
+	return master;
+}
+
+static int make_pipe(int ends[2])
+{
+	return pipe2(ends, O_CLOEXEC);
+}
+
+/* Open the channel's descriptors; child[] are the program's ends. 0 or -1. */
+static int open_streams(struct channel *c, const struct spawn *s, int child[3])
+{
+	int pair[2];
+
+	child[0] = child[1] = child[2] = -1;
+	if (s->flags & SF_TTY) {
+		c->out = open_terminal(s, &child[0]);
+		if (c->out < 0)
+			return -1;
+		c->in = c->out;
+		child[1] = child[2] = child[0];
+		return 0;
+	}
+	if (s->flags & SF_STDIN) {
+		if (make_pipe(pair))
+			return -1;
+		child[0] = pair[0];
+		c->in = pair[1];
+	} else if ((child[0] = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
+		return -1;
+	for (int i = 1; i < 3; i++) {
+		if (s->flags & SF_DISCARD) {
+			if ((child[i] = open("/dev/null", O_WRONLY | O_CLOEXEC)) < 0)
+				return -1;
+			continue;
+		}
+		if (make_pipe(pair))
+			return -1;
+		*(i == 1 ? &c->out : &c->err) = pair[0];
+		child[i] = pair[1];
+	}
+	return 0;
+}
+
+static void close_child_ends(int child[3])
+{
+	for (int i = 0; i < 3; i++)
+		if (child[i] >= 0 && (i == 0 || child[i] != child[0]))
+			close(child[i]);
+}
+
+static void unblock(int fd)
+{
+	if (fd >= 0)
+		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+static void spawn_failed(struct channel *c, uint32_t status, uint32_t error, const char *text)
+{
+	send_failed(c->id, status, error, text);
+	release(c);
+}
+
+static void spawn(uint32_t id, const unsigned char *payload, size_t size)
+{
+	struct spawn s;
+	int child[3], report[2];
+	struct channel *c;
+
+	if (!id || find_channel(id) || spawn_parse(&s, payload, size))
+		end(EXIT_LOST);
+	c = new_channel();
+	if (!c) {
+		send_failed(id, 125, EMFILE, "too many programs run in this machine");
+		spawn_free(&s);
+		return;
+	}
+	c->used = 1;
+	c->id = id;
+	c->window = WINDOW;
+	c->tty = !!(s.flags & SF_TTY);
+	c->discard = !!(s.flags & SF_DISCARD);
+	if (open_streams(c, &s, child) || make_pipe(report)) {
+		int error = errno;
+		char text[128];
+		close_child_ends(child);
+		snprintf(text, sizeof text, "cannot open a %s for the program: %s", c->tty ? "terminal" : "pipe", strerror(error));
+		spawn_failed(c, 125, (uint32_t)error, text);
+		spawn_free(&s);
+		return;
+	}
+	if ((s.flags & SF_MAIN) && program_fd >= 0) {
+		c->pid = program_pid;
+		if (stub_send(program_fd, payload, size, child, report[1]))
+			c->pid = -1;
+		close(program_fd);
+		program_fd = -1;
+	} else {
+		c->pid = fork();
+		if (c->pid == 0)
+			spawn_become(&s, child, report[1]);
+	}
+	int error = errno;
+	spawn_free(&s);
+	close_child_ends(child);
+	close(report[1]);
+	if (c->pid < 0) {
+		close(report[0]);
+		spawn_failed(c, 125, (uint32_t)error, "cannot start a process in the machine");
+		return;
+	}
+	c->report = report[0];
+	unblock(c->in);
+	unblock(c->out);
+	unblock(c->err);
+	unblock(c->report);
+	watch(c->report, EPOLLIN, index_of(c), P_REPORT);
+	update_watches(c);
+}
+
+/* The report pipe: end of file says that execve succeeded, a record says why it did not. */
+static void read_report(struct channel *c)
+{
+	struct spawn_error e;
+	ssize_t n;
+
+	do
+		n = read(c->report, &e, sizeof e);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return;
+	close_fd(&c->report);
+	if (n == 0) {
+		c->started = 1;
+		send_u32(F_STARTED, c->id, (uint32_t)c->pid);
+		pump_output(c);
+		return;
+	}
+	e.text[sizeof e.text - 1] = 0;
+	spawn_failed(c, e.status, e.error, e.text);
+}
+
+static void reap(void)
+{
+	int status;
+	pid_t pid;
+
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (pid == program_pid)
+			program_pid = 0;
+		for (int i = 0; i < MAX_CHANNELS; i++) {
+			struct channel *c = &channels[i];
+			if (!c->used || c->pid != pid)
+				continue;
+			c->pid = 0;
+			c->exited = 1;
+			c->status = WIFSIGNALED(status) ? 128u + (unsigned)WTERMSIG(status) : (unsigned)WEXITSTATUS(status);
+			if (c->report >= 0)
+				read_report(c); /* before EXITED comes STARTED */
+			else
+				pump_output(c);
+			break;
+		}
+	}
+	if (program_pid == 0 && program_fd >= 0)
+		end(EXIT_LOST); /* the stub was killed before it became the program */
+}
+
+/* -- frames in */
+
+static void handle(unsigned type, uint32_t id, const unsigned char *payload, size_t size)
+{
+	struct channel *c = find_channel(id);
+
+	switch (type) {
+	case F_SPAWN:
+		spawn(id, payload, size);
+		return;
+	case F_SHUTDOWN:
+		end(0);
+	case F_STDIN:
+		if (c)
+			take_input(c, payload, size);
+		return;
+	case F_STDIN_CLOSE:
+		if (c) {
+			c->closing = 1;
+			pump_input(c);
+		}
+		return;
+	case F_CREDIT:
+		if (size != 4)
+			end(EXIT_LOST);
+		if (c) {
+			uint32_t credit = get32(payload);
+			if (credit > WINDOW - c->window)
+				end(EXIT_LOST);
+			c->window += credit;
+			pump_output(c);
+		}
+		return;
+	case F_SIGNAL:
+		if (size != 4)
+			end(EXIT_LOST);
+		if (c && c->pid > 0 && get32(payload) < NSIG)
+			kill(c->pid, (int)get32(payload));
+		return;
+	case F_RESIZE:
+		if (size != 4)
+			end(EXIT_LOST);
+		if (c && c->tty && c->out >= 0) {
+			struct winsize w = {get16(payload), get16(payload + 2), 0, 0};
+			ioctl(c->out, TIOCSWINSZ, &w);
+		}
+		return;
+	}
+	end(EXIT_LOST);
+}
+
+static unsigned char *in_buffer;
+static size_t in_size, in_room;
+
+static void read_host(void)
+{
+	size_t at = 0;
+
+	if (in_room - in_size < MAX_DATA + HEADER_SIZE) {
+		in_room = in_size + 2 * (MAX_DATA + HEADER_SIZE);
+		in_buffer = realloc(in_buffer, in_room);
+		if (!in_buffer)
+			end(EXIT_LOST);
+	}
+	ssize_t n = read(host, in_buffer + in_size, in_room - in_size);
+	if (n < 0 && (errno == EINTR || errno == EAGAIN))
+		return;
+	if (n <= 0)
+		end(EXIT_LOST);
+	in_size += (size_t)n;
+	while (in_size - at >= HEADER_SIZE) {
+		const unsigned char *h = in_buffer + at;
+		uint32_t size = get32(h), type = get16(h + 4);
+		if (size > (type == F_SPAWN ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
+			end(EXIT_LOST);
+		if (in_size - at < HEADER_SIZE + size)
+			break;
+		handle(type, get32(h + 8), h + HEADER_SIZE, size);
+		at += HEADER_SIZE + size;
+	}
+	memmove(in_buffer, in_buffer + at, in_size - at);
+	in_size -= at;
+}
+
+static void read_signals(int fd)
+{
+	struct signalfd_siginfo info[8];
+
+	while (read(fd, info, sizeof info) > 0)
+		;
+	reap();
+}
+
+static void dispatch(const struct epoll_event *e, int signals)
+{
+	struct channel *c = &channels[e->data.u64 >> 8];
+
+	switch ((enum part)(e->data.u64 & 0xff)) {
+	case P_HOST:
+		read_host();
+		return;
+	case P_SIGNALS:
+		read_signals(signals);
+		return;
+	case P_REPORT:
+		if (c->used && c->report >= 0)
+			read_report(c);
+		return;
+	case P_IN:
+		if (c->used)
+			pump_input(c);
+		return;
+	case P_OUT:
+		if (c->used && c->tty && (e->events & EPOLLOUT))
+			pump_input(c);
+		/* fall through */
+	case P_ERR:
+		if (c->used)
+			pump_output(c);
+		return;
+	}
+}
+
+static void __attribute__((noreturn)) serve(void)
+{
+	unsigned char hello[HEADER_SIZE + 8];
+	struct epoll_event events[16];
+	int signals;
+
+	sigemptyset(&watched_signals);
+	sigaddset(&watched_signals, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &watched_signals, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	signals = signalfd(-1, &watched_signals, SFD_CLOEXEC | SFD_NONBLOCK);
+	epoll = epoll_create1(EPOLL_CLOEXEC);
+	if (signals < 0 || epoll < 0)
+		end(EXIT_LOST);
+	for (int i = 0; i < MAX_CHANNELS; i++)
+		channels[i].in = channels[i].out = channels[i].err = channels[i].report = -1;
+	watch(host, EPOLLIN, 0, P_HOST);
+	watch(signals, EPOLLIN, 0, P_SIGNALS);
+	put_header(hello, F_HELLO, 0, 8);
+	put32(hello + HEADER_SIZE, PROTOCOL_VERSION);
+	put32(hello + HEADER_SIZE + 4, 0);
+	write_all(hello, sizeof hello);
+	reap(); /* a stub that died before SIGCHLD was blocked */
+	for (;;) {
+		int n = epoll_wait(epoll, events, 16, -1);
+		for (int i = 0; i < n; i++)
+			dispatch(&events[i], signals);
+	}
+}
+
+static int number(const char *arg, const char *name, int *out)
+{
+	size_t length = strlen(name);
+	char *rest;
+
+	if (strncmp(arg, name, length))
+		return 0;
+	long value = strtol(arg + length, &rest, 10);
+	if (*rest || rest == arg + length || value < 0 || value > INT_MAX)
+		return 0;
+	*out = (int)value;
+	return 1;
+}
+
+static void keep_only(int first, int second)
+{
+	int low = first < second || second < 0 ? first : second, high = first < second ? second : first;
+
+	if (second < 0)
+		high = first;
+	syscall(SYS_close_range, (unsigned)high + 1, ~0u, 0u);
+	if (high > low + 1)
+		syscall(SYS_close_range, (unsigned)low + 1, (unsigned)high - 1, 0u);
+	if (low > 3)
+		syscall(SYS_close_range, 3u, (unsigned)low - 1, 0u);
+}
+
+int main(int argc, char **argv)
+{
+	int serving = 0, stub = 0, pid = 0, null;
+
+	if (argc >= 3 && !strcmp(argv[1], "--applet"))
+		return applet_main(argc - 2, argv + 2);
+	for (int i = 1; i < argc; i++) {
+		if (!strcmp(argv[i], "--serve"))
+			serving = 1;
+		else if (!strcmp(argv[i], "--stub"))
+			stub = 1;
+		else if (!strcmp(argv[i], "--sync"))
+			sync_at_end = 1;
+		else if (!number(argv[i], "--fd=", &host) && !number(argv[i], "--program-fd=", &program_fd) &&
+			 !number(argv[i], "--program-pid=", &pid)) {
+			fprintf(stderr, "nagaya-agent: unknown argument '%s'\n", argv[i]);
+			return 2;
+		}
+	}
+	if (serving == stub || host < 0 || (program_fd >= 0) != (pid > 0)) {
+		fprintf(stderr, "usage: nagaya-agent --serve --fd=N [--sync] [--program-fd=M --program-pid=P]\n"
+				"       nagaya-agent --stub --fd=N\n"
+				"       nagaya-agent --applet stat|ps|tar-out|tar-in ARG...\n");
+		return 2;
+	}
+	while ((null = open("/dev/null", O_RDWR)) >= 0 && null < 3)
+		; /* without the standard descriptors, a program's pipes would land on 0 to 2 */
+	prctl(PR_SET_NAME, "nagaya-agent", 0, 0, 0);
+	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* nobody inside looks into us, or at the file we run from */
+	keep_only(host, program_fd);
+	fcntl(host, F_SETFD, FD_CLOEXEC);
+	if (stub)
+		stub_become(host);
+	program_pid = pid;
+	if (program_fd >= 0)
+		fcntl(program_fd, F_SETFD, FD_CLOEXEC);
+	serve();
+}

@@ -1,0 +1,75 @@
+/* What binds a program: limits, identity, capabilities, seccomp. Raw system calls: a static program needs no libcap. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "proto.h"
+#include "spawn.h"
+
+int policy_apply_rlimits(const struct spawn *s)
+{
+	for (size_t i = 0; i < s->rlimit_count; i++) {
+		const struct rlimit_field *f = &s->rlimits[i];
+		uint64_t pair[2] = {f->soft, f->hard}; /* struct rlimit64; the host has said before whether it may be raised */
+		if (syscall(SYS_prlimit64, 0, f->resource, pair, NULL) && errno != EPERM)
+			return -1;
+	}
+	return 0;
+}
+
+static int set_capabilities(uint64_t effective, uint64_t permitted)
+{
+	struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct data[2] = {
+		{(uint32_t)effective, (uint32_t)permitted, 0},
+		{(uint32_t)(effective >> 32), (uint32_t)(permitted >> 32), 0},
+	};
+	return (int)syscall(SYS_capset, &header, data);
+}
+
+static uint64_t permitted_now(void)
+{
+	struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct data[2] = {{0, 0, 0}, {0, 0, 0}};
+
+	if (syscall(SYS_capget, &header, data))
+		return 0;
+	return data[0].permitted | (uint64_t)data[1].permitted << 32;
+}
+
+int policy_apply_identity(const struct identity *id, uint64_t caps, int applet)
+{
+	/* An applet is the agent's own code: as the asked-for user, with all that the agent may do. */
+	if (!applet)
+		for (int cap = 0; cap < 64; cap++)
+			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) && errno != EINVAL)
+				return -1; /* EINVAL: beyond this kernel's last capability */
+	if (setgroups(id->group_count, id->groups) && !(errno == EPERM && id->group_count == 0))
+		return -1;
+	if (setresgid(id->gid, id->gid, id->gid))
+		return -1;
+	/* Leaving uid 0 clears permitted and effective by itself (capabilities(7)); execve as uid 0 regains the bounding set. */
+	if (setresuid(id->uid, id->uid, id->uid))
+		return -1;
+	if (id->uid != 0 || applet)
+		return 0;
+	caps &= permitted_now();
+	return set_capabilities(caps, caps);
+}
+
+int policy_apply_seccomp(const struct spawn *s)
+{
+	if ((s->flags & SF_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -1;
+	if (!s->seccomp_size)
+		return 0;
+	struct sock_fprog program = {(unsigned short)(s->seccomp_size / 8), (struct sock_filter *)(uintptr_t)s->seccomp};
+	return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program);
+}

@@ -1,0 +1,412 @@
+/* tar-out PATH [--follow]: a pax archive of a file or tree on standard output.
+ *
+ * A file that shrinks while it is read is padded, one that grows is cut: the archive stays whole, the exit status is 1. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#include "spawn.h"
+#include "tar.h"
+
+#define OUT_SIZE (256 << 10)
+#define MAX_DEPTH 1024
+#define RECORD (20 * BLOCK)
+
+struct text {
+	char *bytes;
+	size_t size, room;
+};
+
+struct link {
+	dev_t dev;
+	ino_t ino;
+	char *name;
+	struct link *next;
+};
+
+static unsigned char out[OUT_SIZE];
+static size_t out_used;
+static uint64_t out_total;
+static struct link *links[4096];
+static int problems;
+
+static void complain(const char *path, int error)
+{
+	fprintf(stderr, "%s: %s\n", path, strerror(error));
+	problems = 1;
+}
+
+static void __attribute__((noreturn)) give_up(const char *what)
+{
+	fprintf(stderr, "%s: %s\n", what, strerror(errno));
+	_exit(1);
+}
+
+static void flush_out(void)
+{
+	for (size_t at = 0; at < out_used;) {
+		ssize_t n = write(1, out + at, out_used - at);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			give_up("standard output");
+		at += (size_t)n;
+	}
+	out_used = 0;
+}
+
+static void put(const void *bytes, size_t size)
+{
+	const unsigned char *p = bytes;
+
+	out_total += size;
+	while (size) {
+		size_t n = OUT_SIZE - out_used < size ? OUT_SIZE - out_used : size;
+		if (p) {
+			memcpy(out + out_used, p, n);
+			p += n;
+		} else
+			memset(out + out_used, 0, n);
+		out_used += n;
+		size -= n;
+		if (out_used == OUT_SIZE)
+			flush_out();
+	}
+}
+
+static void put_padding(uint64_t size)
+{
+	put(NULL, (size_t)(-size & (BLOCK - 1)));
+}
+
+static void append(struct text *t, const void *bytes, size_t size)
+{
+	if (t->room - t->size <= size) {
+		t->room = 2 * t->room + size + 64;
+		t->bytes = realloc(t->bytes, t->room);
+		if (!t->bytes)
+			give_up("memory");
+	}
+	if (size)
+		memcpy(t->bytes + t->size, bytes, size);
+	t->size += size;
+	t->bytes[t->size] = 0;
+}
+
+/* A pax record: "LENGTH KEY=VALUE\n", where LENGTH counts itself. */
+static void pax_record(struct text *t, const char *key, const void *value, size_t size)
+{
+	size_t body = strlen(key) + size + 3, length = body + 1, digits;
+	char head[32];
+
+	do {
+		digits = (size_t)snprintf(head, sizeof head, "%zu", length);
+		if (digits + body == length)
+			break;
+		length = digits + body;
+	} while (1);
+	append(t, head, digits);
+	append(t, " ", 1);
+	append(t, key, strlen(key));
+	append(t, "=", 1);
+	append(t, value, size);
+	append(t, "\n", 1);
+}
+
+static void pax_number(struct text *t, const char *key, uint64_t value)
+{
+	char digits[32];
+
+	pax_record(t, key, digits, (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)value));
+}
+
+static void octal(char *field, size_t size, uint64_t value)
+{
+	uint64_t limit = size >= 22 ? UINT64_MAX : ((uint64_t)1 << 3 * (size - 1)) - 1;
+
+	snprintf(field, size, "%0*llo", (int)size - 1, (unsigned long long)(value > limit ? limit : value));
+}
+
+static void put_header(const char *name, const struct stat *st, char type, uint64_t size, const char *target)
+{
+	struct header h;
+
+	memset(&h, 0, sizeof h);
+	memcpy(h.name, name, strnlen(name, sizeof h.name));
+	octal(h.mode, sizeof h.mode, st->st_mode & 07777);
+	octal(h.uid, sizeof h.uid, st->st_uid);
+	octal(h.gid, sizeof h.gid, st->st_gid);
+	octal(h.size, sizeof h.size, size);
+	octal(h.mtime, sizeof h.mtime, st->st_mtim.tv_sec < 0 ? 0 : (uint64_t)st->st_mtim.tv_sec);
+	h.typeflag = type;
+	memcpy(h.linkname, target, strnlen(target, sizeof h.linkname));
+	memcpy(h.magic, "ustar", 6);
+	memcpy(h.version, "00", 2);
+	if (type == '3' || type == '4') {
+		octal(h.devmajor, sizeof h.devmajor, major(st->st_rdev));
+		octal(h.devminor, sizeof h.devminor, minor(st->st_rdev));
+	}
+	snprintf(h.chksum, sizeof h.chksum, "%06o", header_sum(&h));
+	h.chksum[7] = ' ';
+	put(&h, sizeof h);
+}
+
+static void pax_xattrs(struct text *t, const char *proc_path)
+{
+	static char names[64 << 10], value[64 << 10];
+	ssize_t size = listxattr(proc_path, names, sizeof names);
+
+	for (char *name = names; size > 0 && name < names + size; name += strlen(name) + 1) {
+		char key[300];
+		ssize_t n = getxattr(proc_path, name, value, sizeof value);
+		if (n >= 0 && (size_t)snprintf(key, sizeof key, "SCHILY.xattr.%s", name) < sizeof key)
+			pax_record(t, key, value, (size_t)n);
+	}
+}
+
+/* What does not fit a ustar header goes into an extended one before it. */
+static void put_entry(const char *name, const struct stat *st, char type, uint64_t size, const char *target, struct text *pax)
+{
+	if (strlen(name) > sizeof ((struct header *)0)->name)
+		pax_record(pax, "path", name, strlen(name));
+	if (strlen(target) > sizeof ((struct header *)0)->linkname)
+		pax_record(pax, "linkpath", target, strlen(target));
+	if (size > 077777777777ULL)
+		pax_number(pax, "size", size);
+	if (st->st_uid > 07777777)
+		pax_number(pax, "uid", st->st_uid);
+	if (st->st_gid > 07777777)
+		pax_number(pax, "gid", st->st_gid);
+	if (st->st_mtim.tv_nsec || st->st_mtim.tv_sec < 0) {
+		char stamp[48];
+		pax_record(pax, "mtime", stamp,
+			   (size_t)snprintf(stamp, sizeof stamp, "%lld.%09ld", (long long)st->st_mtim.tv_sec, st->st_mtim.tv_nsec));
+	}
+	if (pax->size) {
+		struct stat plain = {.st_mode = 0644};
+		put_header("@PaxHeader", &plain, 'x', pax->size, "");
+		put(pax->bytes, pax->size);
+		put_padding(pax->size);
+	}
+	put_header(name, st, type, size, target);
+	free(pax->bytes);
+}
+
+/* Exactly `size` bytes from `offset` on, whatever has become of the file. */
+static void put_range(int fd, const char *name, off_t offset, uint64_t size)
+{
+	static unsigned char chunk[128 << 10];
+
+	while (size) {
+		ssize_t n = pread(fd, chunk, size < sizeof chunk ? (size_t)size : sizeof chunk, offset);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0) {
+			complain(name, n < 0 ? errno : ENODATA); /* it shrank */
+			while (size) {
+				size_t part = size < sizeof chunk ? (size_t)size : sizeof chunk;
+				put(NULL, part);
+				size -= part;
+			}
+			return;
+		}
+		put(chunk, (size_t)n);
+		offset += n;
+		size -= (uint64_t)n;
+	}
+}
+
+/* The data segments of a file with holes as GNU's sparse map 1.0: "COUNT\nOFFSET\nSIZE\n…". 0 when it has none. */
+static int sparse_map(int fd, const struct stat *st, struct text *map, uint64_t *data_size)
+{
+	struct text body = {0};
+	size_t count = 0;
+	off_t at = 0;
+	char line[64];
+
+	*data_size = 0;
+	if ((uint64_t)st->st_blocks * 512 >= (uint64_t)st->st_size)
+		return 0;
+	while (at < st->st_size) {
+		off_t start = lseek(fd, at, SEEK_DATA);
+		if (start < 0 && errno == ENXIO)
+			break;
+		off_t stop = start < 0 ? -1 : lseek(fd, start, SEEK_HOLE);
+		if (stop < 0) {
+			free(body.bytes);
+			return 0; /* this file system does not tell */
+		}
+		if (stop > st->st_size)
+			stop = st->st_size;
+		append(&body, line, (size_t)snprintf(line, sizeof line, "%lld\n%lld\n", (long long)start, (long long)(stop - start)));
+		*data_size += (uint64_t)(stop - start);
+		count++;
+		at = stop;
+	}
+	append(&body, line, (size_t)snprintf(line, sizeof line, "%lld\n0\n", (long long)st->st_size)); /* ends a trailing hole */
+	append(map, line, (size_t)snprintf(line, sizeof line, "%zu\n", count + 1));
+	append(map, body.bytes, body.size);
+	free(body.bytes);
+	while (map->size % BLOCK)
+		append(map, "", 1);
+	return 1;
+}
+
+static void put_sparse(int fd, const char *name, const struct stat *st, struct text *map, uint64_t data_size, struct text *pax)
+{
+	char stored[4300];
+	const char *slash = strrchr(name, '/');
+	long long start, size;
+
+	pax_record(pax, "GNU.sparse.major", "1", 1);
+	pax_record(pax, "GNU.sparse.minor", "0", 1);
+	pax_record(pax, "GNU.sparse.name", name, strlen(name));
+	pax_number(pax, "GNU.sparse.realsize", (uint64_t)st->st_size);
+	snprintf(stored, sizeof stored, "%.*sGNUSparseFile.0/%s", slash ? (int)(slash - name) + 1 : 0, name,
+		 slash ? slash + 1 : name);
+	put_entry(stored, st, '0', map->size + data_size, "", pax);
+	put(map->bytes, map->size);
+	char *line = strchr(map->bytes, '\n') + 1;
+	while (sscanf(line, "%lld\n%lld\n", &start, &size) == 2) {
+		put_range(fd, name, start, (uint64_t)size);
+		line = strchr(strchr(line, '\n') + 1, '\n') + 1;
+	}
+	put_padding(data_size);
+}
+
+static void put_file(const char *proc_path, const char *name, struct text *pax)
+{
+	int fd = open(proc_path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	struct text map = {0};
+	struct stat st;
+	uint64_t data_size;
+
+	if (fd < 0 || fstat(fd, &st)) {
+		complain(name, errno);
+		free(pax->bytes);
+	} else if (sparse_map(fd, &st, &map, &data_size)) {
+		put_sparse(fd, name, &st, &map, data_size, pax);
+	} else {
+		put_entry(name, &st, '0', (uint64_t)st.st_size, "", pax);
+		put_range(fd, name, 0, (uint64_t)st.st_size);
+		put_padding((uint64_t)st.st_size);
+	}
+	free(map.bytes);
+	if (fd >= 0)
+		close(fd);
+}
+
+/* The name under which this inode was archived before, or NULL after remembering it. */
+static const char *earlier_link(const struct stat *st, const char *name)
+{
+	struct link **slot = &links[(st->st_ino ^ st->st_dev) % (sizeof links / sizeof *links)], *l;
+
+	for (l = *slot; l; l = l->next)
+		if (l->ino == st->st_ino && l->dev == st->st_dev)
+			return l->name;
+	l = malloc(sizeof *l);
+	if (!l)
+		give_up("memory");
+	*l = (struct link){st->st_dev, st->st_ino, strdup(name), *slot};
+	*slot = l;
+	return NULL;
+}
+
+static void walk(int parent, const char *entry, const char *name, int follow, int depth);
+
+static void put_directory(int parent, const char *entry, const char *name, const struct stat *st, int follow, int depth, struct text *pax)
+{
+	char child[4096], slashed[4097];
+	struct dirent *e;
+	int fd = openat(parent, entry, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (follow ? 0 : O_NOFOLLOW));
+	DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+
+	snprintf(slashed, sizeof slashed, "%s/", name);
+	put_entry(slashed, st, '5', 0, "", pax);
+	if (!dir || depth > MAX_DEPTH) {
+		complain(name, dir ? ELOOP : errno);
+		if (dir)
+			closedir(dir);
+		else if (fd >= 0)
+			close(fd);
+		return;
+	}
+	while ((e = readdir(dir))) {
+		if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))
+			continue;
+		if ((size_t)snprintf(child, sizeof child, "%s/%s", name, e->d_name) >= sizeof child)
+			complain(name, ENAMETOOLONG);
+		else
+			walk(dirfd(dir), e->d_name, child, 0, depth + 1);
+	}
+	closedir(dir);
+}
+
+static void walk(int parent, const char *entry, const char *name, int follow, int depth)
+{
+	char proc_path[64], target[4096];
+	struct text pax = {0};
+	const char *link;
+	struct stat st;
+	int fd = openat(parent, entry, O_PATH | O_CLOEXEC | (follow ? 0 : O_NOFOLLOW));
+
+	if (fd < 0 || fstat(fd, &st)) {
+		complain(name, errno);
+		if (fd >= 0)
+			close(fd);
+		return;
+	}
+	snprintf(proc_path, sizeof proc_path, "/proc/self/fd/%d", fd);
+	if (!S_ISLNK(st.st_mode) && !S_ISSOCK(st.st_mode))
+		pax_xattrs(&pax, proc_path);
+	if (!S_ISDIR(st.st_mode) && st.st_nlink > 1 && (link = earlier_link(&st, name))) {
+		free(pax.bytes);
+		pax = (struct text){0};
+		put_entry(name, &st, '1', 0, link, &pax);
+	} else if (S_ISREG(st.st_mode)) {
+		put_file(proc_path, name, &pax);
+	} else if (S_ISDIR(st.st_mode)) {
+		put_directory(parent, entry, name, &st, follow, depth, &pax);
+	} else if (S_ISLNK(st.st_mode)) {
+		ssize_t n = readlinkat(fd, "", target, sizeof target - 1);
+		target[n < 0 ? 0 : n] = 0;
+		put_entry(name, &st, '2', 0, target, &pax);
+	} else if (S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode) || S_ISFIFO(st.st_mode)) {
+		put_entry(name, &st, S_ISCHR(st.st_mode) ? '3' : S_ISBLK(st.st_mode) ? '4' : '6', 0, "", &pax);
+	} else
+		free(pax.bytes); /* a socket means nothing elsewhere */
+	close(fd);
+}
+
+int applet_tar_out(int argc, char **argv)
+{
+	int follow = argc == 3 && !strcmp(argv[2], "--follow");
+	char path[4096];
+	size_t length;
+
+	if (argc != 2 + follow || strlen(argv[1]) >= sizeof path) {
+		fprintf(stderr, "usage: tar-out PATH [--follow]\n");
+		return 2;
+	}
+	strcpy(path, argv[1]);
+	length = strlen(path);
+	int contents = length >= 2 && !strcmp(path + length - 2, "/.");
+	while (length > 1 && path[length - 1] == '/')
+		path[--length] = 0;
+	const char *name = strrchr(path, '/');
+	name = contents || !strcmp(path, "/") ? "." : name ? name + 1 : path;
+	walk(AT_FDCWD, path, name, follow || contents, 0);
+	put(NULL, 2 * BLOCK);
+	put(NULL, (size_t)((RECORD - out_total % RECORD) % RECORD));
+	flush_out();
+	return problems;
+}
