@@ -1,7 +1,6 @@
 /* What binds a program: limits, identity, capabilities, seccomp. Raw system calls: a static program needs no libcap. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <grp.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -48,15 +47,16 @@ int policy_apply_identity(const struct identity *id, uint64_t caps, int applet)
 {
 	/* An applet is the agent's own code: as the asked-for user, with all that the agent may do. */
 	if (!applet)
-		for (int cap = 0; cap < 64; cap++)
-			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) && errno != EINVAL)
-				return -1; /* EINVAL: beyond this kernel's last capability */
-	if (setgroups(id->group_count, id->groups) && !(errno == EPERM && id->group_count == 0))
+		for (int cap = 0; cap < 64 && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0))
+				return -1;
+	/* Raw calls: the C library's own go round every thread, which a forked child does not have. */
+	if (syscall(SYS_setgroups, id->group_count, id->groups) && !(errno == EPERM && id->group_count == 0))
 		return -1;
-	if (setresgid(id->gid, id->gid, id->gid))
+	if (syscall(SYS_setresgid, id->gid, id->gid, id->gid))
 		return -1;
 	/* Leaving uid 0 clears permitted and effective by itself (capabilities(7)); execve as uid 0 regains the bounding set. */
-	if (setresuid(id->uid, id->uid, id->uid))
+	if (syscall(SYS_setresuid, id->uid, id->uid, id->uid))
 		return -1;
 	if (id->uid != 0 || applet)
 		return 0;

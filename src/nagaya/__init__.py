@@ -1,12 +1,12 @@
 """Nagaya: isolated Linux machines from one image, behind walls of the thickness that you pick.
 
-    import nagaya
+import nagaya
 
-    host = nagaya.Host()
-    machine = host.machines.create(nagaya.CreateOptions("debian", command=("sleep", "600")))
-    machine.start()
-    print(machine.run(["cat", "/etc/os-release"]).stdout.decode())
-    machine.remove(force=True)
+host = nagaya.Host()
+machine = host.machines.create(nagaya.CreateOptions("debian", command=("sleep", "600")))
+machine.start()
+print(machine.run(["cat", "/etc/os-release"]).stdout.decode())
+machine.remove(force=True)
 """
 
 from __future__ import annotations

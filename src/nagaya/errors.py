@@ -74,9 +74,7 @@ class HostError(NagayaError):
         elif not hint and error.errno in (numbers.EPERM, numbers.EACCES):
             hint = "run it as root, or check the owner and mode of the path"
         where = f" ({path})" if path else ""
-        return cls(
-            f"{operation}: {reason}{where}", hint=hint, operation=operation, path=path, errno=error.errno or 0
-        )
+        return cls(f"{operation}: {reason}{where}", hint=hint, operation=operation, path=path, errno=error.errno or 0)
 
 
 class LaunchError(NagayaError):
@@ -84,9 +82,7 @@ class LaunchError(NagayaError):
 
     kind = "launch"
 
-    def __init__(
-        self, message: str, *, hint: str = "", command: str = "", status: int = 0, log_tail: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, hint: str = "", command: str = "", status: int = 0, log_tail: str = "") -> None:
         super().__init__(message, hint=hint)
         self.command = command
         self.status = status

@@ -49,7 +49,7 @@ def accept(listener: int) -> int:
     """The next connection's descriptor, close-on-exec. Raises `BlockingIOError` when there is none."""
     wrapped = _socket.socket(fileno=listener)
     try:
-        fd, _ = wrapped._accept()
+        fd, _ = wrapped._accept()  # type: ignore[attr-defined]  # what socket.accept itself calls
     finally:
         wrapped.detach()
     os.set_inheritable(fd, False)

@@ -160,7 +160,9 @@ class Attachment:
             except ConnectionResetError:
                 data = b""
             if not data:
-                raise RemoteError("the machine's supervisor was killed, and the machine with it", hint="see 'nagaya ps -a'")
+                raise RemoteError(
+                    "the machine's supervisor was killed, and the machine with it", hint="see 'nagaya ps -a'"
+                )
             frames = self._decoder.feed(data)
         return [event for frame in frames if (event := self._event(frame)) is not None]
 
@@ -222,5 +224,3 @@ class Attachment:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-

@@ -111,7 +111,9 @@ def copy_in(machine: Machine, source: str, target: str, *, follow_links: bool, a
     def make_archive() -> None:
         try:
             with os.fdopen(write, "wb", buffering=1 << 20) as stream:
-                with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=follow_links) as tar:
+                with tarfile.open(
+                    fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=follow_links
+                ) as tar:
                     tar.add(os.path.normpath(source) if contents else source.rstrip("/") or "/", arcname=name)
         except BrokenPipeError:
             pass  # the agent gave up, and says why itself
@@ -243,7 +245,9 @@ def _offline(
 ) -> AbstractContextManager[Callable[[Callable[[bytes], object], Callable[[int], bytes] | None], tuple[int, str]]]:
     engine = open_engine(machine.spec.type)
     if "offline" not in engine.capabilities:
-        raise Unsupported(f"a machine of type '{machine.spec.type}' must run for 'cp'", hint=f"nagaya start {machine.name}")
+        raise Unsupported(
+            f"a machine of type '{machine.spec.type}' must run for 'cp'", hint=f"nagaya start {machine.name}"
+        )
     from nagaya.manager.offline import open_offline
 
     return open_offline(machine, argv)

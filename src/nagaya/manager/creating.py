@@ -100,7 +100,9 @@ def check_options(options: CreateOptions) -> None:
         raise UsageError(f"there is no signal {options.stop_signal}")
     limits = options.limits
     if limits.memory_bytes and limits.memory_bytes < SMALLEST_MEMORY:
-        raise UsageError("the memory limit is below the smallest that a machine can start with, 6 MiB", hint="for example -m 64m")
+        raise UsageError(
+            "the memory limit is below the smallest that a machine can start with, 6 MiB", hint="for example -m 64m"
+        )
     if limits.cpus_milli < 0 or limits.cpus_milli > 1000 * (os.cpu_count() or 1):
         raise UsageError(
             f"--cpus {limits.cpus_milli / 1000:g} is not between 0 and the {os.cpu_count()} CPUs of this host"
@@ -122,7 +124,9 @@ def _check_texts(options: CreateOptions) -> None:
     if options.workdir is not None and not options.workdir.startswith("/"):
         raise UsageError(f"the working directory '{options.workdir}' is not an absolute path")
     hostname = options.hostname
-    if hostname and (len(hostname) > 63 or not hostname.replace("-", "").replace(".", "").isalnum() or hostname[0] == "-"):
+    if hostname and (
+        len(hostname) > 63 or not hostname.replace("-", "").replace(".", "").isalnum() or hostname[0] == "-"
+    ):
         raise UsageError(f"'{hostname}' is not a valid host name", hint="letters, digits, '-' and '.', at most 63")
 
 
@@ -136,7 +140,9 @@ def _check_mounts(mounts: tuple[Mount, ...]) -> None:
             raise UsageError(f"two mounts have the same target '{target}'")
         seen.add(target)
         if mount.propagation not in PROPAGATIONS:
-            raise UsageError(f"unknown mount propagation '{mount.propagation}'", hint=f"one of: {', '.join(PROPAGATIONS)}")
+            raise UsageError(
+                f"unknown mount propagation '{mount.propagation}'", hint=f"one of: {', '.join(PROPAGATIONS)}"
+            )
 
 
 def _argv(options: CreateOptions, config: ImageConfig) -> tuple[str, ...]:
@@ -163,7 +169,9 @@ def _image_volumes(options: CreateOptions, config: ImageConfig) -> tuple[Mount, 
     """Volumes that the image declares and the caller did not mount over, as anonymous ones without a name yet."""
     given = {os.path.normpath(mount.target) for mount in options.mounts}
     return tuple(
-        Mount("volume", "", target, anonymous=True) for target in config.volumes if os.path.normpath(target) not in given
+        Mount("volume", "", target, anonymous=True)
+        for target in config.volumes
+        if os.path.normpath(target) not in given
     )
 
 

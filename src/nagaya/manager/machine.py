@@ -284,9 +284,7 @@ class Machine:
         require("stats", self.state.phase, self.name)
         return from_data(Stats, self._ask("stats"), what="stats")
 
-    def logs(
-        self, *, follow: bool = False, since_ns: int = 0, until_ns: int = 0, tail: int = -1
-    ) -> Iterator[LogLine]:
+    def logs(self, *, follow: bool = False, since_ns: int = 0, until_ns: int = 0, tail: int = -1) -> Iterator[LogLine]:
         """Its output so far (the last `tail` lines of it), and with `follow` what comes until it ends."""
         from nagaya.manager.logs import read_logs  # lazy: only `logs` reads
 
@@ -414,4 +412,3 @@ class Machine:
 
 def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
-

@@ -16,6 +16,7 @@ from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths, make_directory
 
+builtins_list = list  # `Machines.list` hides the type's name from annotations in its own class
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.progress import Progress
@@ -90,7 +91,7 @@ class Machines:
                 found.append(Machine(self._paths, spec, store=self._store))
         return sorted(found, key=lambda machine: machine.spec.created_ns, reverse=True)
 
-    def prune(self) -> list[str]:
+    def prune(self) -> builtins_list[str]:
         """Remove all machines that do not run; answers their ids."""
         removed = []
         for machine in self.list():
@@ -104,7 +105,7 @@ class Machines:
 
     def image_ids(self) -> frozenset[str]:
         """Images that a machine needs."""
-        used = set()
+        used: set[str] = set()
         for machine_id in machines.ids(self._paths):
             try:
                 used.add(machines.load_spec(self._paths, machine_id).image_id)
@@ -114,7 +115,7 @@ class Machines:
 
     def volume_names(self) -> frozenset[str]:
         """Volumes that a machine uses."""
-        used = set()
+        used: set[str] = set()
         for machine_id in machines.ids(self._paths):
             try:
                 spec = machines.load_spec(self._paths, machine_id)
@@ -185,4 +186,3 @@ class Machines:
         from nagaya.manager.volumes import make_volumes  # lazy: most machines have none
 
         return spec._replace(mounts=make_volumes(self._paths, spec.mounts, lower))
-

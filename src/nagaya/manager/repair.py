@@ -128,5 +128,3 @@ def _sweep_names(paths: Paths) -> None:
             continue
         if not os.path.exists(paths.machine(machine_id)):
             machines.release_name(paths, name, machine_id)
-
-

@@ -11,6 +11,7 @@ import fcntl
 import os
 from struct import Struct
 from types import TracebackType
+from typing import Self
 
 # struct flock on 64-bit Linux: l_type, l_whence, (pad), l_start, l_len, l_pid (zero for OFD), (pad)
 _FLOCK = Struct("hh4xqqi4x")
@@ -54,7 +55,7 @@ class FileLock:
             os.close(self.fd)
             self.fd = -1
 
-    def __enter__(self) -> FileLock:
+    def __enter__(self) -> Self:
         if self.fd < 0:
             self.acquire()
         return self

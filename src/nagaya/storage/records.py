@@ -80,7 +80,9 @@ def load(path: str, cls: type[T]) -> T:
     try:
         data = json.loads(raw)
     except ValueError:
-        raise IntegrityError(f"{path}: not valid JSON", hint="the file was damaged; remove the machine with 'nagaya rm -f'") from None
+        raise IntegrityError(
+            f"{path}: not valid JSON", hint="the file was damaged; remove the machine with 'nagaya rm -f'"
+        ) from None
     return from_data(cls, data, what=path)
 
 

@@ -52,11 +52,19 @@ def plan_mounts(paths: Paths, spec: MachineSpec) -> tuple[MountPlan, ...]:
                 raise UsageError(f"the mount source '{source}' is not an absolute path")
             if not os.path.exists(source):
                 raise NotFound(
-                    f"the mount source '{source}' does not exist", hint=f"make it first, for example 'mkdir -p {source}'"
+                    f"the mount source '{source}' does not exist",
+                    hint=f"make it first, for example 'mkdir -p {source}'",
                 )
         plans.append(
             MountPlan(
-                kind, source, mount.target, mount.read_only, mount.propagation, mount.size_bytes, mount.mode, mount.options
+                kind,
+                source,
+                mount.target,
+                mount.read_only,
+                mount.propagation,
+                mount.size_bytes,
+                mount.mode,
+                mount.options,
             )
         )
     return tuple(sorted(plans, key=lambda plan: plan.target.rstrip("/").count("/")))

@@ -11,6 +11,7 @@ from nagaya.errors import Conflict, HostError, NagayaError
 from nagaya.model.spec import MachineSpec
 from nagaya.protocol import control
 from nagaya.storage import machines
+from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths
 
 
@@ -34,7 +35,7 @@ def run(paths: Paths, machine_id: str, launcher_fd: int, *, attach: bool, size: 
 
 
 def _serve(
-    paths: Paths, spec: MachineSpec, lock: machines.FileLock, launcher_fd: int, *, attach: bool, size: tuple[int, int]
+    paths: Paths, spec: MachineSpec, lock: FileLock, launcher_fd: int, *, attach: bool, size: tuple[int, int]
 ) -> int:
     from nagaya.supervisor.supervisor import Supervisor
 
@@ -91,5 +92,3 @@ def _leave_note(paths: Paths, spec: MachineSpec) -> None:
             file.write(time.strftime("%Y-%m-%dT%H:%M:%SZ\n", time.gmtime()) + traceback.format_exc())
     except OSError:
         pass  # the store is full or gone; the machine's end is recorded by the next command's repair
-
-

@@ -61,7 +61,10 @@ def _fork(paths: Paths, machine_id: str, ours: int, theirs: int, *, attach: bool
 def _execute(paths: Paths, machine_id: str, theirs: int, *, attach: bool, size: tuple[int, int]) -> None:
     """Execute `python -m nagaya.supervisor`; the intermediate exits at once, so no zombie is left to the caller."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     argv = [sys.executable, "-m", "nagaya.supervisor", paths.root, paths.run, machine_id]
     argv += ["1" if attach else "0", str(size[0]), str(size[1])]
     # The socket becomes the child's descriptor 3; a dup2 onto itself would keep close-on-exec, so it never is 3 here.

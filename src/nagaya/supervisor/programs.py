@@ -65,7 +65,9 @@ class Program:
     def feed(self, client: Client, data: bytes) -> None:
         """Input from a client; credit returns to it as the agent takes it."""
         if self._stdin_ending or not client.wants_stdin:
-            client.consumed_stdin(len(data))  # the program has no input (any more): swallow it, as a pipe's writer expects
+            client.consumed_stdin(
+                len(data)
+            )  # the program has no input (any more): swallow it, as a pipe's writer expects
             return
         self._stdin.append((client, data))
         self.pump_stdin()
@@ -110,9 +112,7 @@ class Programs:
         self._programs: dict[int, Program] = {}
         self._on_lost = on_lost
         self._problem: NagayaError | None = None
-        self._stream = Stream(
-            loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush
-        )
+        self._stream = Stream(loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush)
 
     def spawn(
         self,

@@ -26,7 +26,9 @@ def handle(machine: Supervisor, client: Client, request: dict[str, object]) -> N
     op = str(request.get("op"))
     call = _REQUESTS.get(op)
     if call is None:
-        raise RemoteError(f"control protocol: unknown request '{op}'", hint="the machine was started by another version")
+        raise RemoteError(
+            f"control protocol: unknown request '{op}'", hint="the machine was started by another version"
+        )
     call(machine, client, request)
 
 

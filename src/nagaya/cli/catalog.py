@@ -1,0 +1,144 @@
+"""The one table of commands: where each lives and what it is for, in one line. Only the one that runs is imported."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.cli.flags import Command
+
+# name -> ("module:NAME" below nagaya.cli.commands, summary)
+MACHINES: dict[str, tuple[str, str]] = {
+    "run": ("run:RUN", "Create a machine from an image and run a program in it"),
+    "exec": ("exec:EXEC", "Run a further program in a running machine"),
+    "ps": ("ps:PS", "List machines"),
+    "create": ("create:CREATE", "Create a machine without starting it"),
+    "start": ("start:START", "Start machines"),
+    "stop": ("stop:STOP", "Stop machines: their stop signal, then SIGKILL"),
+    "restart": ("stop:RESTART", "Stop machines and start them again"),
+    "kill": ("kill:KILL", "Send a signal to machines, SIGKILL unless told otherwise"),
+    "pause": ("pause:PAUSE", "Freeze all programs of machines"),
+    "unpause": ("pause:UNPAUSE", "Let paused machines go on"),
+    "wait": ("wait:WAIT", "Wait until machines end, and print their exit status"),
+    "rm": ("rm:RM", "Remove machines"),
+    "attach": ("attach:ATTACH", "Connect this terminal to a machine's program"),
+    "logs": ("logs:LOGS", "Show what a machine's program has written"),
+    "cp": ("cp:CP", "Copy files between a machine and this host"),
+    "top": ("top:TOP", "List the programs of a machine"),
+    "stats": ("stats:STATS", "Show what machines use of CPU, memory, network and disk"),
+    "inspect": ("inspect:INSPECT", "Show everything about machines, images or volumes"),
+    "rename": ("rename:RENAME", "Give a machine another name"),
+    "update": ("update:UPDATE", "Change limits and restart policy of machines"),
+    "diff": ("diff:DIFF", "Show what a machine has changed of its image"),
+    "commit": ("commit:COMMIT", "Make an image of what a machine has changed"),
+    "export": ("export:EXPORT", "Write a machine's files as a tar archive"),
+}
+IMAGES: dict[str, tuple[str, str]] = {
+    "images": ("images:IMAGES", "List images"),
+    "pull": ("pull:PULL", "Get an image from a registry, archive, directory or bootstrap source"),
+    "push": ("pull:PUSH", "Send an image to a registry, archive or directory"),
+    "rmi": ("rmi:RMI", "Remove images"),
+    "tag": ("tag:TAG", "Give an image a further name"),
+    "import": ("import_:IMPORT", "Make an image of a root file system: a tar archive or a directory"),
+    "save": ("save:SAVE", "Write images to an archive"),
+    "load": ("save:LOAD", "Read images from an archive"),
+    "history": ("history:HISTORY", "Show how an image was made"),
+    "login": ("login:LOGIN", "Keep credentials for a registry"),
+    "logout": ("login:LOGOUT", "Forget credentials for a registry"),
+}
+HOST: dict[str, tuple[str, str]] = {
+    "events": ("events:EVENTS", "Show what happens to machines, images and volumes"),
+    "prune": ("prune:PRUNE", "Remove what nothing uses: ended machines, images without a name"),
+    "version": ("version:VERSION", "Show the version of Nagaya and what it runs on"),
+    "completion": ("completion:COMPLETION", "Print a completion script for bash, zsh or fish"),
+}
+HIDDEN: dict[str, tuple[str, str]] = {
+    "__complete": ("completion:COMPLETE", "Print what may follow (for the completion scripts)"),
+}
+SECTIONS = (("Machines", MACHINES), ("Images", IMAGES), ("Host", HOST))
+
+# group -> (summary, {word: name of a command above, or "module:NAME"})
+GROUPS: dict[str, tuple[str, dict[str, str]]] = {
+    "machine": (
+        "The machine commands under one word",
+        {"ls": "ps", "prune": "prune:PRUNE_MACHINES", "inspect": "inspect:INSPECT_MACHINE"}
+        | {name: name for name in MACHINES if name not in ("ps", "inspect")},
+    ),
+    "image": (
+        "The image commands under one word",
+        {
+            "ls": "images", "rm": "rmi", "inspect": "inspect:INSPECT_IMAGE", "prune": "prune:PRUNE_IMAGES",
+            "pull": "pull", "push": "push", "tag": "tag", "import": "import", "save": "save", "load": "load",
+            "history": "history",
+        },
+    ),
+    "volume": (
+        "Create, list, inspect and remove volumes",
+        {
+            "create": "volume:CREATE", "ls": "volume:LS", "inspect": "inspect:INSPECT_VOLUME", "rm": "volume:RM",
+            "prune": "prune:PRUNE_VOLUMES",
+        },
+    ),
+}  # fmt: skip
+GROUP_SUMMARIES = {
+    "machine prune": "Remove machines that do not run",
+    "machine inspect": "Show everything about machines",
+    "image inspect": "Show everything about images",
+    "image prune": "Remove images that nothing uses",
+    "volume create": "Create a volume",
+    "volume ls": "List volumes",
+    "volume inspect": "Show everything about volumes",
+    "volume rm": "Remove volumes",
+    "volume prune": "Remove volumes that no machine uses",
+}
+_ALIASES = {"list": "ls", "remove": "rm"}  # second words that Docker's users also know
+_TOP_ALIASES = {"ls": "ps", "list": "ps"}
+
+
+def find(words: list[str]) -> tuple[str, str] | None:
+    """(full name, where it lives) of the command that `words` begins with; None when there is no such command."""
+    first = _TOP_ALIASES.get(words[0], words[0]) if words else ""
+    for section in (MACHINES, IMAGES, HOST, HIDDEN):
+        if first in section:
+            return first, section[first][0]
+    if first in GROUPS and len(words) > 1:
+        second = _ALIASES.get(words[1], words[1])
+        target = GROUPS[first][1].get(second)
+        if target is not None:
+            return f"{first} {second}", target if ":" in target else _place(target)
+    return None
+
+
+def _place(name: str) -> str:
+    for _, section in SECTIONS:
+        if name in section:
+            return section[name][0]
+    raise KeyError(name)
+
+
+def summary(full_name: str) -> str:
+    """The one line about a command, by its full name ("run", "volume ls")."""
+    if full_name in GROUP_SUMMARIES:
+        return GROUP_SUMMARIES[full_name]
+    name = full_name
+    if " " in full_name:
+        group, word = full_name.split(" ", 1)
+        name = GROUPS[group][1][word]
+    for section in (MACHINES, IMAGES, HOST, HIDDEN):
+        if name in section:
+            return section[name][1]
+    raise KeyError(full_name)
+
+
+def load(place: str) -> Command:
+    """Import a command."""
+    from importlib import import_module  # in sys.modules from the interpreter's start
+
+    module, _, name = place.partition(":")
+    command: Command = getattr(import_module(f"nagaya.cli.commands.{module}"), name)
+    return command
+
+
+def every() -> list[str]:
+    """The full name of every visible command."""
+    names = [name for _, section in SECTIONS for name in section]
+    return names + [f"{group} {word}" for group, (_, words) in GROUPS.items() for word in words]

@@ -1,0 +1,281 @@
+"""The host's end of the agent protocol, version 1 (docs/agent-protocol.md). No I/O: bytes in, events out, and back.
+
+The agent is a guest's process and hostile: every frame is checked against what the link knows, and the first
+violation raises `RemoteError`; the link must not be used after that.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+from nagaya.errors import RemoteError
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import Process
+from nagaya.protocol.frame import Decoder, Frame, encode
+
+VERSION = 1
+WINDOW = 256 << 10
+MAX_DATA = 64 << 10
+GRANT_AT = WINDOW // 4  # credit is returned in pieces of at least this, or when a program has paused
+
+HELLO = 1
+SPAWN = 2
+STARTED = 3
+SPAWN_FAILED = 4
+STDIN = 5
+STDIN_CLOSE = 6
+STDOUT = 7
+STDERR = 8
+CREDIT = 9
+SIGNAL = 10
+RESIZE = 11
+EXITED = 12
+SHUTDOWN = 13
+
+_ARG, _ENV, _CWD, _USER, _FLAGS, _SIZE, _CAPS, _SECCOMP, _RLIMIT = range(1, 10)
+_TTY, _STDIN, _MAIN, _APPLET, _NO_NEW_PRIVS, _DISCARD = 1, 2, 4, 8, 16, 32
+
+_FIELD = Struct("<HHI")
+_U32 = Struct("<I")
+_U64 = Struct("<Q")
+_PAIR = Struct("<II")
+_ROWS = Struct("<HH")
+_LIMIT = Struct("<IIQQ")
+
+
+class Hello(NamedTuple):
+    version: int
+    features: int
+
+
+class Started(NamedTuple):
+    channel: int
+    pid: int
+
+
+class SpawnFailed(NamedTuple):
+    """`status` is 125, 126 or 127; `text` is for a person."""
+
+    channel: int
+    status: int
+    errno: int
+    text: str
+
+
+class Output(NamedTuple):
+    """`stream` is 1 (stdout, or the terminal) or 2 (stderr)."""
+
+    channel: int
+    stream: int
+    data: bytes
+
+
+class StdinRoom(NamedTuple):
+    channel: int
+    room: int
+
+
+class Exited(NamedTuple):
+    channel: int
+    status: int
+
+
+Event = Hello | Started | SpawnFailed | Output | StdinRoom | Exited
+
+
+class _Channel:
+    __slots__ = ("input_room", "output_room", "owed", "started", "stdin_open")
+
+    def __init__(self, *, stdin: bool) -> None:
+        self.started = False
+        self.stdin_open = stdin
+        self.input_room = WINDOW  # bytes of standard input that we may still send
+        self.output_room = WINDOW  # bytes of output that the agent may still send
+        self.owed = 0  # consumed output whose credit has not been returned
+
+
+class AgentLink:
+    """The state of one connection. Methods queue frames; `outgoing` and `sent` move them to the stream."""
+
+    def __init__(self) -> None:
+        self._decoder = Decoder(max_payload=MAX_DATA)
+        self._queue = bytearray()
+        self._channels: dict[int, _Channel] = {}
+        self._next = 1
+        self._greeted = False
+
+    def spawn(
+        self, process: Process, policy: ProcessPolicy, *, main: bool = False, applet: bool = False, discard: bool = False
+    ) -> int:
+        """Ask for a program; answers its channel."""
+        channel = self._next
+        self._next = channel + 1 if channel < 0xFFFFFFFF else 1
+        self._channels[channel] = _Channel(stdin=process.stdin)
+        self._send(SPAWN, channel, spawn_payload(process, policy, main=main, applet=applet, discard=discard))
+        return channel
+
+    def stdin_room(self, channel: int) -> int:
+        """Bytes that `send_stdin` takes now; 0 for a channel that has ended."""
+        found = self._channels.get(channel)
+        return found.input_room if found is not None and found.stdin_open else 0
+
+    def send_stdin(self, channel: int, data: bytes) -> int:
+        """Queue input; answers how many bytes were taken. A program that has ended takes, and drops, all."""
+        found = self._channels.get(channel)
+        if found is None or not found.stdin_open:
+            return len(data)
+        taken = min(len(data), found.input_room)
+        for at in range(0, taken, MAX_DATA):
+            self._send(STDIN, channel, data[at : min(at + MAX_DATA, taken)])
+        found.input_room -= taken
+        return taken
+
+    def close_stdin(self, channel: int) -> None:
+        found = self._channels.get(channel)
+        if found is not None and found.stdin_open:
+            found.stdin_open = False
+            self._send(STDIN_CLOSE, channel)
+
+    def signal(self, channel: int, number: int) -> None:
+        if channel in self._channels:
+            self._send(SIGNAL, channel, _U32.pack(number))
+
+    def resize(self, channel: int, rows: int, columns: int) -> None:
+        if channel in self._channels:
+            self._send(RESIZE, channel, _ROWS.pack(rows & 0xFFFF, columns & 0xFFFF))
+
+    def grant(self, channel: int, count: int) -> None:
+        """The consumer is done with `count` bytes of output."""
+        found = self._channels.get(channel)
+        if found is None:
+            return
+        found.owed += count
+        # Below GRANT_AT the agent still has most of its window: its next output brings the rest of the debt along.
+        if found.owed >= GRANT_AT:
+            self._send(CREDIT, channel, _U32.pack(found.owed))
+            found.output_room += found.owed
+            found.owed = 0
+
+    def shutdown(self) -> None:
+        """Ask the agent to end the machine."""
+        self._send(SHUTDOWN, 0)
+
+    def outgoing(self) -> bytes:
+        """All that waits to be written."""
+        return bytes(self._queue)
+
+    def sent(self, count: int) -> None:
+        """The first `count` bytes of `outgoing` were written."""
+        del self._queue[:count]
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes from the agent. Raises `RemoteError` at a violation of the protocol."""
+        return [event for frame in self._decoder.feed(data) if (event := self._event(frame)) is not None]
+
+    def _send(self, type_: int, channel: int, payload: bytes = b"") -> None:
+        self._queue += encode(type_, channel, payload)
+
+    def _event(self, frame: Frame) -> Event | None:
+        if not self._greeted:
+            return self._hello(frame)
+        channel = self._channels.get(frame.channel)
+        if channel is None:
+            raise _violation(f"frame {frame.type} on channel {frame.channel}, which is not in use")
+        if frame.type in (STARTED, SPAWN_FAILED):
+            if channel.started:
+                raise _violation(f"frame {frame.type} for a program that runs")
+            return self._started(frame, channel) if frame.type == STARTED else self._failed(frame)
+        if frame.type == CREDIT:
+            return self._credit(frame, channel)
+        if frame.type in (STDOUT, STDERR):  # may overtake STARTED: the agent learns of both from different descriptors
+            return self._output(frame, channel)
+        if frame.type == EXITED and channel.started:
+            (status,) = _unpack(_U32, frame)
+            if status > 255:
+                raise _violation(f"exit status {status}")
+            del self._channels[frame.channel]
+            return Exited(frame.channel, status)
+        raise _violation(f"unexpected frame {frame.type}")
+
+    def _hello(self, frame: Frame) -> Event:
+        if frame.type != HELLO or frame.channel:
+            raise _violation(f"frame {frame.type} instead of HELLO")
+        version, features = _unpack(_PAIR, frame)
+        if version != VERSION:
+            raise RemoteError(f"the machine's agent speaks protocol {version}, and this Nagaya {VERSION}")
+        self._greeted = True
+        return Hello(version, features)
+
+    def _started(self, frame: Frame, channel: _Channel) -> Event:
+        (pid,) = _unpack(_U32, frame)
+        channel.started = True
+        return Started(frame.channel, pid)
+
+    def _failed(self, frame: Frame) -> Event:
+        if len(frame.payload) < _PAIR.size:
+            raise _violation("SPAWN_FAILED is too short")
+        status, errno = _PAIR.unpack_from(frame.payload)
+        if status not in (125, 126, 127):
+            raise _violation(f"SPAWN_FAILED with status {status}")
+        del self._channels[frame.channel]
+        text = frame.payload[_PAIR.size :][:1024].decode("utf-8", "replace")
+        return SpawnFailed(frame.channel, status, errno, "".join(c if c.isprintable() else "?" for c in text))
+
+    def _credit(self, frame: Frame, channel: _Channel) -> Event:
+        (count,) = _unpack(_U32, frame)
+        if count > WINDOW - channel.input_room:
+            raise _violation("credit for more input than was sent")
+        channel.input_room += count
+        return StdinRoom(frame.channel, channel.input_room)
+
+    def _output(self, frame: Frame, channel: _Channel) -> Event:
+        if len(frame.payload) > channel.output_room:
+            raise _violation("more output than the window")
+        channel.output_room -= len(frame.payload)
+        return Output(frame.channel, 1 if frame.type == STDOUT else 2, frame.payload)
+
+
+def spawn_payload(
+    process: Process, policy: ProcessPolicy, *, main: bool = False, applet: bool = False, discard: bool = False
+) -> bytes:
+    """SPAWN's fields."""
+    flags = (
+        (_TTY if process.tty else 0)
+        | (_STDIN if process.stdin else 0)
+        | (_MAIN if main else 0)
+        | (_APPLET if applet else 0)
+        | (_NO_NEW_PRIVS if policy.no_new_privileges else 0)
+        | (_DISCARD if discard else 0)
+    )
+    fields = [_field(_ARG, _encode(argument)) for argument in process.argv]
+    fields += [_field(_ENV, _encode(pair)) for pair in process.env]
+    fields += [
+        _field(_CWD, _encode(process.workdir)),
+        _field(_USER, _encode(process.user)),
+        _field(_FLAGS, _U32.pack(flags)),
+        _field(_SIZE, _ROWS.pack(process.rows & 0xFFFF, process.columns & 0xFFFF)),
+        _field(_CAPS, _U64.pack(policy.capabilities)),
+    ]
+    if policy.seccomp:
+        fields.append(_field(_SECCOMP, policy.seccomp))
+    fields += [_field(_RLIMIT, _LIMIT.pack(number, 0, soft, hard)) for number, soft, hard in policy.rlimits]
+    return b"".join(fields)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _field(tag: int, value: bytes) -> bytes:
+    return _FIELD.pack(tag, 0, len(value)) + value
+
+
+def _unpack(layout: Struct, frame: Frame) -> tuple[int, ...]:
+    if len(frame.payload) != layout.size:
+        raise _violation(f"frame {frame.type} has a length of {len(frame.payload)}")
+    return layout.unpack(frame.payload)
+
+
+def _violation(what: str) -> RemoteError:
+    return RemoteError(f"the machine's agent broke its protocol: {what}")
