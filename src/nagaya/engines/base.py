@@ -53,7 +53,7 @@ class Engine(Protocol):
     """One instance boots one machine at a time, inside that machine's supervisor."""
 
     type: str
-    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom"}
+    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline"}
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.

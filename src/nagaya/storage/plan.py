@@ -25,3 +25,4 @@ class MountPlan(NamedTuple):
     size_bytes: int
     mode: int
     options: tuple[str, ...]
+    owned: bool = False  # the machine's own (a volume): its owners are the machine's ids, in a user namespace too

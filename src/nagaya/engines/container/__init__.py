@@ -1,0 +1,1 @@
+"""The container engine: namespaces, mounts, cgroups, capabilities, seccomp. No runc underneath."""

@@ -1,0 +1,324 @@
+"""The child's side of a boot: from a fork of the supervisor to the agent inside its walls.
+
+Two processes do it. The *outer* one enters the control group, takes copies of what is to be mounted while it still
+sees the host, and unshares the namespaces; a PID namespace begins with one's next child, the *inner* one, which
+mounts, pivots, drops privileges and executes the agent. The outer one then ends; or, with `--init=false`, becomes
+the agent itself, and the inner one the stub that the program replaces.
+
+Every failure goes to the supervisor as one JSON line. Until the agent runs, the supervisor's end of the handshake
+closing (it was killed) ends both.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from typing import NamedTuple
+
+from nagaya.engines.base import BootRequest
+from nagaya.engines.container import mounts, rootfs
+from nagaya.engines.container.cgroup import Cgroup
+from nagaya.engines.container.devices import LINKS, STANDARD
+from nagaya.errors import NagayaError, to_wire
+from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
+from nagaya.kernel import mount as kernel
+
+AGENT_FD = 3
+PROGRAM_FD = 4
+
+
+class Plan(NamedTuple):
+    """Everything that the child needs, worked out before the fork."""
+
+    request: BootRequest
+    cgroup: Cgroup
+    steps: tuple[mounts.MountStep, ...]
+    device_nodes: tuple[tuple[str, int, int], ...]  # (path inside, mode with type, device number)
+    agent_capabilities: int
+    no_new_privileges: bool
+    agent_seccomp: bytes  # a filter that the agent itself gets, when its programs may gain privileges
+    handshake: int
+    agent: int
+    program: int  # memory file of the agent
+    userns: int = -1
+    uid_base: int = 0
+
+
+class Failure(Exception):
+    """An `OSError` with the step that it happened in."""
+
+    def __init__(self, step: str, error: OSError) -> None:
+        super().__init__(step)
+        self.step = step
+        self.error = error
+
+
+def run_outer(plan: Plan) -> None:
+    """Runs in the forked child and never returns."""
+    try:
+        _outer(plan)
+    except Failure as failure:
+        error = failure.error
+        _tell(plan.handshake, step=failure.step, errno=error.errno or 0, path=error.filename or "", text=str(error.strerror))
+    except NagayaError as problem:
+        _tell(plan.handshake, problem=to_wire(problem))
+    except OSError as error:
+        _tell(plan.handshake, step="cannot start the machine", errno=error.errno or 0, path="", text=str(error.strerror))
+    except BaseException as error:
+        _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
+    finally:
+        os._exit(1)
+
+
+class _step:
+    """Names the step for the error that may come out of it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise Failure(self._name, error)
+
+
+def _tell(handshake: int, **message: object) -> None:
+    try:
+        os.write(handshake, json.dumps(message).encode() + b"\n")
+    except OSError:
+        os._exit(1)  # the supervisor is gone
+
+
+def _wait_for_go(handshake: int) -> None:
+    if os.read(handshake, 1) != b"g":
+        os._exit(1)  # the supervisor was killed, or gave up
+
+
+def _outer(plan: Plan) -> None:
+    spec = plan.request.spec
+    _close_all_but((plan.handshake, plan.agent, plan.program, plan.userns))
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with _step("cannot enter the control group"):
+        plan.cgroup.enter()
+    process.new_session_keyring()
+    with _step("cannot make a mount namespace"):
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+    with _step("cannot open a mount's source"):
+        steps = mounts.open_trees(plan.steps, plan.userns)
+    with _step("cannot part the mounts from the host's"):
+        kernel.mount("", "/", "", kernel.MS_SLAVE | kernel.MS_REC)
+    root = _mount_root(plan)
+    with _step("cannot make the machine's namespaces"):
+        _enter_namespaces(plan)
+        if plan.userns >= 0:
+            root = _into_userns(root, plan)
+    pair = unix.socket_pair() if not spec.init else (-1, -1)
+    mounted_read, mounted_write = os.pipe2(os.O_CLOEXEC)
+    inner = os.fork()
+    if inner == 0:
+        os.close(mounted_read)
+        if pair[0] >= 0:
+            os.close(pair[0])
+        _inner(plan, steps, root, stub=pair[1], mounted=mounted_write)
+    _tell(plan.handshake, pid=inner)
+    if spec.init:
+        os._exit(0)
+    os.close(mounted_write)
+    os.close(pair[1])
+    if os.read(mounted_read, 1) != b"m":
+        os._exit(1)  # the inner process has told why
+    _bind_ourselves(plan)
+    _become_agent(plan, ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"], pair[0])
+
+
+def _close_all_but(keep: tuple[int, ...]) -> None:
+    low = 3
+    for fd in sorted(fd for fd in keep if fd >= 3):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, (1 << 31) - 1)
+
+
+def _mount_root(plan: Plan) -> int:
+    """The root's mount in our mount namespace, or, for a user namespace, a detached one; its directory descriptor."""
+    layout = plan.request.rootfs
+    target = f"{os.path.dirname(layout.upper)}/rootfs"
+    with _step("cannot make the root file system's directories"):
+        rootfs.prepare(layout)
+        if not os.path.isdir(target):
+            os.mkdir(target, 0o755)
+        if plan.userns >= 0:
+            for path in (layout.upper, layout.work):
+                os.chmod(path, 0o755)
+    with _step("cannot mount the root file system"):
+        try:
+            if plan.userns >= 0:
+                return _idmapped_root(plan)
+            return rootfs.mount_overlay(layout, target)
+        except OSError as error:
+            if not rootfs.cannot_overlay(error):
+                raise
+            _tell(plan.handshake, warning=f"overlay cannot be mounted here ({error.strerror}): the image was copied instead")
+            root = rootfs.mount_copy(layout, target, shift=plan.uid_base)
+            if plan.userns < 0:
+                return root
+            os.close(root)
+            return kernel.open_tree(target, kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC)
+
+
+def _idmapped_root(plan: Plan) -> int:
+    """An overlay whose layers show the host's owners shifted into the user namespace (Linux 5.19)."""
+    layout = plan.request.rootfs
+
+    def mapped(path: str) -> str:
+        tree = kernel.open_tree(path, kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC)
+        kernel.mount_setattr(tree, set_=kernel.MOUNT_ATTR_IDMAP, userns_fd=plan.userns)
+        return f"/proc/self/fd/{tree}"
+
+    writable = mapped(os.path.dirname(layout.upper))  # upper and work must be on one mount
+    upper, work = (f"{writable}/{os.path.basename(path)}" for path in (layout.upper, layout.work))
+    return rootfs.build_overlay(tuple(mapped(layer) for layer in layout.lower), upper, work)
+
+
+def _enter_namespaces(plan: Plan) -> None:
+    flags = namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWCGROUP
+    if plan.request.network.kind != "host":
+        flags |= namespaces.CLONE_NEWNET
+    if plan.userns >= 0:
+        namespaces.setns(plan.userns, namespaces.CLONE_NEWUSER)
+        flags |= namespaces.CLONE_NEWNS
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    namespaces.unshare(flags)
+
+
+def _into_userns(root: int, plan: Plan) -> int:
+    """Attach the detached root in the user namespace's own mount namespace."""
+    target = f"{os.path.dirname(plan.request.rootfs.upper)}/rootfs"
+    there = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    kernel.move_mount(root, there)
+    os.close(there)
+    os.close(root)
+    return os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: int, mounted: int) -> None:
+    """PID 1 of the new namespace. Never returns."""
+    try:
+        _furnish(plan, steps, root)
+        os.write(mounted, b"m")
+        _bind_ourselves(plan)
+        if stub >= 0:
+            _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], -1, channel=stub)
+        _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
+    except Failure as failure:
+        error = failure.error
+        _tell(plan.handshake, step=failure.step, errno=error.errno or 0, path=error.filename or "", text=str(error.strerror))
+    except BaseException as error:
+        _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
+    finally:
+        os._exit(1)
+
+
+def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
+    """Everything that needs the host's view, then the pivot, then what needs the machine's."""
+    spec = plan.request.spec
+    os.umask(0)
+    with _step("cannot mount"):
+        mounts.apply(steps, root)
+    with _step("cannot make a device"):
+        _make_devices(plan, root)
+    with _step("cannot change the root"):
+        if spec.read_only:
+            tree = kernel.open_in_root(root, ".", os.O_PATH)
+            kernel.mount_setattr(tree, set_=kernel.MOUNT_ATTR_RDONLY)
+            os.close(tree)
+        os.fchdir(root)
+        os.close(root)
+        kernel.pivot_root(".", ".")  # pivot_root(2), "pivot_root(".", ".")": the old root lies under the new one now
+        kernel.umount(".", kernel.MNT_DETACH)
+        os.chdir("/")
+    with _step("cannot set the host name"):
+        namespaces.sethostname(spec.hostname)
+    for key, value in spec.sysctls:
+        with _step(f"cannot set sysctl {key}={value}"):
+            _write_sysctl(key, value)
+    with _step("cannot hide a kernel path"):
+        mounts.mask_paths()
+    os.umask(0o022)
+
+
+def _make_devices(plan: Plan, root: int) -> None:
+    """/dev lies on a fresh tmpfs of ours: no link of the image's is in the way."""
+    dev = kernel.open_in_root(root, "dev", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name, mode, device in plan.device_nodes:
+            parent, _, base = name.rpartition("/")
+            if parent:
+                place = mounts.open_target(dev, parent, is_file=False)
+                os.mknod(f"/proc/self/fd/{place}/{base}", mode, device)
+                os.close(place)
+            else:
+                os.mknod(base, mode, device, dir_fd=dev)
+        for name, target in LINKS:
+            os.symlink(target, name, dir_fd=dev)
+    finally:
+        os.close(dev)
+
+
+def standard_nodes() -> list[tuple[str, int, int]]:
+    return [(name, 0o20666, os.makedev(major, minor)) for name, major, minor in STANDARD]
+
+
+def _write_sysctl(key: str, value: str) -> None:
+    fd = os.open("/proc/sys/" + key.replace(".", "/"), os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def _bind_ourselves(plan: Plan) -> None:
+    """Give up what the agent does not need. Its programs give up more (guest/policy.c)."""
+    os.setsid()
+    with _step("cannot drop capabilities"):
+        capabilities.limit_bounding_set(plan.agent_capabilities)
+    if plan.no_new_privileges:
+        process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
+    if plan.agent_seccomp:
+        # Programs that may gain privileges cannot set no_new_privs, and without it a filter takes CAP_SYS_ADMIN,
+        # which they lack: the agent gets the filter here, and they inherit it.
+        with _step("cannot install the system call filter"):
+            seccomp.install(plan.agent_seccomp)
+
+
+def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel: int = -1) -> None:
+    """Wait for the supervisor's word, put the descriptors in place, execute. Returns only by raising."""
+    if channel < 0:
+        _wait_for_go(plan.handshake)
+        _tell(plan.handshake, ready=True)
+    with _step("cannot start the agent"):
+        # Out of the way first: any of these may have one of the numbers that we need.
+        moved = [_move_up(fd) for fd in (plan.agent if channel < 0 else channel, program_fd, plan.program)]
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.dup2(moved[0], AGENT_FD)
+        if program_fd >= 0:
+            os.dup2(moved[1], PROGRAM_FD)
+        process.execute_fd(moved[2], ["nagaya-agent", *arguments], [])
+
+
+def _move_up(fd: int) -> int:
+    """A copy above 9, close-on-exec; -1 stays -1."""
+
+
+    return fd if fd < 0 else int(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10))
+
+

@@ -1,0 +1,77 @@
+"""Which devices a container has, and which it may use."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NamedTuple
+
+from nagaya.errors import NotFound, UsageError
+from nagaya.model.spec import Device
+
+# name, major, minor (Documentation/admin-guide/devices.txt)
+STANDARD = (
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+)
+LINKS = (
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("ptmx", "pts/ptmx"),
+)
+ANY = -1
+
+
+class DeviceRule(NamedTuple):
+    """One line of the allow-list; -1 stands for any number."""
+
+    type: str  # "c" or "b"
+    major: int
+    minor: int
+    access: str  # out of "rwm"
+
+    def v1(self) -> str:
+        """As devices.allow takes it."""
+        numbers = [("*" if number == ANY else str(number)) for number in (self.major, self.minor)]
+        return f"{self.type} {numbers[0]}:{numbers[1]} {self.access}"
+
+    def bpf(self) -> tuple[str, int, int, str]:
+        """As `kernel.bpf.device_program` takes it."""
+        return (self.type, self.major, self.minor, self.access)
+
+
+def device_rules(devices: tuple[Device, ...]) -> list[DeviceRule]:
+    """The standard devices, terminals, mknod of anything (opening it is what is denied), and the machine's own."""
+    rules = [DeviceRule("c", ANY, ANY, "m"), DeviceRule("b", ANY, ANY, "m")]
+    rules += [DeviceRule("c", major, minor, "rwm") for _, major, minor in STANDARD]
+    rules += [DeviceRule("c", 5, 2, "rwm"), DeviceRule("c", 136, ANY, "rwm")]  # /dev/ptmx and /dev/pts/*
+    for device in devices:
+        found = look_at(device)
+        rules.append(
+            DeviceRule(
+                "b" if stat.S_ISBLK(found.st_mode) else "c",
+                os.major(found.st_rdev),
+                os.minor(found.st_rdev),
+                device.access,
+            )
+        )
+    return rules
+
+
+def look_at(device: Device) -> os.stat_result:
+    """The host's device node. Raises `NotFound`, `UsageError`."""
+    try:
+        found = os.stat(device.host_path)
+    except OSError:
+        raise NotFound(f"there is no device '{device.host_path}' on this host") from None
+    if not (stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        raise UsageError(f"'{device.host_path}' is not a device", hint="use -v to mount files and directories")
+    if not device.access or set(device.access) - set("rwm"):
+        raise UsageError(f"device access '{device.access}' is not made of r, w and m")
+    return found

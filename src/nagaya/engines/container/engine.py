@@ -1,0 +1,310 @@
+"""The container engine's supervisor side: plan, fork, shake hands, and later pause, measure, limit, kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from nagaya.engines.base import Booted, BootRequest, Stats
+from nagaya.engines.container import boot, mounts, policy, seccomp_profile
+from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
+from nagaya.engines.container.devices import look_at
+from nagaya.errors import HostError, NagayaError, Unsupported, UsageError, from_wire
+from nagaya.kernel import process, unix
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import Limits, MachineSpec
+from nagaya.net import attach
+
+CACHE = "/var/cache/nagaya"
+SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
+HOST_UNIQUE_SYSCTLS = ("kernel.domainname", "kernel.hostname")
+
+
+def agent_path() -> str:
+    """The agent's program: NAGAYA_AGENT, or the one that the package was built with."""
+    override = os.environ.get("NAGAYA_AGENT")
+    if override:
+        return override
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return f"{package}/_guest/nagaya-agent"
+
+
+class ContainerEngine:
+    """Boots one container; one instance lives in each supervisor."""
+
+    type = "container"
+    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline"))
+
+    def __init__(self) -> None:
+        self._cgroup: Cgroup | None = None
+        self._pidfd = -1
+        self._link = ""
+
+    # -- before a boot
+
+    def check(self, spec: MachineSpec) -> list[str]:
+        """Raise for what could not be booted; answers warnings. Changes nothing."""
+        if os.geteuid() != 0:
+            raise Unsupported(
+                "containers need root on this host so far",
+                hint="run the command as root, for example with sudo",
+                finding=f"effective user id {os.geteuid()}",
+            )
+        if not os.access(agent_path(), os.X_OK):
+            raise Unsupported(
+                f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
+            )
+        mask = policy.capability_mask(spec.security)
+        if spec.security.seccomp not in ("default", "unconfined"):
+            seccomp_profile.load_rules(spec.security.seccomp, mask)
+        warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits))[1] if spec.ulimits else ()
+        for device in spec.devices:
+            look_at(device)
+        for key, _ in spec.sysctls:
+            _check_sysctl(key, host_network=spec.network == "host")
+        return list(warnings)
+
+    # -- boot
+
+    def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        """Start the container and its agent. See `Engine.boot`."""
+        spec = request.spec
+        mask = policy.capability_mask(spec.security)
+        limits, warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits)) if spec.ulimits else ((), ())
+        filter_ = seccomp_profile.compile_profile(spec.security.seccomp, mask, CACHE)
+        confined = spec.security.no_new_privileges
+        with ExitStack() as local:  # descriptors that only the boot itself needs
+            userns, uid_base = _open_userns(spec, local)
+            cgroup = self._make_cgroup(spec, stack)
+            agent, child_agent = unix.socket_pair()
+            local.callback(os.close, child_agent)
+            handshake, child_handshake = unix.socket_pair()
+            local.callback(os.close, handshake)
+            program = process.sealed_copy(agent_path())
+            local.callback(os.close, program)
+            plan = boot.Plan(
+                request=request,
+                cgroup=cgroup,
+                steps=_plan_mounts(request, userns=userns >= 0),
+                device_nodes=_device_nodes(spec, userns=userns >= 0),
+                agent_capabilities=policy.agent_mask(mask),
+                no_new_privileges=confined,
+                agent_seccomp=b"" if confined else filter_,
+                handshake=child_handshake,
+                agent=child_agent,
+                program=program,
+                userns=userns,
+                uid_base=uid_base,
+            )
+            try:
+                pid, pidfd, told = _start(plan, handshake)
+            except BaseException:
+                os.close(agent)
+                raise
+        self._pidfd = os.dup(pidfd)
+        self._link = request.network.host_link
+        programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
+        return Booted(pid, pidfd, agent, programs, (*warnings, *cgroup.warnings, *told))
+
+    def _make_cgroup(self, spec: MachineSpec, stack: ExitStack) -> Cgroup:
+        try:
+            self._cgroup = create_cgroup(spec.id, spec.limits, devices=spec.devices)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot make the machine's control group") from None
+        stack.callback(self._cleanup)
+        return self._cgroup
+
+    # -- while it runs
+
+    def pause(self) -> None:
+        assert self._cgroup is not None
+        self._cgroup.freeze()
+
+    def resume(self) -> None:
+        assert self._cgroup is not None
+        self._cgroup.thaw()
+
+    def stats(self) -> Stats:
+        assert self._cgroup is not None
+        reading = self._cgroup.stats()
+        if self._link:  # the host's end of the pair: what it sends is what the machine receives
+            sent, received = attach.link_bytes(self._link)
+            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
+        return reading
+
+    def set_limits(self, limits: Limits) -> None:
+        assert self._cgroup is not None
+        self._cgroup.set_limits(limits)
+
+    def oom_killed(self) -> bool:
+        return self._cgroup is not None and self._cgroup.oom_kills() > 0
+
+    def kill(self) -> None:
+        """SIGKILL to the container's init: the kernel ends all others of the PID namespace with it."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def _cleanup(self) -> None:
+        """After the end: nothing of the container stays on the host."""
+        cgroup, self._cgroup = self._cgroup, None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if cgroup is not None:
+            cgroup.remove()
+
+    def reclaim(self, machine_id: str) -> None:
+        """Kill and remove what a killed supervisor left. See `Engine.reclaim`."""
+        cgroup = find_cgroup(machine_id)
+        if cgroup is not None:
+            cgroup.kill()
+            cgroup.remove()
+
+
+def _open_userns(spec: MachineSpec, stack: ExitStack) -> tuple[int, int]:
+    if spec.userns != "auto":
+        return -1, 0
+    from nagaya.engines.container.userns import open_userns  # lazy: few machines ask for one
+
+    try:
+        userns, base = open_userns(spec.id)
+    except OSError as error:
+        raise HostError.from_os(error, "cannot make a user namespace") from None
+    stack.callback(os.close, userns)
+    return userns, base
+
+
+def _plan_mounts(request: BootRequest, *, userns: bool) -> tuple[mounts.MountStep, ...]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        mountinfo = file.read()
+    steps = mounts.plan_mounts(
+        request.mounts,
+        cgroups=_cgroup_mounts(),
+        host_network=request.network.kind == "host",
+        userns=userns,
+        etc=request.etc,
+    )
+    if userns and request.spec.devices:
+        devices = request.spec.devices
+        steps += tuple(mounts.MountStep("", device.host_path, device.path, is_file=True) for device in devices)
+    mounts.require_propagation(steps, mountinfo)
+    return steps
+
+
+def _cgroup_mounts() -> mounts.CgroupMounts:
+    hierarchy = host_hierarchy()
+    if hierarchy.pure_v2:
+        return mounts.CgroupMounts(v2=True)
+    by_mount: dict[str, list[str]] = {}
+    for controller, where in hierarchy.v1.items():
+        by_mount.setdefault(where, []).append(controller)
+    return mounts.CgroupMounts(
+        v2=False, v1=tuple((os.path.basename(where), ",".join(names)) for where, names in by_mount.items())
+    )
+
+
+def _device_nodes(spec: MachineSpec, *, userns: bool) -> tuple[tuple[str, int, int], ...]:
+    """Nodes to make below /dev; in a user namespace the host's are bound instead."""
+    if userns:
+        return ()
+    nodes = boot.standard_nodes()
+    for device in spec.devices:
+        if not device.path.startswith("/dev/"):
+            raise UsageError(f"the device's path inside, '{device.path}', is not below /dev")
+        found = look_at(device)
+        nodes.append((device.path.removeprefix("/dev/"), found.st_mode, found.st_rdev))
+    return tuple(nodes)
+
+
+def _check_sysctl(key: str, *, host_network: bool) -> None:
+    """Only what a namespace keeps for itself: anything else would change the host."""
+    if key.startswith("net.") and not host_network:
+        return
+    if key.startswith(SYSCTLS) or key in HOST_UNIQUE_SYSCTLS:
+        return
+    hint = "allowed are kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.* and, without --network host, net.*"
+    raise UsageError(f"sysctl '{key}' belongs to the whole host and cannot be set for one machine", hint=hint)
+
+
+def _start(plan: boot.Plan, handshake: int) -> tuple[int, int, tuple[str, ...]]:
+    """Fork, and shake hands until the agent runs: (pid, pidfd, warnings). Raises; nothing runs then.
+
+    The process is the machine's init, or with `--init=false` the agent beside it.
+    """
+    spec = plan.request.spec
+    # The outer child ends early: its own child, the machine's init, becomes ours to wait for.
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
+    outer = os.fork()
+    if outer == 0:
+        boot.run_outer(plan)
+    os.close(plan.handshake)
+    ours = {outer}  # processes that we have to reap if this fails
+    pid, pidfd, ready = 0, -1, False
+    warnings: list[str] = []
+    try:
+        for message in _messages(handshake):
+            if "pid" in message:
+                inner = int(message["pid"])
+                ours.add(inner)
+                attach.connect(plan.request.network, inner)
+                if spec.init:
+                    os.waitpid(outer, 0)
+                    ours.discard(outer)
+                pid = inner if spec.init else outer
+                pidfd = os.pidfd_open(pid)
+                os.write(handshake, b"g")
+            elif "ready" in message:
+                ready = True
+            elif "warning" in message:
+                warnings.append(str(message["warning"]))
+            else:
+                raise _failure(message)
+        if not ready:
+            raise HostError("the machine's first process ended before its agent ran", operation="boot")
+    except OSError as error:
+        _abandon(ours, pidfd)
+        raise HostError.from_os(error, "cannot start the machine") from None
+    except BaseException:
+        _abandon(ours, pidfd)
+        raise
+    return pid, pidfd, tuple(warnings)
+
+
+def _messages(handshake: int) -> Iterator[dict[str, Any]]:
+    """The child's JSON lines, until it closes its end: by executing the agent, or by ending."""
+    rest = b""
+    while chunk := os.read(handshake, 4096):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+
+def _failure(message: dict[str, Any]) -> NagayaError:
+    if "problem" in message:
+        return from_wire(message["problem"])
+    number, path = int(message["errno"]), str(message["path"])
+    error = OSError(number, str(message["text"]), path or None)
+    return HostError.from_os(error, str(message["step"]))
+
+
+def _abandon(pids: set[int], pidfd: int) -> None:
+    """A boot that failed: end and reap what was forked. The pids are our children's, unreaped, so still theirs."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for pid in pids:
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            continue
+    if pidfd >= 0:
+        os.close(pidfd)

@@ -1,0 +1,67 @@
+"""User namespaces: a machine's root that is nobody on the host.
+
+Every machine gets 65,536 ids of its own out of a range: the lines of /etc/subuid and /etc/subgid for user "nagaya"
+where they exist, else 4,096 ranges from 0x70000000 on, which no distribution hands out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from nagaya.errors import HostError
+from nagaya.kernel.namespaces import CLONE_NEWUSER, unshare
+
+IDS = 65536
+DEFAULT_BASE = 0x70000000
+DEFAULT_RANGES = 4096
+OWNER = "nagaya"
+
+
+def find_base(machine_id: str, subids: str) -> int:
+    """The machine's first host id, by the text of /etc/subuid (or /etc/subgid)."""
+    number = int(machine_id[:8], 16)
+    for line in subids.splitlines():
+        fields = line.split(":")
+        if len(fields) == 3 and fields[0] == OWNER and fields[1].isdigit() and fields[2].isdigit():
+            ranges = int(fields[2]) // IDS
+            if ranges:
+                return int(fields[1]) + number % ranges * IDS
+    return DEFAULT_BASE + number % DEFAULT_RANGES * IDS
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def open_userns(machine_id: str) -> tuple[int, int]:
+    """Make the machine's user namespace: (descriptor of it, first host uid). Nobody lives in it yet."""
+    uid_base = find_base(machine_id, _read("/etc/subuid"))
+    gid_base = find_base(machine_id, _read("/etc/subgid"))
+    ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            unshare(CLONE_NEWUSER)
+            os.write(ready_write, b"1")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(ready_write)
+    try:
+        if os.read(ready_read, 1) != b"1":
+            raise HostError(
+                "this host does not allow user namespaces", hint="see /proc/sys/user/max_user_namespaces", operation="unshare"
+            )
+        for name, base in (("uid_map", uid_base), ("gid_map", gid_base)):
+            with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
+                file.write(f"0 {base} {IDS}\n")
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC), uid_base
+    finally:
+        os.close(ready_read)
+        os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the pid is still its
+        os.waitpid(pid, 0)

@@ -1,0 +1,57 @@
+"""prctl(2), execveat(2), memfd seals."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+
+from nagaya.kernel.libc import SYS_EXECVEAT, SYS_KEYCTL, fail, libc, syscall
+
+PR_SET_PDEATHSIG = 1
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+AT_EMPTY_PATH = 0x1000
+KEYCTL_JOIN_SESSION_KEYRING = 1
+
+
+def prctl(option: int, argument: int) -> int:
+    result: int = libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), *(ctypes.c_ulong(0),) * 3)
+    if result < 0:
+        raise fail("prctl")
+    return result
+
+
+def execute_fd(fd: int, argv: list[str], environment: list[str]) -> None:
+    """Replace this process by the program in `fd`. Returns only by raising."""
+    arguments = (ctypes.c_char_p * (len(argv) + 1))(*[os.fsencode(text) for text in argv], None)
+    variables = (ctypes.c_char_p * (len(environment) + 1))(*[os.fsencode(text) for text in environment], None)
+    syscall("execveat", SYS_EXECVEAT, ctypes.c_int(fd), b"", arguments, variables, ctypes.c_int(AT_EMPTY_PATH))
+
+
+def sealed_copy(path: str) -> int:
+    """A memory file with the contents of `path` that nobody, root included, can change.
+
+    A container's root that gets hold of /proc/1/exe could overwrite the program on the host's disk (CVE-2019-5736).
+    """
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.memfd_create("nagaya-agent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        while os.sendfile(fd, source, None, 1 << 20):  # type: ignore[arg-type]
+            pass
+    finally:
+        os.close(source)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+    return fd
+
+
+def new_session_keyring() -> None:
+    """Leave the session keyring of whoever started us. A kernel without keys needs nothing of it."""
+    try:
+        syscall("keyctl", SYS_KEYCTL, ctypes.c_int(KEYCTL_JOIN_SESSION_KEYRING), None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
