@@ -6,9 +6,15 @@ import os
 
 from nagaya.cli import values
 from nagaya.cli.flags import Flag, Parsed
-from nagaya.errors import UsageError
+from nagaya.cli.progress import open_progress
+from nagaya.errors import Conflict, HostError, NotFound, UsageError
 from nagaya.manager.options import CreateOptions
 from nagaya.model.spec import Limits, Mount
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.cli.context import Context
+    from nagaya.manager.machine import Machine
 
 FLAGS = (
     Flag("--type", "Kind of wall: container (default)", value="TYPE"),
@@ -136,3 +142,34 @@ def _limits(parsed: Parsed) -> Limits:
         cpuset_cpus=values.parse_cpuset(parsed.text("cpuset-cpus")),
         blkio_weight=values.parse_weight(parsed.text("blkio-weight", "0")),
     )
+
+
+def create_machine(context: Context, parsed: Parsed, options: CreateOptions, *, starting: bool = False) -> Machine:
+    """Create it, showing how the image comes, and write --cidfile."""
+    cidfile = parsed.text("cidfile")
+    if cidfile and os.path.lexists(cidfile):
+        raise Conflict(
+            f"--cidfile: '{cidfile}' exists already", hint=f"remove it, if its machine is gone: rm {cidfile}"
+        )
+    with open_progress(quiet=parsed.switch("quiet"), eager=False) as progress:
+        machine = context.host.machines.create(options, progress=progress, starting=starting)
+    if cidfile:
+        try:
+            with open(cidfile, "x", encoding="ascii") as file:
+                file.write(machine.id)
+        except OSError as error:
+            machine.remove(force=True, volumes=True)
+            raise HostError.from_os(error, "--cidfile: cannot write the machine's id") from None
+    return machine
+
+
+def warn_of(machine: Machine) -> None:
+    """Print what a machine that was started in the background had to do without."""
+    try:
+        warnings = machine.state.warnings
+    except NotFound:
+        return  # created with --rm, and over already
+    if warnings:
+        from nagaya.cli.failures import warn  # lazy: rare
+
+        warn(warnings)

@@ -62,7 +62,9 @@ def report_defect(error: BaseException, argv: Sequence[str], *, debug: bool) -> 
         _print_traceback(error)
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     path = _write_report(error, argv)
-    where = f"a report was written to {path}; please attach it to an issue" if path else "run it again with NAGAYA_DEBUG=1"
+    where = (
+        f"a report was written to {path}; please attach it to an issue" if path else "run it again with NAGAYA_DEBUG=1"
+    )
     say(f"internal error: {reason.splitlines()[0]}", hint=where)
 
 

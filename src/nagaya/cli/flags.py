@@ -212,5 +212,7 @@ def unknown_flag(name: str, spelling: str, known: dict[str, Flag], *, inside: st
     from nagaya.cli.guess import guess_flag  # lazy: difflib costs 10 ms, and a right command line needs none
 
     where = f" in '{inside}'" if inside and len(inside) > 2 else ""
-    hint = guess_flag(spelling, known) or (f"'nagaya {name} --help' lists them" if name else "'nagaya --help' lists them")
+    hint = guess_flag(spelling, known) or (
+        f"'nagaya {name} --help' lists them" if name else "'nagaya --help' lists them"
+    )
     return UsageError(f"unknown flag {spelling}{where} for 'nagaya{' ' + name if name else ''}'", hint=hint)

@@ -166,7 +166,9 @@ class RawMode:
         # TCSADRAIN, not TCSAFLUSH: what was typed ahead is for the program.
         termios.tcsetattr(self._fd, termios.TCSADRAIN, [iflag, oflag, cflag, lflag, ispeed, ospeed, cc])
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             # TCSANOW: draining waits for ever on a terminal that somebody has stopped.
             termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)  # type: ignore[arg-type]
@@ -442,4 +444,3 @@ def finish(ending: Ending) -> int:
 
         say(ending.error)
     return ending.status
-

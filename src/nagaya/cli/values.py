@@ -82,7 +82,8 @@ def parse_time(text: str, what: str, *, now_ns: int) -> int:
         if parsed is not None:
             return parsed
     raise UsageError(
-        f"{what}: '{text}' is not a time", hint="for example 2026-11-23T13:37:50Z, 1795440000 or 10m for ten minutes ago"
+        f"{what}: '{text}' is not a time",
+        hint="for example 2026-11-23T13:37:50Z, 1795440000 or 10m for ten minutes ago",
     )
 
 
@@ -180,7 +181,8 @@ def parse_detach_keys(text: str) -> bytes:
             keys.append(ord(part[5].upper()) & 0x1F)
         else:
             raise UsageError(
-                f"--detach-keys: '{part}' is not a key", hint="letters and ctrl-LETTER, separated by commas: ctrl-p,ctrl-q"
+                f"--detach-keys: '{part}' is not a key",
+                hint="letters and ctrl-LETTER, separated by commas: ctrl-p,ctrl-q",
             )
     return bytes(keys)
 
@@ -205,7 +207,8 @@ def parse_environment(pairs: list[str], files: list[str]) -> tuple[str, ...]:
 def _check_variable(name: str, text: str) -> None:
     if not name or any(letter.isspace() for letter in name):
         raise UsageError(
-            f"'{text}' is not NAME=value: a variable's name is not empty and has no blanks", hint="for example -e LANG=C"
+            f"'{text}' is not NAME=value: a variable's name is not empty and has no blanks",
+            hint="for example -e LANG=C",
         )
 
 
@@ -298,7 +301,9 @@ def parse_mount(text: str) -> Mount:
     source, target = fields.pop("source", ""), _target(fields.pop("target"), "--mount", text)
     if kind == "bind":
         if not source:
-            raise UsageError(f"--mount: '{text}' has no source", hint="type=bind,source=/path/on/this/host,target=/path")
+            raise UsageError(
+                f"--mount: '{text}' has no source", hint="type=bind,source=/path/on/this/host,target=/path"
+            )
         source = os.path.abspath(os.path.expanduser(source))
     elif kind == "tmpfs" and source:
         raise UsageError("--mount: a tmpfs has no source")
@@ -339,7 +344,9 @@ def _mount_fields(text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         key = _MOUNT_SYNONYMS.get(key.strip().lower(), key.strip().lower())
         if not equals and key not in ("readonly", "volume-nocopy"):
-            raise UsageError(f"--mount: '{part}' is not key=value", hint="for example type=bind,source=/srv,target=/srv")
+            raise UsageError(
+                f"--mount: '{part}' is not key=value", hint="for example type=bind,source=/srv,target=/srv"
+            )
         fields[key] = value if equals else "true"
     return fields
 
@@ -399,7 +406,8 @@ def parse_ulimit(text: str) -> Ulimit:
     if not equals or not soft or (colon and not hard):
         raise UsageError(f"--ulimit: '{text}' is not NAME=SOFT[:HARD]", hint="for example nofile=1024:4096")
     limits = [
-        -1 if part == "unlimited" else parse_integer(part, f"--ulimit {name}", least=-1) for part in (soft, hard or soft)
+        -1 if part == "unlimited" else parse_integer(part, f"--ulimit {name}", least=-1)
+        for part in (soft, hard or soft)
     ]
     if limits[1] != -1 and (limits[0] == -1 or limits[0] > limits[1]):
         raise UsageError(f"--ulimit: the soft limit of '{text}' is above the hard one")
