@@ -93,7 +93,11 @@ def load_device_program(program: bytes) -> int:
         license=ctypes.addressof(license_),
     )
     fd = syscall(
-        "bpf load", SYS_BPF, ctypes.c_int(BPF_PROG_LOAD), ctypes.byref(attributes), ctypes.c_uint(ctypes.sizeof(attributes))
+        "bpf load",
+        SYS_BPF,
+        ctypes.c_int(BPF_PROG_LOAD),
+        ctypes.byref(attributes),
+        ctypes.c_uint(ctypes.sizeof(attributes)),
     )
     os.set_inheritable(fd, False)
     return fd

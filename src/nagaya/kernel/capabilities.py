@@ -34,7 +34,9 @@ def limit_bounding_set(keep: int) -> None:
             if prctl(PR_CAPBSET_READ, number) and not keep >> number & 1:
                 prctl(PR_CAPBSET_DROP, number)
         except OSError:
-            if number < len(NAMES) and number < 38:  # 38: the first that Linux 5.8 added; beyond this kernel's last, EINVAL
+            if (
+                number < len(NAMES) and number < 38
+            ):  # 38: the first that Linux 5.8 added; beyond this kernel's last, EINVAL
                 raise
             return
 

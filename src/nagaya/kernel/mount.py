@@ -78,7 +78,11 @@ class OpenHow(ctypes.Structure):
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     if libc.mount(
-        os.fsencode(source), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags), os.fsencode(data) or None
+        os.fsencode(source),
+        os.fsencode(target),
+        fstype.encode() or None,
+        ctypes.c_ulong(flags),
+        os.fsencode(data) or None,
     ):
         raise fail(f"mount {fstype}".rstrip(), target)
 
@@ -133,7 +137,13 @@ def fsconfig_string(fd: int, key: str, value: str) -> None:
 
 def fsconfig_create(fd: int) -> None:
     syscall(
-        "fsconfig create", SYS_FSCONFIG, ctypes.c_int(fd), ctypes.c_uint(FSCONFIG_CMD_CREATE), None, None, ctypes.c_int(0)
+        "fsconfig create",
+        SYS_FSCONFIG,
+        ctypes.c_int(fd),
+        ctypes.c_uint(FSCONFIG_CMD_CREATE),
+        None,
+        None,
+        ctypes.c_int(0),
     )
 
 

@@ -102,9 +102,7 @@ def compile_filter(default: int, rules: tuple[Rule, ...], architectures: tuple[s
 def _add_rule(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
     compared = (_ArgCmp * max(1, len(rule.comparisons)))()
     for at, comparison in enumerate(rule.comparisons):
-        compared[at] = _ArgCmp(
-            comparison.index, OPERATORS[comparison.operator], comparison.datum_a, comparison.datum_b
-        )
+        compared[at] = _ArgCmp(comparison.index, OPERATORS[comparison.operator], comparison.datum_a, comparison.datum_b)
     for name in rule.names:
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number == -1:

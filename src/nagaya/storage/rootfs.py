@@ -70,6 +70,42 @@ def plan_mounts(paths: Paths, spec: MachineSpec) -> tuple[MountPlan, ...]:
     return tuple(sorted(plans, key=lambda plan: plan.target.rstrip("/").count("/")))
 
 
+def find_in_layers(lower: tuple[str, ...], target: str) -> tuple[str, ...]:
+    """The layers' directories at the path `target`, topmost first: what an overlay would merge there.
+
+    Nothing when the path goes through a link: what a volume at such a place begins with is not defined.
+    """
+    found = []
+    for layer in lower:
+        path = layer
+        for part in target.strip("/").split("/"):
+            path = f"{path}/{part}"
+            if os.path.islink(path):
+                return ()
+            if os.path.lexists(path) and not os.path.isdir(path):
+                return tuple(found)  # a file, or a deletion: what lies below it does not show
+            if not os.path.isdir(path):
+                break
+        else:
+            found.append(path)
+        if _hides_lower(layer, target):
+            break
+    return tuple(found)
+
+
+def _hides_lower(layer: str, target: str) -> bool:
+    """Whether a directory on the way to `target` is opaque in this layer."""
+    path = layer
+    for part in target.strip("/").split("/"):
+        path = f"{path}/{part}"
+        try:
+            if os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y":
+                return True
+        except OSError:
+            continue
+    return False
+
+
 def remove_anonymous_volumes(paths: Paths, spec: MachineSpec) -> None:
     """Remove the volumes that were made for this machine alone."""
     names = [mount.source for mount in spec.mounts if mount.anonymous]

@@ -24,6 +24,7 @@ from nagaya.engines.container.devices import LINKS, STANDARD
 from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
 from nagaya.kernel import mount as kernel
+from nagaya.net import attach
 
 AGENT_FD = 3
 PROGRAM_FD = 4
@@ -61,11 +62,19 @@ def run_outer(plan: Plan) -> None:
         _outer(plan)
     except Failure as failure:
         error = failure.error
-        _tell(plan.handshake, step=failure.step, errno=error.errno or 0, path=error.filename or "", text=str(error.strerror))
+        _tell(
+            plan.handshake,
+            step=failure.step,
+            errno=error.errno or 0,
+            path=error.filename or "",
+            text=str(error.strerror),
+        )
     except NagayaError as problem:
         _tell(plan.handshake, problem=to_wire(problem))
     except OSError as error:
-        _tell(plan.handshake, step="cannot start the machine", errno=error.errno or 0, path="", text=str(error.strerror))
+        _tell(
+            plan.handshake, step="cannot start the machine", errno=error.errno or 0, path="", text=str(error.strerror)
+        )
     except BaseException as error:
         _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
     finally:
@@ -133,7 +142,9 @@ def _outer(plan: Plan) -> None:
     if os.read(mounted_read, 1) != b"m":
         os._exit(1)  # the inner process has told why
     _bind_ourselves(plan)
-    _become_agent(plan, ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"], pair[0])
+    _become_agent(
+        plan, ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"], pair[0]
+    )
 
 
 def _close_all_but(keep: tuple[int, ...]) -> None:
@@ -163,7 +174,10 @@ def _mount_root(plan: Plan) -> int:
         except OSError as error:
             if not rootfs.cannot_overlay(error):
                 raise
-            _tell(plan.handshake, warning=f"overlay cannot be mounted here ({error.strerror}): the image was copied instead")
+            _tell(
+                plan.handshake,
+                warning=f"overlay cannot be mounted here ({error.strerror}): the image was copied instead",
+            )
             root = rootfs.mount_copy(layout, target, shift=plan.uid_base)
             if plan.userns < 0:
                 return root
@@ -219,7 +233,13 @@ def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: 
         _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
     except Failure as failure:
         error = failure.error
-        _tell(plan.handshake, step=failure.step, errno=error.errno or 0, path=error.filename or "", text=str(error.strerror))
+        _tell(
+            plan.handshake,
+            step=failure.step,
+            errno=error.errno or 0,
+            path=error.filename or "",
+            text=str(error.strerror),
+        )
     except BaseException as error:
         _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
     finally:
@@ -301,7 +321,9 @@ def _bind_ourselves(plan: Plan) -> None:
 def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel: int = -1) -> None:
     """Wait for the supervisor's word, put the descriptors in place, execute. Returns only by raising."""
     if channel < 0:
-        _wait_for_go(plan.handshake)
+        _wait_for_go(plan.handshake)  # the supervisor has put our end of the network link here by then
+        with _step("cannot set up the network"):
+            attach.configure(plan.request.network)
         _tell(plan.handshake, ready=True)
     with _step("cannot start the agent"):
         # Out of the way first: any of these may have one of the numbers that we need.
@@ -318,7 +340,4 @@ def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel:
 def _move_up(fd: int) -> int:
     """A copy above 9, close-on-exec; -1 stays -1."""
 
-
     return fd if fd < 0 else int(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10))
-
-

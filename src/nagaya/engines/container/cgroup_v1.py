@@ -25,7 +25,9 @@ class CgroupV1:
         self._mounts = mounts
         self._id = machine_id
         # cpu and cpuacct are often one mount: the same directory then
-        self._paths = {name: f"{mounts[name]}/{PARENT}/{machine_id}" for name in (*CONTROLLERS, "cpuset") if name in mounts}
+        self._paths = {
+            name: f"{mounts[name]}/{PARENT}/{machine_id}" for name in (*CONTROLLERS, "cpuset") if name in mounts
+        }
 
     def _directories(self) -> list[str]:
         return list(dict.fromkeys(self._paths.values()))
@@ -126,7 +128,9 @@ class CgroupV1:
             if not existed:
                 files.remove(path)
             raise HostError.from_os(
-                error, f"cannot confine the machine to CPUs {cpus}", hint="'nproc' and /proc/cpuinfo show which CPUs there are"
+                error,
+                f"cannot confine the machine to CPUs {cpus}",
+                hint="'nproc' and /proc/cpuinfo show which CPUs there are",
             ) from None
         if not existed:
             self._move_running(path)

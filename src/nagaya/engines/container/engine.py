@@ -245,18 +245,18 @@ def _start(plan: boot.Plan, handshake: int) -> tuple[int, int, tuple[str, ...]]:
     if outer == 0:
         boot.run_outer(plan)
     os.close(plan.handshake)
-    ours = {outer}  # processes that we have to reap if this fails
+    ours = [outer]  # processes that we have to reap if this fails: the outer first, then the inner is our child
     pid, pidfd, ready = 0, -1, False
     warnings: list[str] = []
     try:
         for message in _messages(handshake):
             if "pid" in message:
                 inner = int(message["pid"])
-                ours.add(inner)
+                ours.append(inner)
                 attach.connect(plan.request.network, inner)
                 if spec.init:
                     os.waitpid(outer, 0)
-                    ours.discard(outer)
+                    ours.remove(outer)
                 pid = inner if spec.init else outer
                 pidfd = os.pidfd_open(pid)
                 os.write(handshake, b"g")
@@ -294,7 +294,7 @@ def _failure(message: dict[str, Any]) -> NagayaError:
     return HostError.from_os(error, str(message["step"]))
 
 
-def _abandon(pids: set[int], pidfd: int) -> None:
+def _abandon(pids: list[int], pidfd: int) -> None:
     """A boot that failed: end and reap what was forked. The pids are our children's, unreaped, so still theirs."""
     for pid in pids:
         try:

@@ -60,7 +60,12 @@ class CgroupMounts(NamedTuple):
 
 
 def plan_mounts(
-    mounts: tuple[MountPlan, ...], *, cgroups: CgroupMounts, host_network: bool, userns: bool, etc: tuple[tuple[str, str], ...]
+    mounts: tuple[MountPlan, ...],
+    *,
+    cgroups: CgroupMounts,
+    host_network: bool,
+    userns: bool,
+    etc: tuple[tuple[str, str], ...],
 ) -> tuple[MountStep, ...]:
     """All mounts of a container in order: the kernel's file systems, ours over /etc, then the user's own."""
     quiet = MS_NOSUID | MS_NODEV | MS_NOEXEC
@@ -79,7 +84,9 @@ def plan_mounts(
     if userns:  # which must not make device nodes: show it the host's
         steps += [MountStep("", f"/dev/{name}", f"/dev/{name}", is_file=True) for name, _, _ in STANDARD]
     steps += _plan_cgroups(cgroups, quiet, userns=userns)
-    steps += [MountStep("", source, target, is_file=True, owned=True) for target, source in etc if not _covers(mounts, target)]
+    steps += [
+        MountStep("", source, target, is_file=True, owned=True) for target, source in etc if not _covers(mounts, target)
+    ]
     steps += [plan_user_mount(plan) for plan in mounts]
     return tuple(steps)
 
@@ -118,7 +125,9 @@ def plan_user_mount(plan: MountPlan) -> MountStep:
         size = f",size={plan.size_bytes}" if plan.size_bytes else ""
         return MountStep("tmpfs", "tmpfs", plan.target, flags, f"mode={plan.mode:o}{size}")
     is_file = not os.path.isdir(plan.source)
-    return MountStep("", plan.source, plan.target, flags, propagation=plan.propagation, is_file=is_file, owned=plan.owned)
+    return MountStep(
+        "", plan.source, plan.target, flags, propagation=plan.propagation, is_file=is_file, owned=plan.owned
+    )
 
 
 def open_trees(steps: tuple[MountStep, ...], userns_fd: int = -1) -> tuple[MountStep, ...]:
@@ -242,5 +251,3 @@ def _is_shared(path: str, mountinfo: str) -> bool:
         if len(where) >= len(best) and (real == where or real.startswith(where.rstrip("/") + "/")):
             best, shared = where, any(field.startswith("shared:") for field in fields[6:])
     return shared
-
-

@@ -150,7 +150,9 @@ def load_rules(path: str, capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
     except FileNotFoundError:
-        raise NotFound(f"there is no seccomp profile '{path}'", hint="or use seccomp=default, seccomp=unconfined") from None
+        raise NotFound(
+            f"there is no seccomp profile '{path}'", hint="or use seccomp=default, seccomp=unconfined"
+        ) from None
     except OSError as error:
         raise HostError.from_os(error, "cannot read the seccomp profile") from None
     except ValueError as error:
@@ -164,7 +166,9 @@ def load_rules(path: str, capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
             if _applies(entry, have)
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IntegrityError(f"seccomp profile {path}: malformed ({error!r})", hint="it must be in Docker's format") from None
+        raise IntegrityError(
+            f"seccomp profile {path}: malformed ({error!r})", hint="it must be in Docker's format"
+        ) from None
     return default, tuple(rules)
 
 
@@ -182,7 +186,10 @@ def _names(entry: dict[str, Any]) -> tuple[str, ...]:
 def _comparisons(entry: dict[str, Any]) -> tuple[Comparison, ...]:
     return tuple(
         Comparison(
-            int(part["index"]), str(part["op"]).removeprefix("SCMP_CMP_"), int(part["value"]), int(part.get("valueTwo", 0))
+            int(part["index"]),
+            str(part["op"]).removeprefix("SCMP_CMP_"),
+            int(part["value"]),
+            int(part.get("valueTwo", 0)),
         )
         for part in entry.get("args") or ()
     )
@@ -256,7 +263,12 @@ def _cached(path: str) -> bytes | None:
     try:
         found = os.fstat(fd)
         # Nobody but us may have had a say in what filters a container.
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022 or not 0 < found.st_size <= 4096 * 8 or found.st_size % 8:
+        if (
+            found.st_uid != os.geteuid()
+            or found.st_mode & 0o022
+            or not 0 < found.st_size <= 4096 * 8
+            or found.st_size % 8
+        ):
             return None
         return os.read(fd, found.st_size)
     finally:

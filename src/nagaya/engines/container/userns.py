@@ -55,7 +55,9 @@ def open_userns(machine_id: str) -> tuple[int, int]:
     try:
         if os.read(ready_read, 1) != b"1":
             raise HostError(
-                "this host does not allow user namespaces", hint="see /proc/sys/user/max_user_namespaces", operation="unshare"
+                "this host does not allow user namespaces",
+                hint="see /proc/sys/user/max_user_namespaces",
+                operation="unshare",
             )
         for name, base in (("uid_map", uid_base), ("gid_map", gid_base)):
             with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
