@@ -1,0 +1,1 @@
+"""Images: names, manifests, blobs, layers; sources that they come from and sinks that they go to."""
