@@ -123,7 +123,7 @@ def _pull(policy: str) -> str:
 
 def _stop_timeout(parsed: Parsed) -> float:
     if not parsed.given("stop-timeout"):
-        return CreateOptions._field_defaults["stop_timeout_s"]
+        return CreateOptions(image="").stop_timeout_s
     return values.parse_timeout(parsed.text("stop-timeout"), "--stop-timeout")
 
 

@@ -20,7 +20,6 @@ MACHINE_KEYS = (
 IMAGE_KEYS = ("before", "dangling", "label", "reference", "since")
 VOLUME_KEYS = ("dangling", "label", "name")
 EVENT_KEYS = ("action", "event", "id", "image", "label", "machine", "name", "type", "volume")
-PRUNE_KEYS = ("label", "label!", "until")
 _SYNONYMS = {"container": "machine"}
 
 
@@ -53,8 +52,6 @@ def parse_filters(texts: list[str], known: tuple[str, ...]) -> Filters:
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip().lower()
-        if equals and key.endswith("!"):
-            key, value = key, value  # label!=x
         key = _SYNONYMS.get(key, key)
         if not equals:
             raise UsageError(f"--filter: '{text}' is not KEY=VALUE", hint="for example --filter status=exited")

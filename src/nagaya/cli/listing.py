@@ -41,7 +41,7 @@ def print_rows(rows: Sequence[Row], layout: Layout, *, format: str, no_trunc: bo
     elif format == "json":
         for row in rows:
             sys.stdout.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n")
-    elif format.startswith("table ") or format.startswith("table\t"):
+    elif format.startswith(("table ", "table\t")):
         _print_template_table(rows, layout, format[len("table") :].lstrip(" \t"))
     else:
         from nagaya.cli.template import Template  # lazy: a plain list needs none

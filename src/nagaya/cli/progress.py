@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from _thread import allocate_lock  # not `threading`: 1 ms on every run, and only parallel downloads need the lock
+from typing import Self
 
 from nagaya.cli.failures import printable
 from nagaya.cli.human import format_size
@@ -50,7 +51,7 @@ class Shown:
     def close(self, *, failed: bool) -> None:
         """No more will come."""
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:

@@ -16,7 +16,7 @@ import struct
 import sys
 import termios
 from collections import deque
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 from nagaya.errors import HostError, UsageError
 from nagaya.manager.attachment import Exited, Output
@@ -98,7 +98,7 @@ class Signals:
         self.fd = -1
         self._write = -1
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         self.fd, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in self._numbers:
@@ -146,7 +146,7 @@ class RawMode:
         self._fd = fd
         self._saved: list[object] = []
 
-    def __enter__(self) -> RawMode:
+    def __enter__(self) -> Self:
         self._saved = termios.tcgetattr(self._fd)
         self.enter()
         return self

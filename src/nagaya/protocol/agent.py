@@ -106,7 +106,13 @@ class AgentLink:
         self._greeted = False
 
     def spawn(
-        self, process: Process, policy: ProcessPolicy, *, main: bool = False, applet: bool = False, discard: bool = False
+        self,
+        process: Process,
+        policy: ProcessPolicy,
+        *,
+        main: bool = False,
+        applet: bool = False,
+        discard: bool = False,
     ) -> int:
         """Ask for a program; answers its channel."""
         channel = self._next

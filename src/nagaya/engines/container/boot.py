@@ -226,9 +226,9 @@ def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: 
     """PID 1 of the new namespace. Never returns."""
     try:
         _furnish(plan, steps, root)
-        os.write(mounted, b"m")
         _bind_ourselves(plan)
         if stub >= 0:
+            os.write(mounted, b"m")  # the outer process, in the same mount namespace, is in the machine's root now too
             _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], -1, channel=stub)
         _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
     except Failure as failure:

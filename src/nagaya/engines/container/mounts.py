@@ -202,6 +202,8 @@ def mask_paths() -> None:
     """After the pivot: hide what must not be seen, protect what must not be written."""
     for path in READ_ONLY:
         _bind_read_only(path)
+    if os.path.isdir("/sys/fs/cgroup/pids") or os.path.isdir("/sys/fs/cgroup/memory"):
+        _bind_read_only("/sys/fs/cgroup")  # version 1's tmpfs, which had to be writable for the mounts on it
     empty = -1
     for path in MASKED:
         try:
