@@ -87,3 +87,8 @@ class Resizable(Protocol):
 class OomAware(Protocol):
     def oom_killed(self) -> bool:
         """Whether the kernel has killed a process of the machine for want of memory."""
+
+
+class Offline(Protocol):
+    def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
+        """Run one of the agent's functions on the root of a machine that is not running; the process's pid."""

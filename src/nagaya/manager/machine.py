@@ -60,7 +60,7 @@ class Machine:
     """A machine of one store. Methods raise the errors of `nagaya.errors`; `NotFound` once it has been removed."""
 
     def __init__(self, paths: Paths, spec: MachineSpec, *, store: Store) -> None:
-        self._paths = paths
+        self.paths = paths
         self._store = store
         self._held: FileLock | None = None
         self.spec = spec
@@ -78,12 +78,12 @@ class Machine:
 
     @property
     def directory(self) -> str:
-        return self._paths.machine(self.id)
+        return self.paths.machine(self.id)
 
     @property
     def state(self) -> MachineState:
         """What has become of it. A machine whose supervisor was killed is repaired and shown as exited."""
-        state = repair.settle(self._paths, self.spec)
+        state = repair.settle(self.paths, self.spec)
         if state is None:
             raise NotFound(f"machine '{self.name}' has been removed")
         return state
@@ -100,11 +100,11 @@ class Machine:
         Raises `ExecError` when the program cannot be executed, `Conflict` when it is running already.
         """
         fresh, self._held = self._held, None
-        lock = fresh or self._lock()
+        lock = fresh or self.lock()
         try:
             if fresh is None:
                 require("start", self._settled().phase, self.name)
-            fd = launch(self._paths, self.id, attach=attach, size=(rows, columns))
+            fd = launch(self.paths, self.id, attach=attach, size=(rows, columns))
             connection = Connection(fd)
             try:
                 answer = connection.answer()
@@ -121,7 +121,7 @@ class Machine:
 
     def stop(self, *, timeout_s: float | None = None) -> None:
         """Send its stop signal, kill it after `timeout_s`, and wait until nothing of it runs. Fine when it has ended."""
-        with self._lock():
+        with self.lock():
             if self._settled().phase not in ALIVE:
                 return
             seconds = self.spec.stop_timeout_s if timeout_s is None else timeout_s
@@ -162,7 +162,7 @@ class Machine:
 
     def remove(self, *, force: bool = False, volumes: bool = False) -> None:
         """Remove it and its data. `force` kills it first; `volumes` removes its anonymous volumes as well."""
-        with self._lock():
+        with self.lock():
             state = self._settled()
             if state.phase in ALIVE:
                 if not force:
@@ -170,23 +170,23 @@ class Machine:
                 self._ask_end("kill", signal=9)
                 if not os.path.exists(self.directory):
                     return  # created with --rm: its supervisor has removed it
-            machines.discard(self._paths, self.id, self.name)
+            machines.discard(self.paths, self.id, self.name)
         if volumes or self.spec.auto_remove:
-            rootfs.remove_anonymous_volumes(self._paths, self.spec)
+            rootfs.remove_anonymous_volumes(self.paths, self.spec)
         self._record("destroy")
 
     def rename(self, name: str) -> None:
         """Give it another name. The old one is free afterwards."""
         check_name(name)
-        with self._lock():
+        with self.lock():
             self._reload()
             old = self.name
             if name == old:
                 return
-            machines.claim_name(self._paths, name, self.id)
+            machines.claim_name(self.paths, name, self.id)
             self.spec = self.spec._replace(name=name)
-            machines.store_spec(self._paths, self.spec)
-            machines.release_name(self._paths, old, self.id)
+            machines.store_spec(self.paths, self.spec)
+            machines.release_name(self.paths, old, self.id)
             if self._settled().phase in ALIVE:
                 self._ask("update")
         self._record("rename", old=old)
@@ -195,20 +195,20 @@ class Machine:
         """Change limits and restart policy; answers a sentence for each change saying when it holds."""
         from nagaya.manager.updating import describe, plan_update  # lazy: rare
 
-        with self._lock():
+        with self.lock():
             self._reload()
             planned = plan_update(self.spec, options)
             if planned == self.spec:
                 raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
             before, self.spec = self.spec, planned
             alive = self._settled().phase in ALIVE
-            machines.store_spec(self._paths, planned)
+            machines.store_spec(self.paths, planned)
             if alive:
                 try:
                     self._ask("update")
                 except NagayaError:
                     self.spec = before
-                    machines.store_spec(self._paths, before)
+                    machines.store_spec(self.paths, before)
                     raise
         self._record("update")
         return describe(before, planned, alive=alive)
@@ -357,10 +357,11 @@ class Machine:
 
     @property
     def runtime_dir(self) -> str:
-        return self._paths.runtime(self.id)
+        return self.paths.runtime(self.id)
 
-    def _lock(self) -> FileLock:
-        lock = machines.command_lock(self._paths, self.id)
+    def lock(self) -> FileLock:
+        """Take its command lock: nobody else changes it until the lock is released."""
+        lock = machines.command_lock(self.paths, self.id)
         try:
             lock.acquire()
         except FileNotFoundError:
@@ -370,9 +371,9 @@ class Machine:
     def _settled(self) -> MachineState:
         """The true state, while we hold the command lock ourselves."""
         try:
-            state = machines.load_state(self._paths, self.id)
-            if state.phase in ALIVE and not machines.is_alive(self._paths, self.id):
-                repaired = repair.repair(self._paths, self.spec)
+            state = machines.load_state(self.paths, self.id)
+            if state.phase in ALIVE and not machines.is_alive(self.paths, self.id):
+                repaired = repair.repair(self.paths, self.spec)
                 if repaired is None:
                     raise NotFound(f"machine '{self.name}' has been removed")
                 state = repaired
@@ -382,7 +383,7 @@ class Machine:
 
     def _reload(self) -> None:
         try:
-            self.spec = machines.load_spec(self._paths, self.id)
+            self.spec = machines.load_spec(self.paths, self.id)
         except FileNotFoundError:
             raise NotFound(f"machine '{self.name}' has been removed") from None
 
@@ -394,7 +395,7 @@ class Machine:
         try:
             self._ask(op, **arguments)
         except (Conflict, RemoteError):
-            if os.path.exists(self.directory) and machines.is_alive(self._paths, self.id):
+            if os.path.exists(self.directory) and machines.is_alive(self.paths, self.id):
                 raise
 
     def _stream(self, connection: Connection, request: bytes) -> Attachment:
@@ -407,7 +408,7 @@ class Machine:
         return Attachment(connection)
 
     def _record(self, action: str, **attributes: str) -> None:
-        events.record(self._paths.events, "machine", action, self.id, self.name, image=self.spec.image, **attributes)
+        events.record(self.paths.events, "machine", action, self.id, self.name, image=self.spec.image, **attributes)
 
 
 def _list(value: object) -> list[object]:

@@ -97,7 +97,7 @@ class Supervisor:
     def start(self) -> None:
         """Boot and ask the agent for the main program. What fails here ends the machine."""
         self._exit_status, self._problem = None, None
-        self.set_state(phase=STARTING, error="", exit_code=-1, warnings=(), pid=0)
+        self.set_state(phase=STARTING, error="", exit_code=-1, warnings=(), pid=0, stop_requested=False, oom_killed=False)
         try:
             booted = self._boot()
         except NagayaError as problem:
@@ -235,7 +235,12 @@ class Supervisor:
         """The last run is over and everything on the host is freed: say so to all who wait, in that order."""
         problem = self._problem
         self.set_state(
-            phase=EXITED, exit_code=status, error=problem.message if problem else "", finished_ns=time.time_ns(), pid=0
+            phase=EXITED,
+            exit_code=status,
+            error=problem.message if problem else "",
+            finished_ns=time.time_ns(),
+            pid=0,
+            address="",
         )
         self.record("die", exit_code=str(status))
         self._log.close()

@@ -18,6 +18,7 @@ from nagaya.kernel import process, unix
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net import attach
+from nagaya.storage.plan import RootfsPlan
 
 CACHE = "/var/cache/nagaya"
 SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
@@ -150,6 +151,12 @@ class ContainerEngine:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
+
+    def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
+        """See `Offline.start_applet`."""
+        from nagaya.engines.container.offline import start_applet  # lazy: only `cp` of a stopped machine
+
+        return start_applet(rootfs, argv, stdin, stdout, stderr)
 
     def _cleanup(self) -> None:
         """After the end: nothing of the container stays on the host."""
