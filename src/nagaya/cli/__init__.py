@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 
 from nagaya.errors import EXIT_FAILURE, EXIT_TOOL, NagayaError, UsageError, exit_status
 
@@ -71,6 +72,13 @@ def _open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+    if sys.stdout is None or sys.stderr is None or sys.stdin is None:  # what Python makes of a closed one
+        sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
+        sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)
+    # Names may be anything: a byte that is no UTF-8, or a letter that this locale lacks, is no reason to fail.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Invocation:

@@ -8,7 +8,7 @@ from nagaya.cli.context import Context
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.cli.human import format_size
 from nagaya.cli.listing import JSON, print_json
-from nagaya.errors import UsageError
+from nagaya.errors import EXIT_FAILURE, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def prune(context: Context, parsed: Parsed) -> int:
     what = ["all machines that do not run", "all images that no machine uses" if whole else "all images without a name"]
     if parsed.switch("volumes"):
         what.append("all anonymous volumes that no machine uses")
-    _confirm(parsed, what)
+    if not _confirmed(parsed, what):
+        return EXIT_FAILURE
     report: Report = {"machines": context.host.machines.prune(), **_images(context, whole=whole)}
     if parsed.switch("volumes"):
         report["volumes"] = _volumes(context, whole=False)
@@ -31,19 +32,22 @@ def prune(context: Context, parsed: Parsed) -> int:
 
 
 def prune_machines(context: Context, parsed: Parsed) -> int:
-    _confirm(parsed, ["all machines that do not run"])
+    if not _confirmed(parsed, ["all machines that do not run"]):
+        return EXIT_FAILURE
     return _print(parsed, {"machines": context.host.machines.prune()})
 
 
 def prune_images(context: Context, parsed: Parsed) -> int:
     whole = parsed.switch("all")
-    _confirm(parsed, ["all images that no machine uses" if whole else "all images without a name"])
+    if not _confirmed(parsed, ["all images that no machine uses" if whole else "all images without a name"]):
+        return EXIT_FAILURE
     return _print(parsed, _images(context, whole=whole))
 
 
 def prune_volumes(context: Context, parsed: Parsed) -> int:
     whole = parsed.switch("all")
-    _confirm(parsed, [f"all {'' if whole else 'anonymous '}volumes that no machine uses"])
+    if not _confirmed(parsed, [f"all {'' if whole else 'anonymous '}volumes that no machine uses"]):
+        return EXIT_FAILURE
     return _print(parsed, {"volumes": _volumes(context, whole=whole)})
 
 
@@ -57,7 +61,7 @@ def _volumes(context: Context, *, whole: bool) -> list[str]:
     removed = []
     for volume in context.host.volumes.list():
         if volume.name not in used and (whole or _anonymous(volume.name)):
-            context.host.volumes.remove(volume.name)
+            context.host.volumes.remove(volume.name, force=True)
             removed.append(volume.name)
     return removed
 
@@ -66,16 +70,15 @@ def _anonymous(name: str) -> bool:
     return len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
 
 
-def _confirm(parsed: Parsed, what: list[str]) -> None:
-    """Ask, unless -f. Raises `UsageError` when there is nobody to ask; an answer but y or yes ends the command."""
+def _confirmed(parsed: Parsed, what: list[str]) -> bool:
+    """Ask, unless -f. Raises `UsageError` when there is nobody to ask."""
     if parsed.switch("force"):
-        return
+        return True
     if not sys.stdin.isatty():
         raise UsageError("there is no terminal to ask on", hint="-f removes without asking")
     sys.stderr.write("This removes:\n" + "".join(f"  - {line}\n" for line in what) + "Go on? [y/N] ")
     sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise KeyboardInterrupt
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _print(parsed: Parsed, report: Report) -> int:

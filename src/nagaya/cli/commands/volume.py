@@ -6,16 +6,20 @@ from nagaya.cli import filters, listing, values, views
 from nagaya.cli.context import Context
 from nagaya.cli.each import each_name
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
-from nagaya.errors import Conflict, NotFound
+from nagaya.errors import Conflict
 
 
 def create(context: Context, parsed: Parsed) -> int:
     """Make a volume, with a made-up name when none is given, and print its name."""
-    import os
-
-    name = parsed.words[0] if parsed.words else os.urandom(16).hex()
+    name = parsed.words[0] if parsed.words else ""
     labels = values.parse_labels(parsed.texts("label"), [])
-    print(context.host.volumes.create(name, labels=labels).name)
+    try:
+        name = context.host.volumes.create(name, labels=labels).name
+    except Conflict:
+        if labels and context.host.volumes.get(name).labels != labels:
+            raise
+        # As in Docker, what exists already as it was asked for is no failure.
+    print(name)
     return 0
 
 
@@ -44,15 +48,7 @@ def rm(context: Context, parsed: Parsed) -> int:
     used = context.host.machines.volume_names()
 
     def remove(name: str) -> None:
-        if name in used:
-            raise Conflict(
-                f"volume '{name}' is used by a machine", hint=f"'nagaya ps -a --filter volume={name}' shows by which"
-            )
-        try:
-            context.host.volumes.remove(name)
-        except NotFound:
-            if not force:
-                raise
+        context.host.volumes.remove(name, force=force, in_use=used)
         print(name)
 
     return each_name(context, parsed.words, remove)
