@@ -1,0 +1,93 @@
+"""The machine's log: CRI lines, rotation, reading across rotations, damage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nagaya.model.spec import LogLimits
+from nagaya.storage.logs import LogReader, LogWriter, parse_line, parse_time
+
+
+def _text(lines: list[object]) -> bytes:
+    return b"".join(line.data + (b"" if line.partial else b"\n") for line in lines)  # type: ignore[attr-defined]
+
+
+def test_lines_parts_and_streams(tmp_path: Path) -> None:
+    writer = LogWriter(str(tmp_path), LogLimits())
+    writer.write(1, b"one\ntwo")
+    writer.write(2, b"err\n")
+    writer.write(1, b" three\n\n")
+    writer.close()
+    lines = list(LogReader(str(tmp_path), 3).read())
+    assert [(line.stream, line.data, line.partial) for line in lines] == [
+        ("stdout", b"one", False),
+        ("stdout", b"two", True),
+        ("stderr", b"err", False),
+        ("stdout", b" three", False),
+        ("stdout", b"", False),
+    ]
+    assert all(a.time_ns <= b.time_ns for a, b in zip(lines, lines[1:], strict=False))
+
+
+@given(st.lists(st.binary(max_size=40), max_size=30))
+def test_bytes_come_back_as_they_were(tmp_path_factory: object, chunks: list[bytes]) -> None:
+    directory = str(tmp_path_factory.mktemp("log"))  # type: ignore[attr-defined]
+    writer = LogWriter(directory, LogLimits())
+    for chunk in chunks:
+        writer.write(1, chunk)
+    writer.close()
+    assert _text(list(LogReader(directory, 3).read())) == b"".join(chunks)
+
+
+def test_rotation_keeps_the_newest_and_the_reader_follows(tmp_path: Path) -> None:
+    writer = LogWriter(str(tmp_path), LogLimits(max_bytes=2000, files=3))
+    reader = LogReader(str(tmp_path), 3)
+    seen = []
+    for number in range(300):
+        writer.write(1, b"line %d\n" % number)
+        if number % 7 == 0:
+            seen += [line.data for line in reader.read()]
+    seen += [line.data for line in reader.read()]
+    writer.close()
+    assert seen == [b"line %d" % number for number in range(300)]
+    assert sorted(os.listdir(tmp_path)) == ["log", "log.1", "log.2"]
+    assert all(os.path.getsize(tmp_path / name) < 2200 for name in os.listdir(tmp_path))
+    late = [line.data for line in LogReader(str(tmp_path), 3).read()]
+    assert late == seen[-len(late) :] and len(late) > 40
+
+
+def test_one_file_only(tmp_path: Path) -> None:
+    writer = LogWriter(str(tmp_path), LogLimits(max_bytes=1024, files=1))
+    for _ in range(100):
+        writer.write(1, b"x" * 50 + b"\n")
+    writer.close()
+    assert os.listdir(tmp_path) == ["log"]
+
+
+def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
+    writer = LogWriter(str(tmp_path), LogLimits())
+    writer.write(1, b"good\n")
+    writer.close()
+    with open(tmp_path / "log", "ab") as file:
+        file.write(b"garbage\n2026-99-99T00:00:00.000000000Z stdout F x\n2026-11-23T10:00:00.000000000Z stdout Q x\ncut")
+    assert [line.data for line in LogReader(str(tmp_path), 3).read()] == [b"good"]
+
+
+def test_a_full_disk_loses_log_and_says_so() -> None:
+    writer = LogWriter.__new__(LogWriter)
+    writer._path, writer._limits, writer._size = "/nowhere/log", LogLimits(), 0
+    writer._second, writer._stamp, writer.lost = -1, "", ""
+    writer._fd = os.open("/dev/full", os.O_WRONLY)
+    writer.write(1, b"x\n")
+    assert writer.lost == "No space left on device"
+    writer.close()
+
+
+def test_times() -> None:
+    assert parse_time(b"1970-01-01T00:00:01.000000002Z") == 1_000_000_002
+    assert parse_time(b"1970-01-01T00:00:01Z") == -1
+    assert parse_line(b"1970-01-01T00:00:00.000000000Z stderr P a b") is not None
