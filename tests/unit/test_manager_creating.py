@@ -40,7 +40,10 @@ def _any_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(creating, "open_engine", lambda type_: Engine())
 
 
-def _plan(config: _Config = _Config(), **options: Any) -> MachineSpec:
+EMPTY = _Config()
+
+
+def _plan(config: _Config = EMPTY, **options: Any) -> MachineSpec:
     options.setdefault("command", ())
     image: Any = _Image(config)
     return creating.plan_machine(CreateOptions("img", **options), image, machine_id="ab" * 16, name="n")
@@ -89,7 +92,9 @@ def test_declared_volumes_become_anonymous_ones_unless_mounted_over() -> None:
     assert [(mount.target, mount.anonymous) for mount in spec.mounts] == [("/other", False), ("/data", True)]
 
 
-@pytest.mark.parametrize(("text", "number"), [("", 15), ("SIGINT", 2), ("HUP", 1), ("9", 9), ("nonsense", 15), ("99", 15)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("", 15), ("SIGINT", 2), ("HUP", 1), ("9", 9), ("nonsense", 15), ("99", 15)]
+)
 def test_stop_signals(text: str, number: int) -> None:
     assert creating.parse_stop_signal(text) == number
 

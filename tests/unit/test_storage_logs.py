@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_lines_parts_and_streams(tmp_path: Path) -> None:
         ("stdout", b" three", False),
         ("stdout", b"", False),
     ]
-    assert all(a.time_ns <= b.time_ns for a, b in zip(lines, lines[1:], strict=False))
+    assert all(a.time_ns <= b.time_ns for a, b in itertools.pairwise(lines))
 
 
 @given(st.lists(st.binary(max_size=40), max_size=30))
@@ -73,7 +74,9 @@ def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
     writer.write(1, b"good\n")
     writer.close()
     with open(tmp_path / "log", "ab") as file:
-        file.write(b"garbage\n2026-99-99T00:00:00.000000000Z stdout F x\n2026-11-23T10:00:00.000000000Z stdout Q x\ncut")
+        file.write(
+            b"garbage\n2026-99-99T00:00:00.000000000Z stdout F x\n2026-11-23T10:00:00.000000000Z stdout Q x\ncut"
+        )
     assert [line.data for line in LogReader(str(tmp_path), 3).read()] == [b"good"]
 
 

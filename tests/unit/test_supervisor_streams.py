@@ -142,7 +142,9 @@ def test_streams_reach_the_program(loop: Loop) -> None:
     program = _Program()
     client.program = program  # type: ignore[assignment]
     os.write(theirs, encode(control.STDIN, 0, b"in") + encode(control.STDIN_CLOSE))
-    os.write(theirs, encode(control.RESIZE, 0, control.SIZE.pack(3, 4)) + encode(control.SIGNAL, 0, control.U32.pack(15)))
+    os.write(
+        theirs, encode(control.RESIZE, 0, control.SIZE.pack(3, 4)) + encode(control.SIGNAL, 0, control.U32.pack(15))
+    )
     _spin(loop)
     assert [call for call in program.calls if call[0] != "grant"] == [
         ("feed", b"in"),

@@ -40,7 +40,7 @@ def sealed_copy(path: str) -> int:
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd = os.memfd_create("nagaya-agent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        while os.sendfile(fd, source, None, 1 << 20):  # type: ignore[arg-type]
+        while os.sendfile(fd, source, None, 1 << 20):
             pass
     finally:
         os.close(source)

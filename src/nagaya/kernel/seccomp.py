@@ -26,9 +26,9 @@ def errno_action(number: int) -> int:
 
 
 class Comparison(NamedTuple):
-    """One condition on argument `index`; `datum_b` is for MASKED_EQ (datum_a: mask, datum_b: value)."""
+    """One condition on one argument; `datum_b` is for MASKED_EQ (datum_a: mask, datum_b: value)."""
 
-    index: int
+    argument: int
     operator: str
     datum_a: int
     datum_b: int = 0
@@ -102,7 +102,9 @@ def compile_filter(default: int, rules: tuple[Rule, ...], architectures: tuple[s
 def _add_rule(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
     compared = (_ArgCmp * max(1, len(rule.comparisons)))()
     for at, comparison in enumerate(rule.comparisons):
-        compared[at] = _ArgCmp(comparison.index, OPERATORS[comparison.operator], comparison.datum_a, comparison.datum_b)
+        compared[at] = _ArgCmp(
+            comparison.argument, OPERATORS[comparison.operator], comparison.datum_a, comparison.datum_b
+        )
     for name in rule.names:
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number == -1:

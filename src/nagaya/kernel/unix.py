@@ -5,9 +5,8 @@ Uses `_socket`, the C module below `socket`: the latter spends 4 ms on making en
 
 from __future__ import annotations
 
-import os
-
 import _socket
+import os
 
 SOMAXCONN = 128
 

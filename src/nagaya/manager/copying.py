@@ -110,11 +110,11 @@ def copy_in(machine: Machine, source: str, target: str, *, follow_links: bool, a
 
     def make_archive() -> None:
         try:
-            with os.fdopen(write, "wb", buffering=1 << 20) as stream:
-                with tarfile.open(
-                    fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=follow_links
-                ) as tar:
-                    tar.add(os.path.normpath(source) if contents else source.rstrip("/") or "/", arcname=name)
+            with (
+                os.fdopen(write, "wb", buffering=1 << 20) as stream,
+                tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, dereference=follow_links) as tar,
+            ):
+                tar.add(os.path.normpath(source) if contents else source.rstrip("/") or "/", arcname=name)
         except BrokenPipeError:
             pass  # the agent gave up, and says why itself
         except (OSError, tarfile.TarError) as error:
@@ -140,7 +140,7 @@ class _Feeder:
 
         self._write = write
         self._problem: BaseException | None = None
-        self._work = lambda: _copy_out(machine, argv, lambda data: _write_all(write, data), source)
+        self._arguments = (machine, argv, lambda data: _write_all(write, data), source)
         self._thread = threading.Thread(target=self._run, name="cp")
 
     def start(self) -> None:
@@ -148,7 +148,7 @@ class _Feeder:
 
     def _run(self) -> None:
         try:
-            self._work()
+            _copy_out(*self._arguments)
         except BrokenPipeError:
             pass  # the reader gave up, and says why itself
         except BaseException as problem:

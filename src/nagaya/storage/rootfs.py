@@ -75,7 +75,7 @@ def find_in_layers(lower: tuple[str, ...], target: str) -> tuple[str, ...]:
 
     Nothing when the path goes through a link: what a volume at such a place begins with is not defined.
     """
-    found = []
+    found: list[str] = []
     for layer in lower:
         path = layer
         for part in target.strip("/").split("/"):

@@ -97,7 +97,9 @@ class Supervisor:
     def start(self) -> None:
         """Boot and ask the agent for the main program. What fails here ends the machine."""
         self._exit_status, self._problem = None, None
-        self.set_state(phase=STARTING, error="", exit_code=-1, warnings=(), pid=0, stop_requested=False, oom_killed=False)
+        self.set_state(
+            phase=STARTING, error="", exit_code=-1, warnings=(), pid=0, stop_requested=False, oom_killed=False
+        )
         try:
             booted = self._boot()
         except NagayaError as problem:
