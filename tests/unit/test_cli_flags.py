@@ -180,6 +180,15 @@ def test_examples_are_right_command_lines(name: str) -> None:
         parse(other[0], catalog.load(other[1]), words[other[0].count(" ") + 1 :])
 
 
+def test_the_reference_is_up_to_date() -> None:
+    from pathlib import Path
+
+    from nagaya.cli.help import render_reference
+
+    path = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
+    assert path.read_text() == render_reference(), "see nagaya.cli.help.render_reference for how to make it again"
+
+
 def test_only_the_invoked_command_is_imported() -> None:
     import subprocess
     import sys

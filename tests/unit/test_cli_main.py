@@ -85,6 +85,9 @@ class FakeMachine:
         return [SimpleNamespace(kind="A", path="/new\nline")]
 
 
+Machines = list[FakeMachine]  # `FakeHost.list` hides the type's name in its class
+
+
 class FakeHost:
     """Machines web, db, stuck; image app; volume data."""
 
@@ -106,12 +109,15 @@ class FakeHost:
         self.images = SimpleNamespace(
             list=lambda: [image],
             inspect=lambda name: {"id": image.id} if name == "app" else self._missing(name),
-            pull=lambda reference, **rest: (
-                self.calls.append(("pull", reference, rest["platform"], rest["insecure"])) or image
-            ),
+            pull=self._pull,
             remove=lambda name, force, in_use: [f"untagged: {name}"],
             prune=lambda all, in_use: SimpleNamespace(removed=("sha256:1",), bytes_freed=1000),
         )
+
+    def _pull(self, reference: str, **options: Any) -> Image:
+        self.calls.append(("pull", reference, options["platform"], options["insecure"]))
+        image: Image = self.images.list()[0]
+        return image
 
     def _missing(self, name: str) -> Any:
         raise NotFound(f"there is no '{name}'", hint="look")
@@ -122,7 +128,7 @@ class FakeHost:
                 return machine
         raise NotFound(f"there is no machine '{name}'", hint="'nagaya ps -a' lists them all")
 
-    def list(self) -> list[FakeMachine]:
+    def list(self) -> Machines:
         return self.all
 
     def create(self, options: CreateOptions, **rest: Any) -> FakeMachine:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.cli.terminal import DetachScanner
+from nagaya.cli.terminal import FORWARDED, DetachScanner, Signals
 from nagaya.errors import NotFound
 from nagaya.protocol import control
 from nagaya.protocol.frame import Decoder, Frame, encode
@@ -317,6 +317,17 @@ def test_a_full_disk_is_told() -> None:
         assert supervisor.status() == 125
 
 
+def test_a_second_interrupt_before_the_program_runs_is_an_interrupt() -> None:
+    """Signals that come during a start wait for the program; but a start that hangs can be left."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Signals(FORWARDED) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.take() == [signal.SIGINT]
+        assert signals.take() == []
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # -- with a terminal
 
 
@@ -400,7 +411,7 @@ def test_detach_keys_leave_the_program_running() -> None:
         assert supervisor.status() == 0
         assert terminal.as_before
         assert supervisor.process.stderr is not None
-        assert supervisor.process.stderr.read() == b"detached\n"
+        assert supervisor.process.stderr.read() == b"\ndetached\n"
 
 
 def test_a_begun_sequence_is_given_back() -> None:

@@ -44,6 +44,14 @@ def registry_key(registry: str) -> str:
     return registry.rstrip("/").partition("/")[0]
 
 
+def check(registry: str, user: str, password: str, *, insecure: bool) -> None:
+    """Let the registry check them. Raises `UsageError` when it refuses, `RemoteError` when it cannot be asked."""
+    from nagaya.cli import registry_check  # lazy: urllib costs 30 ms
+
+    key = registry_key(registry)
+    registry_check.check("registry-1.docker.io" if key == _HUB_KEY else key, user, password, insecure=insecure)
+
+
 def keep(registry: str, user: str, password: str) -> Kept:
     """Store credentials, replacing earlier ones. Raises `HostError`, `IntegrityError` (bad file), `LaunchError`."""
     path, key = auth_file(), registry_key(registry)

@@ -18,10 +18,13 @@ def say(message: str, *, hint: str = "") -> None:
     if hint:
         text += f"  hint: {printable(hint)}\n"
     try:
-        sys.stdout.flush()
+        sys.stdout.flush()  # what was printed before stands before the error, when both go to one place
+    except (OSError, ValueError):
+        pass  # that may be the very error that this tells of
+    try:
         sys.stderr.write(text)
         sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return
 
 

@@ -55,6 +55,43 @@ def render_command(name: str, command: Command) -> str:
     return "\n".join(lines)
 
 
+def render_reference() -> str:
+    """docs/commands.md: `python -c 'from nagaya.cli import help; print(help.render_reference(), end="")'`."""
+    lines = [_REFERENCE_HEAD]
+    for title, section in catalog.SECTIONS:
+        lines += [f"## {title}", "", "| command | what it does |", "|---|---|"]
+        for name, (place, about) in section.items():
+            usage = catalog.load(place).usage.replace("|", "\\|")
+            lines.append(f"| `{f'nagaya {name} {usage}'.rstrip()}` | {about} |")
+        lines.append("")
+    lines += ["## Groups", "", "The same commands under one word, as Docker's users also write them:", ""]
+    for group, (_, words) in catalog.GROUPS.items():
+        lines.append(f"- `nagaya {group}` " + " ".join(words))
+    command = catalog.load(catalog.MACHINES["run"][0])
+    lines += ["", "## Flags of `run` and `create`", "", "```", *render_flags(command.flags), "```", ""]
+    return "\n".join(lines)
+
+
+_REFERENCE_HEAD = """\
+# Commands
+
+Made from the tables that the command line itself reads; `nagaya help COMMAND` shows all flags of a command, with examples.
+
+- Flags before the command: `--root DIR` (`NAGAYA_ROOT`), `--run-dir DIR` (`NAGAYA_RUN_DIR`), `--debug` (`NAGAYA_DEBUG=1`).
+- `--name value` and `--name=value`, `-itd` clusters, `--init=false` turns a switch off, `--` ends the flags. Of `run`,
+  `create` and `exec`, everything after IMAGE or MACHINE belongs to the program.
+- A machine is named by its name, its id, or the beginning of its id.
+- Exit status: 0; 1 failed; 2 malformed command line; 130 interrupted. `run`, `exec`, `attach` and `start -a` end with the
+  program's own status: 128+n for signal n, 127 not found, 126 not executable, 125 when nagaya itself failed.
+- A failure is one sentence on standard error, and a hint where there is something to do about it.
+- `--json` prints our own records (snake_case, sizes in bytes, times in RFC 3339); `--format` takes Go templates with
+  Docker's field names (`{{.Names}}`, `{{json .}}`, `table …`, also `{{range}}`, `{{if}}`, `{{index}}`, `{{printf}}` …).
+  `inspect` templates find fields of the JSON in any case (`.State.ExitCode` is `exit_code`) and Docker's common paths.
+- In a terminal `ctrl-p ctrl-q` leaves a program running; without one, signals to nagaya are the program's. A reader that
+  goes away (`nagaya run … | head`) is SIGPIPE for the program.
+"""
+
+
 def render_flags(flags: tuple[Flag, ...]) -> list[str]:
     """Two columns, sorted by the long name."""
     lefts = {flag.key: _left(flag) for flag in flags}

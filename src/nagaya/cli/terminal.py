@@ -439,6 +439,8 @@ def _writable(fd: int) -> bool:
 
 def finish(ending: Ending) -> int:
     """The exit status of a command that has conversed; tells why the machine ended when its program did not end it."""
+    if ending.detached and not ending.status:
+        sys.stderr.write("\n")  # the shell's prompt begins a line of its own
     if ending.error and not ending.detached:
         from nagaya.cli.failures import say  # lazy: most programs just end
 

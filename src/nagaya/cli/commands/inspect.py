@@ -59,7 +59,8 @@ def _look(context: Context, name: str, kinds: tuple[str, ...]) -> dict[str, obje
             if kind == "machine":
                 return context.host.machines.get(name).inspect()
             if kind == "image":
-                return context.host.images.inspect(name)
+                found: dict[str, object] = context.host.images.inspect(name)
+                return found
             return volume_record(context.host.volumes.get(name))
         except NotFound:
             if len(kinds) == 1:
