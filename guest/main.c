@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,8 @@
 #endif
 
 #define MAX_CHANNELS 256
+#define DROP_TURNS 4	 /* reads per wake-up of output that nobody wants: a flood of it must not starve the rest */
+#define TTY_REST (1u << 20) /* more than a terminal ever buffers */
 #define EXIT_LOST 100 /* the supervisor is gone, or broke the protocol */
 
 /* Which descriptor of a channel an epoll event is about. */
@@ -41,9 +44,10 @@ struct channel {
 	int tty, discard, started, exited, closing;
 	uint32_t status;
 	uint32_t window;      /* bytes that we may still send */
+	uint32_t rest[2];     /* output and error bytes that still go out before EXITED; counts once `exited` is set */
 	unsigned char *queue; /* input that the program has not taken yet */
 	size_t queued;
-	int in_watched, out_watched;
+	uint32_t watched[3]; /* epoll events that in, out and err are registered for, 0 = not registered */
 };
 
 static struct channel channels[MAX_CHANNELS];
@@ -78,6 +82,10 @@ static void write_all(const unsigned char *bytes, size_t size)
 		ssize_t n = write(host, bytes, size);
 		if (n < 0 && errno == EINTR)
 			continue;
+		if (n < 0 && errno == EAGAIN) { /* we were given a non-blocking stream */
+			poll(&(struct pollfd){.fd = host, .events = POLLOUT}, 1, -1);
+			continue;
+		}
 		if (n <= 0)
 			end(EXIT_LOST);
 		bytes += n;
@@ -116,26 +124,14 @@ static void send_failed(uint32_t channel, uint32_t status, uint32_t error, const
 
 /* -- epoll, with (channel index, part) packed into the event's data */
 
-static void watch(int fd, uint32_t events, int index, enum part part)
+static void watch(int fd, uint32_t *watched, uint32_t events, int index, enum part part)
 {
 	struct epoll_event e = {.events = events, .data.u64 = (uint64_t)index << 8 | part};
 
-	if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &e) && errno == EEXIST)
-		epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &e);
-}
-
-static void unwatch(int fd)
-{
-	epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL);
-}
-
-static void close_fd(int *fd)
-{
-	if (*fd >= 0) {
-		unwatch(*fd);
-		close(*fd);
-		*fd = -1;
-	}
+	if (fd < 0 || *watched == events)
+		return;
+	epoll_ctl(epoll, !events ? EPOLL_CTL_DEL : *watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &e);
+	*watched = events;
 }
 
 static int index_of(const struct channel *c)
@@ -146,43 +142,53 @@ static int index_of(const struct channel *c)
 /* A terminal is one descriptor for both directions: one registration with the union of what is wanted. */
 static void update_watches(struct channel *c)
 {
-	int i = index_of(c), room = c->window > 0 || !c->id || c->discard;
+	int i = index_of(c);
+	uint32_t output = c->window > 0 || !c->id || c->discard ? EPOLLIN : 0;
+	uint32_t input = c->queued ? EPOLLOUT : 0;
 
-	if (c->tty) {
-		if (c->out < 0)
-			return;
-		uint32_t events = (room ? EPOLLIN : 0) | (c->queued ? EPOLLOUT : 0);
-		if (events)
-			watch(c->out, events, i, P_OUT);
-		else
-			unwatch(c->out); /* EPOLLHUP cannot be masked: leave the set, or spin */
+	/* Nothing wanted: out of the set altogether, since EPOLLHUP cannot be masked and would spin. */
+	watch(c->out, &c->watched[1], c->tty ? output | input : output, i, P_OUT);
+	watch(c->err, &c->watched[2], output, i, P_ERR);
+	if (!c->tty)
+		watch(c->in, &c->watched[0], input, i, P_IN);
+}
+
+/* A registration lives as long as the open file, which a child may share until it executes: take it out by hand. */
+static void close_fd(int *fd, uint32_t *watched)
+{
+	if (*fd < 0)
 		return;
-	}
-	for (int k = 0; k < 2; k++) {
-		int fd = k ? c->err : c->out;
-		if (fd < 0)
-			continue;
-		if (room)
-			watch(fd, EPOLLIN, i, k ? P_ERR : P_OUT);
-		else
-			unwatch(fd);
-	}
-	if (c->in >= 0) {
-		if (c->queued)
-			watch(c->in, EPOLLOUT, i, P_IN);
-		else
-			unwatch(c->in);
-	}
+	watch(*fd, watched, 0, 0, P_OUT);
+	close(*fd);
+	*fd = -1;
+}
+
+static void close_input(struct channel *c)
+{
+	if (!c->tty)
+		close_fd(&c->in, &c->watched[0]);
+}
+
+static void close_output(struct channel *c, int k)
+{
+	if (c->tty)
+		c->in = -1;
+	close_fd(k ? &c->err : &c->out, &c->watched[1 + k]);
+}
+
+static void close_report(struct channel *c)
+{
+	uint32_t watched = EPOLLIN;
+
+	close_fd(&c->report, &watched);
 }
 
 static void release(struct channel *c)
 {
-	if (c->tty)
-		c->in = -1;
-	close_fd(&c->in);
-	close_fd(&c->out);
-	close_fd(&c->err);
-	close_fd(&c->report);
+	close_input(c);
+	close_output(c, 0);
+	close_output(c, 1);
+	close_report(c);
 	free(c->queue);
 	memset(c, 0, sizeof *c);
 	c->in = c->out = c->err = c->report = -1;
@@ -217,12 +223,22 @@ static struct channel *new_channel(void)
 
 static unsigned char data_frame[HEADER_SIZE + MAX_DATA];
 
-/* Read what there is, as far as the window goes. 1 when nothing more is there now (or ever), 0 when the window ended. */
-static int pump_one(struct channel *c, int *fd, unsigned type)
+/* Read what there is, as far as the window goes. 1 when the program's own output is all sent, as far as is known. */
+static int pump_one(struct channel *c, int k)
 {
-	while (*fd >= 0) {
+	int *fd = k ? &c->err : &c->out;
+
+	for (int turn = 0; *fd >= 0; turn++) {
 		int drop = !c->id || c->discard;
-		size_t room = drop || c->window > MAX_DATA ? MAX_DATA : c->window;
+		size_t room = MAX_DATA;
+		if (c->id && c->exited && !c->rest[k])
+			return 1; /* what comes now is by descendants: they do not hold EXITED back */
+		if (drop && turn == DROP_TURNS)
+			return 0;
+		if (!drop && c->window < room)
+			room = c->window;
+		if (!drop && c->exited && c->rest[k] < room)
+			room = c->rest[k];
 		if (!room)
 			return 0;
 		ssize_t n = read(*fd, data_frame + HEADER_SIZE, room);
@@ -231,30 +247,44 @@ static int pump_one(struct channel *c, int *fd, unsigned type)
 		if (n < 0 && errno == EAGAIN)
 			return 1;
 		if (n <= 0) { /* end of file, or EIO: a terminal whose other side is closed */
-			if (c->tty)
-				c->in = -1;
-			close_fd(fd);
+			close_output(c, k);
 			return 1;
 		}
 		if (drop)
 			continue;
-		put_header(data_frame, type, c->id, (size_t)n);
+		put_header(data_frame, k ? F_STDERR : F_STDOUT, c->id, (size_t)n);
 		write_all(data_frame, HEADER_SIZE + (size_t)n);
 		c->window -= (uint32_t)n;
+		if (c->exited)
+			c->rest[k] -= (uint32_t)n;
 	}
 	return 1;
 }
 
+/* What was readable when the program ended still goes out; a descendant that writes on and on must not move that goal. */
+static void fix_rest(struct channel *c)
+{
+	for (int k = 0; k < 2; k++) {
+		int readable = 0, fd = k ? c->err : c->out;
+		if (c->discard)
+			readable = 0;
+		else if (c->tty)
+			readable = TTY_REST; /* FIONREAD misses what the line discipline has not taken yet; a read does not */
+		else if (fd >= 0)
+			ioctl(fd, FIONREAD, &readable);
+		c->rest[k] = (uint32_t)readable;
+	}
+}
+
 static void pump_output(struct channel *c)
 {
-	int done = pump_one(c, &c->out, F_STDOUT);
+	int done = pump_one(c, 0);
 
-	done &= pump_one(c, &c->err, F_STDERR);
+	done &= pump_one(c, 1);
 	if (c->id && c->exited && c->started && done) {
 		send_u32(F_EXITED, c->id, c->status);
 		c->id = 0; /* lingers until its descendants have closed, so that they do not die of SIGPIPE */
-		if (!c->tty)
-			close_fd(&c->in);
+		close_input(c);
 		free(c->queue);
 		c->queue = NULL;
 		c->queued = 0;
@@ -279,8 +309,7 @@ static void pump_input(struct channel *c)
 			break;
 		if (n < 0) { /* EPIPE: the program reads no more; swallow, as a shell's pipe would */
 			n = (ssize_t)c->queued;
-			if (!c->tty)
-				close_fd(&c->in);
+			close_input(c);
 		}
 		memmove(c->queue, c->queue + n, c->queued - (size_t)n);
 		c->queued -= (size_t)n;
@@ -292,9 +321,17 @@ static void pump_input(struct channel *c)
 	}
 	if (taken && c->id)
 		send_u32(F_CREDIT, c->id, taken);
-	if (!c->queued && c->closing && !c->tty)
-		close_fd(&c->in);
+	if (!c->queued && c->closing)
+		close_input(c);
 	update_watches(c);
+}
+
+/* Nobody has the terminal open any more: input that waits for room would wait for ever, and spin on EPOLLHUP. */
+static void drop_input(struct channel *c)
+{
+	if (c->queued && c->id)
+		send_u32(F_CREDIT, c->id, (uint32_t)c->queued);
+	c->queued = 0;
 }
 
 static void take_input(struct channel *c, const unsigned char *bytes, size_t size)
@@ -431,7 +468,9 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 	close(report[1]);
 	if (c->pid < 0) {
 		close(report[0]);
-		spawn_failed(c, 125, (uint32_t)error, "cannot start a process in the machine");
+		char text[128];
+		snprintf(text, sizeof text, "cannot start a process in the machine: %s", strerror(error));
+		spawn_failed(c, 125, (uint32_t)error, text);
 		return;
 	}
 	c->report = report[0];
@@ -439,7 +478,7 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 	unblock(c->out);
 	unblock(c->err);
 	unblock(c->report);
-	watch(c->report, EPOLLIN, index_of(c), P_REPORT);
+	watch(c->report, &(uint32_t){0}, EPOLLIN, index_of(c), P_REPORT);
 	update_watches(c);
 }
 
@@ -454,7 +493,7 @@ static void read_report(struct channel *c)
 	while (n < 0 && errno == EINTR);
 	if (n < 0)
 		return;
-	close_fd(&c->report);
+	close_report(c);
 	if (n == 0) {
 		c->started = 1;
 		send_u32(F_STARTED, c->id, (uint32_t)c->pid);
@@ -480,6 +519,7 @@ static void reap(void)
 			c->pid = 0;
 			c->exited = 1;
 			c->status = WIFSIGNALED(status) ? 128u + (unsigned)WTERMSIG(status) : (unsigned)WEXITSTATUS(status);
+			fix_rest(c);
 			if (c->report >= 0)
 				read_report(c); /* before EXITED comes STARTED */
 			else
@@ -606,6 +646,8 @@ static void dispatch(const struct epoll_event *e, int signals)
 	case P_OUT:
 		if (c->used && c->tty && (e->events & EPOLLOUT))
 			pump_input(c);
+		if (c->used && c->tty && (e->events & EPOLLHUP))
+			drop_input(c);
 		/* fall through */
 	case P_ERR:
 		if (c->used)
@@ -630,8 +672,8 @@ static void __attribute__((noreturn)) serve(void)
 		end(EXIT_LOST);
 	for (int i = 0; i < MAX_CHANNELS; i++)
 		channels[i].in = channels[i].out = channels[i].err = channels[i].report = -1;
-	watch(host, EPOLLIN, 0, P_HOST);
-	watch(signals, EPOLLIN, 0, P_SIGNALS);
+	watch(host, &(uint32_t){0}, EPOLLIN, 0, P_HOST);
+	watch(signals, &(uint32_t){0}, EPOLLIN, 0, P_SIGNALS);
 	put_header(hello, F_HELLO, 0, 8);
 	put32(hello + HEADER_SIZE, PROTOCOL_VERSION);
 	put32(hello + HEADER_SIZE + 4, 0);

@@ -58,9 +58,10 @@ int policy_apply_identity(const struct identity *id, uint64_t caps, int applet)
 	/* Leaving uid 0 clears permitted and effective by itself (capabilities(7)); execve as uid 0 regains the bounding set. */
 	if (syscall(SYS_setresuid, id->uid, id->uid, id->uid))
 		return -1;
-	if (id->uid != 0 || applet)
+	if (applet)
 		return 0;
-	caps &= permitted_now();
+	/* Inheritable, and with it ambient, becomes empty whatever our own parent left in it. */
+	caps = id->uid == 0 ? caps & permitted_now() : 0;
 	return set_capabilities(caps, caps);
 }
 

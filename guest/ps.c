@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "spawn.h"
@@ -31,7 +30,7 @@ static ssize_t read_file(int proc, const char *pid, const char *name, char *out,
 static void user_name(uid_t uid, char *name, size_t size)
 {
 	char line[1024];
-	FILE *file = fopen("/etc/passwd", "re");
+	FILE *file = open_database("/etc/passwd");
 
 	snprintf(name, size, "%u", (unsigned)uid);
 	while (file && fgets(line, sizeof line, file)) {
@@ -47,15 +46,19 @@ static void user_name(uid_t uid, char *name, size_t size)
 
 static void print_process(int proc, const char *pid)
 {
-	char stat_text[1024], command[4096], name[128];
-	struct stat st;
+	char stat_text[1024], status_text[4096], command[4096], name[128], *uid_line;
 	unsigned long utime, stime;
 	long rss;
 	int ppid;
 	char state;
 
-	if (read_file(proc, pid, "stat", stat_text, sizeof stat_text) <= 0 || fstatat(proc, pid, &st, 0))
+	if (read_file(proc, pid, "stat", stat_text, sizeof stat_text) <= 0 ||
+	    read_file(proc, pid, "status", status_text, sizeof status_text) <= 0)
 		return; /* it has just ended */
+	/* Not the owner of /proc/PID: that is root for a process that may not be dumped. The name in it has no newline. */
+	if (!(uid_line = strstr(status_text, "\nUid:\t")))
+		return;
+	unsigned uid = (unsigned)strtoul(uid_line + 6, NULL, 10);
 	/* The name stands in parentheses and may hold any byte, a ')' too: the last one closes it. */
 	char *open = strchr(stat_text, '('), *close = strrchr(stat_text, ')');
 	if (!open || !close ||
@@ -71,8 +74,8 @@ static void print_process(int proc, const char *pid)
 	if (n <= 0)
 		n = snprintf(command, sizeof command, "[%.*s]", (int)(close - open - 1), open + 1);
 	long tick = sysconf(_SC_CLK_TCK);
-	user_name(st.st_uid, name, sizeof name);
-	printf("{\"pid\":%s,\"ppid\":%d,\"uid\":%u,\"user\":", pid, ppid, (unsigned)st.st_uid);
+	user_name(uid, name, sizeof name);
+	printf("{\"pid\":%s,\"ppid\":%d,\"uid\":%u,\"user\":", pid, ppid, uid);
 	json_string(name, strlen(name));
 	printf(",\"cpu_ms\":%lu,\"rss_bytes\":%lld,\"state\":\"%c\",\"command\":", (utime + stime) * 1000 / (unsigned long)tick,
 	       (long long)rss * sysconf(_SC_PAGESIZE), isalpha((unsigned char)state) ? state : '?');
@@ -82,15 +85,19 @@ static void print_process(int proc, const char *pid)
 
 int applet_ps(int argc, char **argv)
 {
-	DIR *dir = argc == 1 ? opendir("/proc") : NULL;
+	DIR *dir;
 	struct dirent *entry;
 
-	if (!dir) {
-		fprintf(stderr, "%s: /proc: %s\n", argv[0], strerror(errno));
+	if (argc != 1) {
+		fprintf(stderr, "usage: %s\n", argv[0]);
+		return 2;
+	}
+	if (!(dir = opendir("/proc"))) {
+		fprintf(stderr, "/proc: %s\n", strerror(errno));
 		return 1;
 	}
 	while ((entry = readdir(dir)))
-		if (isdigit((unsigned char)entry->d_name[0]))
+		if (isdigit((unsigned char)entry->d_name[0]) && strtol(entry->d_name, NULL, 10) != getpid())
 			print_process(dirfd(dir), entry->d_name);
 	closedir(dir);
 	return fflush(stdout) ? 1 : 0;

@@ -136,7 +136,7 @@ void spawn_become(const struct spawn *s, const int fds[3], int error_fd)
 {
 	struct identity id;
 	char why[300], home[300];
-	int applet = !!(s->flags & SF_APPLET);
+	int applet = !!(s->flags & SF_APPLET), entered;
 
 	report_fd = error_fd;
 	setsid(); /* fails when we lead a session already (the stub): no matter */
@@ -148,11 +148,12 @@ void spawn_become(const struct spawn *s, const int fds[3], int error_fd)
 		fail(125, errno, "cannot hand over the terminal: %s", strerror(errno));
 	if (make_path(s->cwd) && errno != EROFS && errno != EEXIST)
 		fail(125, errno, "cannot make the working directory %s: %s", s->cwd, strerror(errno));
+	entered = !chdir(s->cwd); /* as root first, like runc: WORKDIR /root goes with any USER */
 	if (policy_apply_rlimits(s))
 		fail(125, errno, "cannot set a resource limit: %s", strerror(errno));
 	if (policy_apply_identity(&id, s->caps, applet))
 		fail(125, errno, "cannot become user '%s': %s", s->user, strerror(errno));
-	if (chdir(s->cwd)) /* as the user: a directory that it may not enter is an error here, not later */
+	if (!entered && chdir(s->cwd)) /* or as the user: a network file system may let only its owner in */
 		fail(126, errno, "cannot enter the working directory %s: %s", s->cwd, strerror(errno));
 	if (!find_env(s->env, "HOME")) {
 		snprintf(home, sizeof home, "HOME=%s", id.home);

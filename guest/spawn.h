@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/types.h>
 
 #define MAX_RLIMITS 32
@@ -52,6 +53,8 @@ struct identity {
 };
 /* Look "user[:group]" up in /etc/passwd and /etc/group; "" is root. 0, or -1 with a text for a person. */
 int identity_find(const char *user, struct identity *id, char *why, size_t why_size);
+/* Open one of these files for reading; NULL when it is not there, or not a regular file. */
+FILE *open_database(const char *path);
 
 /* policy.c: what binds the program. Each answers 0 or -1 with errno. */
 int policy_apply_rlimits(const struct spawn *s);

@@ -250,6 +250,25 @@ static void read_gnu_name(char *to, uint64_t size)
 	copy_name(to, text, strlen(text));
 }
 
+/* Base 256 may be negative (two's complement): GNU tar's way to say a time before 1970. */
+static int64_t field_time(const char *field, size_t size)
+{
+	uint64_t value = UINT64_MAX;
+
+	if ((unsigned char)field[0] != 0xff)
+		return (int64_t)field_number(field, size);
+	for (size_t i = 1; i < size; i++)
+		value = value << 8 | (unsigned char)field[i];
+	return (int64_t)value;
+}
+
+static uid_t checked_id(uint64_t id)
+{
+	if (id >= UINT32_MAX) /* (uid_t)-1 means "leave it" to chown */
+		bad("an owner's number is out of range");
+	return (uid_t)id;
+}
+
 /* The next entry with everything that its extended headers say. 0 at the archive's end. */
 static int next_entry(struct entry *e)
 {
@@ -291,15 +310,17 @@ static int next_entry(struct entry *e)
 		e->uid = field_number(h.uid, sizeof h.uid);
 	if (!e->has_gid)
 		e->gid = field_number(h.gid, sizeof h.gid);
+	checked_id(e->uid);
+	checked_id(e->gid);
 	if (!e->has_mtime)
-		e->mtime.tv_sec = (time_t)field_number(h.mtime, sizeof h.mtime);
+		e->mtime.tv_sec = (time_t)field_time(h.mtime, sizeof h.mtime);
 	e->mode = (unsigned)field_number(h.mode, sizeof h.mode) & 07777;
 	if (e->type == '3' || e->type == '4') {
 		e->major = (unsigned)field_number(h.devmajor, sizeof h.devmajor);
 		e->minor = (unsigned)field_number(h.devminor, sizeof h.devminor);
 	}
-	if (e->type == '5' || e->type == '1' || e->type == '2')
-		e->size = e->type == '1' ? e->size : 0;
+	if (e->type >= '1' && e->type <= '6')
+		e->size = 0; /* these have no data, whatever size an old writer gave a hard link */
 	return 1;
 }
 
@@ -332,55 +353,65 @@ static void clean_name(char *name)
 	*to = 0;
 }
 
-/* The directory that `name` is to be in, made when missing. */
+/* The directory that `name` is to be in, made when missing: once with the whole path, else part by part. */
 static int open_parent(const char *name)
 {
-	const char *slash = strrchr(name, '/');
+	const char *last = strrchr(name, '/');
 	char path[MAX_NAME];
-	int fd;
 
-	if (!slash)
+	if (!last)
 		return open_in_root(".", O_PATH | O_DIRECTORY);
-	copy_name(path, name, (size_t)(slash - name));
-	fd = open_in_root(path, O_PATH | O_DIRECTORY);
+	size_t size = (size_t)(last - name);
+	copy_name(path, name, size);
+	int fd = open_in_root(path, O_PATH | O_DIRECTORY);
 	if (fd >= 0 || errno != ENOENT)
 		return fd;
-	int above = open_parent(path);
-	if (above < 0)
-		return -1;
-	const char *last = strrchr(path, '/');
-	if (mkdirat(above, last ? last + 1 : path, 0755) && errno != EEXIST) {
+	int above = open_in_root(".", O_PATH | O_DIRECTORY);
+	for (size_t start = 0, stop; above >= 0 && start < size; start = stop + 1) {
+		stop = start + strcspn(name + start, "/");
+		copy_name(path, name, stop);
+		fd = open_in_root(path, O_PATH | O_DIRECTORY);
+		if (fd < 0 && errno == ENOENT && (!mkdirat(above, path + start, 0755) || errno == EEXIST))
+			fd = open_in_root(path, O_PATH | O_DIRECTORY);
 		close(above);
-		return -1;
+		above = fd;
 	}
-	close(above);
-	return open_in_root(path, O_PATH | O_DIRECTORY);
+	return above;
 }
 
-static void set_owner_and_more(int parent, const char *base, const struct entry *e)
+/* Whether an attribute that could not be set may be missing: this file system or this user has no such attributes. */
+static int optional(int error)
 {
-	char proc_path[64];
+	return error == EPERM || error == EOPNOTSUPP;
+}
+
+/* For a file or directory that is open. Owner first: a change of owner clears set-user-id and capabilities. */
+static void set_owner_and_xattrs(int fd, const struct entry *e)
+{
+	if (keep_owner && fchown(fd, (uid_t)e->uid, (gid_t)e->gid))
+		give_up(e->name);
+	for (struct xattr *x = e->xattrs; x; x = x->next)
+		if (fsetxattr(fd, x->name, x->value, x->size, 0) && !optional(errno))
+			give_up(e->name);
+}
+
+/* For what is better not opened. A new device has its mode already, a link has none. */
+static void set_special(int parent, const char *base, const struct entry *e)
+{
 	struct timespec times[2] = {{0, UTIME_OMIT}, e->mtime};
+	char proc_path[64];
 
 	if (keep_owner && fchownat(parent, base, (uid_t)e->uid, (gid_t)e->gid, AT_SYMLINK_NOFOLLOW))
 		give_up(e->name);
-	if (e->type == '2') {
-		utimensat(parent, base, times, AT_SYMLINK_NOFOLLOW);
-		return;
+	int fd = e->xattrs && e->type != '2' ? openat(parent, base, O_PATH | O_NOFOLLOW | O_CLOEXEC) : -1;
+	if (fd >= 0) {
+		snprintf(proc_path, sizeof proc_path, "/proc/self/fd/%d", fd);
+		for (struct xattr *x = e->xattrs; x; x = x->next)
+			if (setxattr(proc_path, x->name, x->value, x->size, 0) && !optional(errno) && errno != ENOENT)
+				give_up(e->name); /* ENOENT: no /proc */
+		close(fd);
 	}
-	int fd = openat(parent, base, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-	if (fd < 0)
-		give_up(e->name);
-	snprintf(proc_path, sizeof proc_path, "/proc/self/fd/%d", fd);
-	for (struct xattr *x = e->xattrs; x; x = x->next)
-		if (setxattr(proc_path, x->name, x->value, x->size, 0) && errno != EPERM && errno != EOPNOTSUPP)
-			give_up(e->name);
-	if (e->type != '5') { /* after chown, which clears set-user-id */
-		if (chmod(proc_path, e->mode))
-			give_up(e->name);
-		utimensat(AT_FDCWD, proc_path, times, 0);
-	}
-	close(fd);
+	utimensat(parent, base, times, AT_SYMLINK_NOFOLLOW);
 }
 
 static void put_data(int fd, const struct entry *e, off_t at, uint64_t size)
@@ -453,6 +484,8 @@ static void put_sparse(int fd, const struct entry *e)
 
 static void make_file(int parent, const char *base, const struct entry *e)
 {
+	struct timespec times[2] = {{0, UTIME_OMIT}, e->mtime};
+
 	if (unlinkat(parent, base, 0) && errno != ENOENT)
 		give_up(e->name);
 	int fd = openat(parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
@@ -463,22 +496,24 @@ static void make_file(int parent, const char *base, const struct entry *e)
 	else
 		put_data(fd, e, 0, e->size);
 	skip(padding(e->size));
+	set_owner_and_xattrs(fd, e);
+	if (fchmod(fd, e->mode))
+		give_up(e->name);
+	futimens(fd, times);
 	if (close(fd))
 		give_up(e->name);
 }
 
 static void make_directory(int parent, const char *base, const struct entry *e)
 {
-	struct stat st;
-
-	if (!mkdirat(parent, base, 0700) || errno == EEXIST) {
-		/* A link to a directory stays one, as when GNU tar unpacks over a merged /usr. */
-		int fd = open_in_root(e->name, O_PATH | O_DIRECTORY);
-		if (fd < 0 || fstat(fd, &st))
-			give_up(e->name);
-		close(fd);
-	} else
+	if (mkdirat(parent, base, 0700) && errno != EEXIST)
 		give_up(e->name);
+	/* A link to a directory stays one, as when GNU tar unpacks over a merged /usr. */
+	int fd = open_in_root(e->name, O_RDONLY | O_DIRECTORY);
+	if (fd < 0)
+		give_up(e->name);
+	set_owner_and_xattrs(fd, e);
+	close(fd);
 	struct later *l = malloc(sizeof *l);
 	if (!l || !(l->name = strdup(e->name)))
 		give_up("memory");
@@ -491,6 +526,8 @@ static void make_directory(int parent, const char *base, const struct entry *e)
 static void make_link(int parent, const char *base, struct entry *e)
 {
 	clean_name(e->link);
+	if (!strcmp(e->link, e->name))
+		return; /* a link to itself: unlinking it first would lose it */
 	int from = open_parent(e->link);
 	const char *slash = strrchr(e->link, '/');
 	if (from < 0)
@@ -500,7 +537,15 @@ static void make_link(int parent, const char *base, struct entry *e)
 	if (linkat(from, slash ? slash + 1 : e->link, parent, base, 0))
 		give_up(e->name);
 	close(from);
-	skip(e->size + padding(e->size));
+}
+
+static void make_symlink(int parent, const char *base, const struct entry *e)
+{
+	if (unlinkat(parent, base, 0) && errno != ENOENT)
+		give_up(e->name);
+	if (symlinkat(e->link, parent, base))
+		give_up(e->name);
+	set_special(parent, base, e);
 }
 
 static void make_special(int parent, const char *base, const struct entry *e)
@@ -509,9 +554,9 @@ static void make_special(int parent, const char *base, const struct entry *e)
 
 	if (unlinkat(parent, base, 0) && errno != ENOENT)
 		give_up(e->name);
-	if (mknodat(parent, base, type | 0600, makedev(e->major, e->minor)))
+	if (mknodat(parent, base, type | e->mode, makedev(e->major, e->minor)))
 		give_up(e->name);
-	skip(e->size + padding(e->size));
+	set_special(parent, base, e);
 }
 
 static void set_top(const struct entry *e)
@@ -542,10 +587,7 @@ static void unpack(struct entry *e)
 		make_link(parent, base, e);
 		break;
 	case '2':
-		if (unlinkat(parent, base, 0) && errno != ENOENT)
-			give_up(e->name);
-		if (symlinkat(e->link, parent, base))
-			give_up(e->name);
+		make_symlink(parent, base, e);
 		break;
 	case '3':
 	case '4':
@@ -558,18 +600,11 @@ static void unpack(struct entry *e)
 	default:
 		bad("an entry of an unknown type");
 	}
-	if (e->type == '5') {
-		int fd = open_in_root(e->name, O_RDONLY | O_DIRECTORY);
-		if (fd < 0)
-			give_up(e->name);
-		if (keep_owner && fchown(fd, (uid_t)e->uid, (gid_t)e->gid))
-			give_up(e->name);
-		for (struct xattr *x = e->xattrs; x; x = x->next)
-			fsetxattr(fd, x->name, x->value, x->size, 0);
-		close(fd);
-	} else if (e->type != '1')
-		set_owner_and_more(parent, base, e);
 	close(parent);
+}
+
+static void free_xattrs(struct entry *e)
+{
 	while (e->xattrs) {
 		struct xattr *next = e->xattrs->next;
 		free(e->xattrs->name);
@@ -607,8 +642,10 @@ int applet_tar_in(int argc, char **argv)
 	root = open(argv[1], O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		give_up(argv[1]);
-	while (next_entry(&e))
+	while (next_entry(&e)) {
 		unpack(&e);
+		free_xattrs(&e);
+	}
 	finish_directories();
 	while (read(0, rest, sizeof rest) > 0)
 		; /* the archive's padding: a writer must not die of SIGPIPE */

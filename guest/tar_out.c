@@ -1,6 +1,7 @@
 /* tar-out PATH [--follow]: a pax archive of a file or tree on standard output.
  *
- * A file that shrinks while it is read is padded, one that grows is cut: the archive stays whole, the exit status is 1. */
+ * What cannot be read is named on standard error, and the exit status is 1; the archive stays whole all the same. A file
+ * that shrinks under us is padded with zeros (and named), one that grows, a log, is archived as long as it was. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/xattr.h>
@@ -18,7 +20,9 @@
 #include "tar.h"
 
 #define OUT_SIZE (256 << 10)
-#define MAX_DEPTH 1024
+#define MAX_PATH 4096
+#define MAX_DEPTH (MAX_PATH / 2)
+#define SPARSE_FROM (64 << 10) /* smaller holes are not worth a form that fewer readers know */
 #define RECORD (20 * BLOCK)
 
 struct text {
@@ -39,9 +43,9 @@ static uint64_t out_total;
 static struct link *links[4096];
 static int problems;
 
-static void complain(const char *path, int error)
+static void complain(const char *path, const char *why)
 {
-	fprintf(stderr, "%s: %s\n", path, strerror(error));
+	fprintf(stderr, "%s: %s\n", path, why);
 	problems = 1;
 }
 
@@ -160,17 +164,34 @@ static void put_header(const char *name, const struct stat *st, char type, uint6
 	put(&h, sizeof h);
 }
 
-static void pax_xattrs(struct text *t, const char *proc_path)
+/* `fd` is open for reading, or -1: then `proc_path` leads to a special file that is better not opened. */
+static void pax_xattrs(struct text *t, int fd, const char *proc_path)
 {
 	static char names[64 << 10], value[64 << 10];
-	ssize_t size = listxattr(proc_path, names, sizeof names);
+	ssize_t size = fd >= 0 ? flistxattr(fd, names, sizeof names) : listxattr(proc_path, names, sizeof names);
 
 	for (char *name = names; size > 0 && name < names + size; name += strlen(name) + 1) {
 		char key[300];
-		ssize_t n = getxattr(proc_path, name, value, sizeof value);
+		ssize_t n = fd >= 0 ? fgetxattr(fd, name, value, sizeof value) : getxattr(proc_path, name, value, sizeof value);
 		if (n >= 0 && (size_t)snprintf(key, sizeof key, "SCHILY.xattr.%s", name) < sizeof key)
 			pax_record(t, key, value, (size_t)n);
 	}
+}
+
+/* Seconds with a fraction. A time before 1970 is a negative number of seconds and a positive rest in the kernel. */
+static void pax_time(struct text *t, const char *key, const struct timespec *ts)
+{
+	long long seconds = ts->tv_sec;
+	long nanos = ts->tv_nsec;
+	char stamp[48];
+
+	int negative = seconds < 0;
+	if (negative && nanos) {
+		seconds++;
+		nanos = 1000000000 - nanos;
+	}
+	pax_record(t, key, stamp, (size_t)snprintf(stamp, sizeof stamp, "%s%lld.%09ld", negative ? "-" : "",
+						   negative ? -seconds : seconds, nanos));
 }
 
 /* What does not fit a ustar header goes into an extended one before it. */
@@ -186,11 +207,8 @@ static void put_entry(const char *name, const struct stat *st, char type, uint64
 		pax_number(pax, "uid", st->st_uid);
 	if (st->st_gid > 07777777)
 		pax_number(pax, "gid", st->st_gid);
-	if (st->st_mtim.tv_nsec || st->st_mtim.tv_sec < 0) {
-		char stamp[48];
-		pax_record(pax, "mtime", stamp,
-			   (size_t)snprintf(stamp, sizeof stamp, "%lld.%09ld", (long long)st->st_mtim.tv_sec, st->st_mtim.tv_nsec));
-	}
+	if (st->st_mtim.tv_nsec || st->st_mtim.tv_sec < 0 || st->st_mtim.tv_sec > 077777777777LL)
+		pax_time(pax, "mtime", &st->st_mtim);
 	if (pax->size) {
 		struct stat plain = {.st_mode = 0644};
 		put_header("@PaxHeader", &plain, 'x', pax->size, "");
@@ -211,7 +229,7 @@ static void put_range(int fd, const char *name, off_t offset, uint64_t size)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0) {
-			complain(name, n < 0 ? errno : ENODATA); /* it shrank */
+			complain(name, n < 0 ? strerror(errno) : "the file shrank while it was read");
 			while (size) {
 				size_t part = size < sizeof chunk ? (size_t)size : sizeof chunk;
 				put(NULL, part);
@@ -234,11 +252,11 @@ static int sparse_map(int fd, const struct stat *st, struct text *map, uint64_t 
 	char line[64];
 
 	*data_size = 0;
-	if ((uint64_t)st->st_blocks * 512 >= (uint64_t)st->st_size)
+	if ((uint64_t)st->st_blocks * 512 + SPARSE_FROM > (uint64_t)st->st_size)
 		return 0;
 	while (at < st->st_size) {
 		off_t start = lseek(fd, at, SEEK_DATA);
-		if (start < 0 && errno == ENXIO)
+		if ((start < 0 && errno == ENXIO) || start >= st->st_size)
 			break;
 		off_t stop = start < 0 ? -1 : lseek(fd, start, SEEK_HOLE);
 		if (stop < 0) {
@@ -263,7 +281,7 @@ static int sparse_map(int fd, const struct stat *st, struct text *map, uint64_t 
 
 static void put_sparse(int fd, const char *name, const struct stat *st, struct text *map, uint64_t data_size, struct text *pax)
 {
-	char stored[4300];
+	static char stored[MAX_PATH + 32];
 	const char *slash = strrchr(name, '/');
 	long long start, size;
 
@@ -283,26 +301,19 @@ static void put_sparse(int fd, const char *name, const struct stat *st, struct t
 	put_padding(data_size);
 }
 
-static void put_file(const char *proc_path, const char *name, struct text *pax)
+static void put_file(int fd, const char *name, const struct stat *st, struct text *pax)
 {
-	int fd = open(proc_path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	struct text map = {0};
-	struct stat st;
 	uint64_t data_size;
 
-	if (fd < 0 || fstat(fd, &st)) {
-		complain(name, errno);
-		free(pax->bytes);
-	} else if (sparse_map(fd, &st, &map, &data_size)) {
-		put_sparse(fd, name, &st, &map, data_size, pax);
+	if (sparse_map(fd, st, &map, &data_size)) {
+		put_sparse(fd, name, st, &map, data_size, pax);
 	} else {
-		put_entry(name, &st, '0', (uint64_t)st.st_size, "", pax);
-		put_range(fd, name, 0, (uint64_t)st.st_size);
-		put_padding((uint64_t)st.st_size);
+		put_entry(name, st, '0', (uint64_t)st->st_size, "", pax);
+		put_range(fd, name, 0, (uint64_t)st->st_size);
+		put_padding((uint64_t)st->st_size);
 	}
 	free(map.bytes);
-	if (fd >= 0)
-		close(fd);
 }
 
 /* The name under which this inode was archived before, or NULL after remembering it. */
@@ -321,90 +332,141 @@ static const char *earlier_link(const struct stat *st, const char *name)
 	return NULL;
 }
 
-static void walk(int parent, const char *entry, const char *name, int follow, int depth);
+static char path[MAX_PATH + 1]; /* of the entry at hand, inside the archive */
+static size_t path_size;
 
-static void put_directory(int parent, const char *entry, const char *name, const struct stat *st, int follow, int depth, struct text *pax)
+static void walk(int parent, const char *entry, int follow, int depth);
+
+/* Takes `fd` over. A tree as deep as a path can be must not exhaust the stack: only small things live in here. */
+static void put_directory(int fd, const struct stat *st, int depth, struct text *pax)
 {
-	char child[4096], slashed[4097];
+	size_t size = path_size;
 	struct dirent *e;
-	int fd = openat(parent, entry, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (follow ? 0 : O_NOFOLLOW));
-	DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+	DIR *dir;
 
-	snprintf(slashed, sizeof slashed, "%s/", name);
-	put_entry(slashed, st, '5', 0, "", pax);
-	if (!dir || depth > MAX_DEPTH) {
-		complain(name, dir ? ELOOP : errno);
-		if (dir)
-			closedir(dir);
-		else if (fd >= 0)
-			close(fd);
+	path[size] = '/';
+	path[size + 1] = 0;
+	put_entry(path, st, '5', 0, "", pax);
+	path[size] = 0;
+	if (depth > MAX_DEPTH || !(dir = fdopendir(fd))) {
+		complain(path, depth > MAX_DEPTH ? "nested too deep" : strerror(errno));
+		close(fd);
 		return;
 	}
-	while ((e = readdir(dir))) {
+	while (errno = 0, (e = readdir(dir))) {
+		size_t length = strlen(e->d_name);
 		if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))
 			continue;
-		if ((size_t)snprintf(child, sizeof child, "%s/%s", name, e->d_name) >= sizeof child)
-			complain(name, ENAMETOOLONG);
-		else
-			walk(dirfd(dir), e->d_name, child, 0, depth + 1);
+		if (size + length + 2 >= MAX_PATH) {
+			complain(path, "a path below it is too long");
+			continue;
+		}
+		path[size] = '/';
+		memcpy(path + size + 1, e->d_name, length + 1);
+		path_size = size + 1 + length;
+		walk(dirfd(dir), e->d_name, 0, depth + 1);
+		path_size = size;
+		path[size] = 0;
 	}
+	if (errno)
+		complain(path, strerror(errno));
 	closedir(dir);
 }
 
-static void walk(int parent, const char *entry, const char *name, int follow, int depth)
+/* Links, devices and FIFOs: `fd` only points at them (O_PATH), since opening a device may do things. */
+static void put_special(int fd, const struct stat *st, struct text *pax)
 {
-	char proc_path[64], target[4096];
-	struct text pax = {0};
-	const char *link;
-	struct stat st;
-	int fd = openat(parent, entry, O_PATH | O_CLOEXEC | (follow ? 0 : O_NOFOLLOW));
+	static char target[MAX_PATH];
+	char proc_path[64];
 
-	if (fd < 0 || fstat(fd, &st)) {
-		complain(name, errno);
-		if (fd >= 0)
-			close(fd);
+	if (S_ISLNK(st->st_mode)) {
+		ssize_t n = readlinkat(fd, "", target, sizeof target - 1);
+		target[n < 0 ? 0 : n] = 0;
+		put_entry(path, st, '2', 0, target, pax);
 		return;
 	}
 	snprintf(proc_path, sizeof proc_path, "/proc/self/fd/%d", fd);
-	if (!S_ISLNK(st.st_mode) && !S_ISSOCK(st.st_mode))
-		pax_xattrs(&pax, proc_path);
-	if (!S_ISDIR(st.st_mode) && st.st_nlink > 1 && (link = earlier_link(&st, name))) {
-		free(pax.bytes);
-		pax = (struct text){0};
-		put_entry(name, &st, '1', 0, link, &pax);
-	} else if (S_ISREG(st.st_mode)) {
-		put_file(proc_path, name, &pax);
+	pax_xattrs(pax, -1, proc_path);
+	put_entry(path, st, S_ISCHR(st->st_mode) ? '3' : S_ISBLK(st->st_mode) ? '4' : '6', 0, "", pax);
+}
+
+/* Archive `entry` of the directory `parent` under the name in `path`. Needs no /proc: an image at rest may have none. */
+static void walk(int parent, const char *entry, int follow, int depth)
+{
+	int flags = O_CLOEXEC | (follow ? 0 : O_NOFOLLOW);
+	struct text pax = {0};
+	struct stat st;
+	const char *link;
+	int fd = openat(parent, entry, O_PATH | flags);
+
+	if (fd >= 0 && !fstat(fd, &st) && (S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))) {
+		mode_t type = st.st_mode & S_IFMT;
+		close(fd);
+		fd = openat(parent, entry, O_RDONLY | O_NONBLOCK | O_NOCTTY | flags);
+		if (fd >= 0 && !fstat(fd, &st) && (st.st_mode & S_IFMT) != type) {
+			complain(path, "it was replaced while it was read");
+			close(fd);
+			return;
+		}
+	}
+	if (fd < 0) {
+		complain(path, strerror(errno));
+		return;
+	}
+	if (S_ISSOCK(st.st_mode)) {
+		close(fd); /* means nothing elsewhere */
+		return;
+	}
+	if (!S_ISDIR(st.st_mode) && st.st_nlink > 1 && (link = earlier_link(&st, path))) {
+		put_entry(path, &st, '1', 0, link, &pax);
 	} else if (S_ISDIR(st.st_mode)) {
-		put_directory(parent, entry, name, &st, follow, depth, &pax);
-	} else if (S_ISLNK(st.st_mode)) {
-		ssize_t n = readlinkat(fd, "", target, sizeof target - 1);
-		target[n < 0 ? 0 : n] = 0;
-		put_entry(name, &st, '2', 0, target, &pax);
-	} else if (S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode) || S_ISFIFO(st.st_mode)) {
-		put_entry(name, &st, S_ISCHR(st.st_mode) ? '3' : S_ISBLK(st.st_mode) ? '4' : '6', 0, "", &pax);
+		pax_xattrs(&pax, fd, NULL);
+		put_directory(fd, &st, depth, &pax);
+		return;
+	} else if (S_ISREG(st.st_mode)) {
+		pax_xattrs(&pax, fd, NULL);
+		put_file(fd, path, &st, &pax);
 	} else
-		free(pax.bytes); /* a socket means nothing elsewhere */
+		put_special(fd, &st, &pax);
 	close(fd);
+}
+
+/* A descriptor for each level of the tree. */
+static void allow_descriptors(void)
+{
+	struct rlimit limit;
+
+	if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < MAX_DEPTH + 16) {
+		limit.rlim_cur = limit.rlim_max < MAX_DEPTH + 16 ? limit.rlim_max : MAX_DEPTH + 16;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
 }
 
 int applet_tar_out(int argc, char **argv)
 {
 	int follow = argc == 3 && !strcmp(argv[2], "--follow");
-	char path[4096];
+	char source[MAX_PATH];
 	size_t length;
 
-	if (argc != 2 + follow || strlen(argv[1]) >= sizeof path) {
+	if (argc != 2 + follow || !argv[1][0] || strlen(argv[1]) >= sizeof source) {
 		fprintf(stderr, "usage: tar-out PATH [--follow]\n");
 		return 2;
 	}
-	strcpy(path, argv[1]);
-	length = strlen(path);
-	int contents = length >= 2 && !strcmp(path + length - 2, "/.");
-	while (length > 1 && path[length - 1] == '/')
-		path[--length] = 0;
-	const char *name = strrchr(path, '/');
-	name = contents || !strcmp(path, "/") ? "." : name ? name + 1 : path;
-	walk(AT_FDCWD, path, name, follow || contents, 0);
+	strcpy(source, argv[1]);
+	length = strlen(source);
+	/* A slash at the end asks for what a link leads to, everywhere in Unix. */
+	if (source[length - 1] == '/' || (length >= 2 && !strcmp(source + length - 2, "/.")))
+		follow = 1;
+	while (length > 1 && source[length - 1] == '/')
+		source[--length] = 0;
+	const char *name = strrchr(source, '/');
+	name = name ? name + 1 : source;
+	if (!*name || !strcmp(name, ".."))
+		name = "."; /* the root, or a directory that only its child names */
+	path_size = strlen(name);
+	memcpy(path, name, path_size + 1);
+	allow_descriptors();
+	walk(AT_FDCWD, source, follow, 0);
 	put(NULL, 2 * BLOCK);
 	put(NULL, (size_t)((RECORD - out_total % RECORD) % RECORD));
 	flush_out();

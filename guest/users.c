@@ -1,12 +1,30 @@
 /* /etc/passwd and /etc/group of the machine, read without NSS: a static program has none, and the files are hostile. */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "spawn.h"
 
 #define LINE_MAX_BYTES 4096
+
+/* A FIFO or a device in the file's place must neither block us nor feed us for ever. */
+FILE *open_database(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	struct stat st;
+	FILE *file = NULL;
+
+	if (fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode))
+		file = fdopen(fd, "r");
+	if (!file && fd >= 0)
+		close(fd);
+	return file;
+}
 
 /* Split a line at colons into at most n fields; the number found. */
 static size_t split(char *line, char **fields, size_t n)
@@ -52,7 +70,7 @@ static int read_line(FILE *file, char *line)
 static int find_user(const char *name, const unsigned long *number, struct identity *id, char *found_name, size_t size)
 {
 	char line[LINE_MAX_BYTES], *f[7];
-	FILE *file = fopen("/etc/passwd", "re");
+	FILE *file = open_database("/etc/passwd");
 	int found = 0;
 
 	if (!file)
@@ -76,7 +94,7 @@ static int find_user(const char *name, const unsigned long *number, struct ident
 static int find_group(const char *name, gid_t *out)
 {
 	char line[LINE_MAX_BYTES], *f[4];
-	FILE *file = fopen("/etc/group", "re");
+	FILE *file = open_database("/etc/group");
 	int found = 0;
 
 	if (!file)
@@ -96,7 +114,7 @@ static int find_group(const char *name, gid_t *out)
 static void find_memberships(const char *name, struct identity *id)
 {
 	char line[LINE_MAX_BYTES], *f[4];
-	FILE *file = fopen("/etc/group", "re");
+	FILE *file = open_database("/etc/group");
 
 	if (!file)
 		return;
@@ -123,7 +141,13 @@ int identity_find(const char *user, struct identity *id, char *why, size_t why_s
 
 	memset(id, 0, sizeof *id);
 	strcpy(id->home, "/");
-	snprintf(name, sizeof name, "%.*s", (int)(colon ? colon - user : (long)strlen(user)), user);
+	size_t length = strcspn(user, ":");
+	if (length >= sizeof name) {
+		snprintf(why, why_size, "the user's name is too long");
+		return -1;
+	}
+	memcpy(name, user, length);
+	name[length] = 0;
 	if (!name[0])
 		strcpy(name, "0");
 	if (!parse_id(name, &number)) {
