@@ -44,7 +44,11 @@ class Blobs:
     def open(self, digest: str) -> BinaryIO:
         """The blob for reading, unbuffered. It was checked when it came; unpacking checks again. Raises `NotFound`."""
         try:
-            return os.fdopen(os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb", buffering=0)
+            return os.fdopen(
+                os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW),
+                "rb",
+                buffering=0,
+            )
         except FileNotFoundError:
             raise _missing(digest) from None
 
@@ -70,6 +74,10 @@ class Blobs:
     def writer(self, digest: str, size: int) -> BlobWriter:
         """A context manager to write the blob with; see `BlobWriter`."""
         return BlobWriter(self, check_digest(digest), size)
+
+    def new(self) -> NewBlob:
+        """A context manager to write a blob with whose digest comes out only at its end; see `NewBlob`."""
+        return NewBlob(self)
 
     def adopt(self, path: str, digest: str) -> None:
         """Move the complete file at `path` (same file system) in as a blob whose digest the caller has computed."""
@@ -137,7 +145,10 @@ class BlobWriter:
 
         self._hash = hashlib.new(self.digest.partition(":")[0])
         try:
-            for directory in (os.path.dirname(self._partial), os.path.dirname(self._target)):
+            for directory in (
+                os.path.dirname(self._partial),
+                os.path.dirname(self._target),
+            ):
                 os.makedirs(directory, 0o700, exist_ok=True)
             if self._lock():
                 self._resume()
@@ -180,7 +191,12 @@ class BlobWriter:
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         try:
             if kind is None and self._fd >= 0:
                 self._finish()
@@ -261,6 +277,56 @@ class BlobWriter:
             self._fd = -1
 
 
+class NewBlob:
+    """Writes a blob that is just being made. A context manager; nothing stays after an exception.
+
+    After a clean exit `digest` and `size` say what it is.
+    """
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.digest = ""
+        self.size = 0
+        self._blobs = blobs
+        self._path = f"{blobs.partial_directory}/new-{os.getpid()}-{os.urandom(4).hex()}"
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        import hashlib  # lazy: 3 ms
+
+        self._hash = hashlib.sha256()
+        try:
+            os.makedirs(self._blobs.partial_directory, 0o700, exist_ok=True)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot store a blob") from None
+        return self
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append. Raises `HostError` when the disk refuses."""
+        self._hash.update(data)
+        self.size += len(data)
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            error.filename = self._path
+            raise HostError.from_os(error, "cannot store a blob") from None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                os.fdatasync(self._fd)
+                self.digest = f"sha256:{self._hash.hexdigest()}"
+                self._blobs.adopt(self._path, self.digest)
+        except OSError as problem:
+            raise HostError.from_os(problem, "cannot store a blob") from None
+        finally:
+            os.close(self._fd)
+            if not self.digest or os.path.lexists(self._path):
+                os.unlink(self._path)
+
+
 def _names(directory: str) -> list[str]:
     try:
         return sorted(os.listdir(directory))
@@ -269,4 +335,7 @@ def _names(directory: str) -> list[str]:
 
 
 def _missing(digest: str) -> NotFound:
-    return NotFound(f"the store has no blob {digest}", hint="bring it back by pulling the image again")
+    return NotFound(
+        f"the store has no blob {digest}",
+        hint="bring it back by pulling the image again",
+    )

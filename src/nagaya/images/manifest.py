@@ -317,7 +317,7 @@ def parse_time(text: str) -> int:
     if fraction and not (fraction.isascii() and fraction.isdigit()):
         return 0
     year, month, date, hour, minute, second = (int(part) for part in parts)
-    if not (1970 <= year and 1 <= month <= 12 and 1 <= date <= 31 and hour < 24 and minute < 60 and second <= 60):
+    if not (year >= 1970 and 1 <= month <= 12 and 1 <= date <= 31 and hour < 24 and minute < 60 and second <= 60):
         return 0
     seconds = calendar.timegm((year, month, date, hour, minute, second, 0, 0, 0)) - offset_s
     return max(0, seconds * 1_000_000_000 + int((fraction + "000000000")[:9]))
@@ -342,7 +342,10 @@ def _parse_object(raw: bytes, what: str) -> dict[str, Any]:
         raise IntegrityError(f"{what}: {len(raw)} bytes are beyond {DOCUMENT_MAX}")
     try:
         data = json.loads(raw)
-    except (ValueError, RecursionError):  # ValueError: no UTF-8 and too long an integer as well
+    except (
+        ValueError,
+        RecursionError,
+    ):  # ValueError: no UTF-8 and too long an integer as well
         raise IntegrityError(f"{what}: not valid JSON") from None
     return _object(data, what)
 

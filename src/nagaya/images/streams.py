@@ -39,10 +39,8 @@ def default_limits() -> Limits:
     text = os.environ.get("NAGAYA_MAX_LAYER_BYTES", "")
     if not text:
         return Limits(MAX_BYTES, MAX_RATIO)
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:20]):
-        raise UsageError(
-            f"NAGAYA_MAX_LAYER_BYTES is '{text[:40]}', which is no number of bytes"
-        )
+    if not (text.isascii() and text.isdigit()) or not int(text[:20]) > 0:
+        raise UsageError(f"NAGAYA_MAX_LAYER_BYTES is '{text[:40]}', which is no number of bytes")
     return Limits(int(text), 0)
 
 
@@ -60,32 +58,31 @@ class TarStream:
     Raises `IntegrityError` for damaged compression and for more than `limits`, from the iteration.
     """
 
-    def __init__(self, source: BinaryIO, *, limits: Limits | None = None) -> None:
+    def __init__(self, source: BinaryIO, *, like: str = "sha256:", limits: Limits | None = None) -> None:
         import hashlib  # lazy: 3 ms
         import threading
 
         self._limits = limits or default_limits()
         self._source = source
         self._consumed = 0
-        self._progress: Callable[[int], object] | None = None
-        self._hash = hashlib.sha256()
+        self._call: Callable[[int], object] | None = None
+        self._algorithm = like.partition(":")[0]
+        self._hash = hashlib.new(self._algorithm)
         self.size = 0
         self._chunks: deque[bytes] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._ended = self._abandoned = False
         self._problem: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, name="decompress", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="decompress", daemon=True)
 
     @property
     def diff_id(self) -> str:
-        """Digest of the plain tar; only after the last chunk."""
-        return f"sha256:{self._hash.hexdigest()}"
+        """Digest of the plain tar (of the same algorithm as `like`); only after the last chunk."""
+        return f"{self._algorithm}:{self._hash.hexdigest()}"
 
-    def on_progress(self, call: Callable[[int], object]) -> None:
-        """Have `call(bytes read of the source)` called now and then, from the thread. Set it before entering."""
-        self._progress = call
+    def on_chunk(self, call: Callable[[int], object]) -> None:
+        """Have `call(bytes read of the source)` called by whoever iterates, after each chunk."""
+        self._call = call
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -114,6 +111,8 @@ class TarStream:
                     return
                 chunk = self._chunks.popleft()
                 self._changed.notify_all()
+            if self._call is not None:
+                self._call(self._consumed)
             yield chunk
 
     # -- in the thread
@@ -125,7 +124,7 @@ class TarStream:
                     self._account(chunk)
                     if not self._pass_on(chunk):
                         return
-        except BaseException as problem:  # noqa: BLE001 - carried over to the reader, who raises it
+        except BaseException as problem:
             self._problem = problem
         finally:
             with self._changed:
@@ -149,11 +148,7 @@ class TarStream:
                 f"it unfolds to more than {limits.bytes} bytes",
                 hint="NAGAYA_MAX_LAYER_BYTES=N allows more, if you trust it",
             )
-        if (
-            limits.ratio
-            and self.size > RATIO_FROM
-            and self.size > limits.ratio * self._consumed
-        ):
+        if limits.ratio and self.size > RATIO_FROM and self.size > limits.ratio * self._consumed:
             raise IntegrityError(
                 f"it unfolds to more than {limits.ratio} times its size, as a decompression bomb does",
                 hint=f"NAGAYA_MAX_LAYER_BYTES={limits.bytes} lifts this check, if you trust it",
@@ -181,14 +176,10 @@ class TarStream:
     def _read(self, size: int = READ) -> bytes:
         data = self._source.read(size)
         self._consumed += len(data)
-        if self._progress is not None:
-            self._progress(self._consumed)
         return data
 
 
-def _inflate_gzip(
-    data: bytes, read: Callable[[], bytes]
-) -> Generator[bytes, None, None]:
+def _inflate_gzip(data: bytes, read: Callable[[], bytes]) -> Generator[bytes, None, None]:
     """All members of a gzip file (RFC 1952): pigz and estargz write several."""
     import zlib
 
@@ -200,9 +191,7 @@ def _inflate_gzip(
             try:
                 yield inflater.decompress(data, CHUNK)
             except zlib.error as error:
-                raise IntegrityError(
-                    f"its gzip compression is damaged ({error})"
-                ) from None
+                raise IntegrityError(f"its gzip compression is damaged ({error})") from None
             data = inflater.unconsumed_tail
         data = _skip_zeros(inflater.unused_data, read)
         if not data:
@@ -220,18 +209,12 @@ def _skip_zeros(data: bytes, read: Callable[[], bytes]) -> bytes:
     return data
 
 
-def _inflate_members(
-    kind: str, data: bytes, read: Callable[[], bytes]
-) -> Generator[bytes, None, None]:
+def _inflate_members(kind: str, data: bytes, read: Callable[[], bytes]) -> Generator[bytes, None, None]:
     import bz2  # lazy: 2 ms each, and images rarely have either
     import lzma
 
     def make() -> Any:
-        return (
-            lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 30)
-            if kind == XZ
-            else bz2.BZ2Decompressor()
-        )
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 30) if kind == XZ else bz2.BZ2Decompressor()
 
     while True:
         inflater = make()
@@ -241,18 +224,14 @@ def _inflate_members(
             try:
                 yield inflater.decompress(data, CHUNK)
             except (OSError, ValueError, lzma.LZMAError) as error:
-                raise IntegrityError(
-                    f"its {kind} compression is damaged ({error})"
-                ) from None
+                raise IntegrityError(f"its {kind} compression is damaged ({error})") from None
             data = b""
         data = _skip_zeros(inflater.unused_data, read)
         if not data:
             return
 
 
-def _inflate_zstd(
-    data: bytes, read: Callable[[], bytes]
-) -> Generator[bytes, None, None]:
+def _inflate_zstd(data: bytes, read: Callable[[], bytes]) -> Generator[bytes, None, None]:
     """By the `zstandard` module where it is installed, else by the `zstd` command."""
     try:
         import zstandard  # type: ignore[import-not-found, unused-ignore]  # optional
@@ -274,9 +253,7 @@ class _Rest:
         return data[:size] if size >= 0 else data
 
 
-def _inflate_by_module(
-    module: Any, data: bytes, read: Callable[[], bytes]
-) -> Generator[bytes, None, None]:
+def _inflate_by_module(module: Any, data: bytes, read: Callable[[], bytes]) -> Generator[bytes, None, None]:
     reader = module.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
         _Rest(data, read), read_size=READ, read_across_frames=True
     )
@@ -287,9 +264,7 @@ def _inflate_by_module(
         raise IntegrityError(f"its zstd compression is damaged ({error})") from None
 
 
-def _inflate_by_command(
-    data: bytes, read: Callable[[], bytes]
-) -> Generator[bytes, None, None]:
+def _inflate_by_command(data: bytes, read: Callable[[], bytes]) -> Generator[bytes, None, None]:
     import subprocess  # lazy: 10 ms
     import threading
 
@@ -306,11 +281,7 @@ def _inflate_by_command(
             hint="install it: apt install zstd",
             finding="no 'zstd' command and no 'zstandard' module",
         ) from None
-    assert (
-        child.stdin is not None
-        and child.stdout is not None
-        and child.stderr is not None
-    )
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
     feeding = child.stdin
     problems: list[BaseException] = []
 
@@ -323,7 +294,7 @@ def _inflate_by_command(
             feeding.close()
         except BrokenPipeError:
             pass  # it found damage, and its status says so
-        except BaseException as problem:  # noqa: BLE001 - carried over to the reader, who raises it
+        except BaseException as problem:
             problems.append(problem)
             child.kill()
 
@@ -337,13 +308,9 @@ def _inflate_by_command(
         if problems:
             raise problems[0]
         if status == 1:
-            raise IntegrityError(
-                f"its zstd compression is damaged ({complaint or 'unreadable'})"
-            )
+            raise IntegrityError(f"its zstd compression is damaged ({complaint or 'unreadable'})")
         if status:
-            raise LaunchError(
-                f"zstd failed with status {status}", command="zstd -dc", status=status
-            )
+            raise LaunchError(f"zstd failed with status {status}", command="zstd -dc", status=status)
     finally:
         child.kill()
         child.wait()

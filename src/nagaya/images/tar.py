@@ -51,9 +51,7 @@ class Entry(NamedTuple):
     major: int = 0
     minor: int = 0
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
-    sparse: tuple[tuple[int, int], ...] | None = (
-        None  # (offset, length) of the data's fragments in the file
-    )
+    sparse: tuple[tuple[int, int], ...] | None = None  # (offset, length) of the data's fragments in the file
     real_size: int = 0  # of a sparse file
 
 
@@ -174,9 +172,7 @@ class TarReader:
                     return
             except IntegrityError as error:
                 if self._name and not error.message.startswith("entry "):
-                    raise IntegrityError(
-                        f"{error.message} at or after {show_name(self._name)}"
-                    ) from None
+                    raise IntegrityError(f"{error.message} at or after {show_name(self._name)}") from None
                 raise
             self._name = entry.name
             self._left = entry.size
@@ -201,9 +197,7 @@ class TarReader:
                 if extended:
                     raise IntegrityError("the archive ends after an extension header")
                 if not block and self._require_end:
-                    raise IntegrityError(
-                        "the archive is truncated: its end mark is missing"
-                    )
+                    raise IntegrityError("the archive is truncated: its end mark is missing")
                 return None
             self._count += 1
             if self._count > ENTRIES_MAX:
@@ -220,13 +214,8 @@ class TarReader:
                     long_link = body.rstrip(b"\0")
                 elif kind == b"g":
                     _merge(self._globals, body, [])
-                    if (
-                        sum(map(len, self._globals.values())) + 64 * len(self._globals)
-                        > EXTENSION_MAX
-                    ):
-                        raise IntegrityError(
-                            "the archive's global headers are too large"
-                        )
+                    if sum(map(len, self._globals.values())) + 64 * len(self._globals) > EXTENSION_MAX:
+                        raise IntegrityError("the archive's global headers are too large")
                 else:
                     if pax or fragments:
                         raise IntegrityError("an entry with more than one pax header")
@@ -250,9 +239,7 @@ class TarReader:
     def _read_extension(self, fields: tuple[bytes, ...]) -> bytes:
         size = _parse_number(fields[4], fields[0])
         if not 0 <= size <= EXTENSION_MAX:
-            raise refuse(
-                fields[0].rstrip(b"\0"), f"an extension header of {size} bytes"
-            )
+            raise refuse(fields[0].rstrip(b"\0"), f"an extension header of {size} bytes")
         body = self._stream.take(size)
         self._stream.skip(-size & (BLOCK - 1))
         return body
@@ -269,14 +256,8 @@ class TarReader:
             link=pax.get(b"linkpath", entry.link),
             uid=_decimal(pax, b"uid", entry.uid, name),
             gid=_decimal(pax, b"gid", entry.gid, name),
-            mtime_ns=_parse_pax_time(pax[b"mtime"], name)
-            if b"mtime" in pax
-            else entry.mtime_ns,
-            xattrs=tuple(
-                (key[len(_XATTR) :], value)
-                for key, value in pax.items()
-                if key.startswith(_XATTR)
-            ),
+            mtime_ns=_parse_pax_time(pax[b"mtime"], name) if b"mtime" in pax else entry.mtime_ns,
+            xattrs=tuple((key[len(_XATTR) :], value) for key, value in pax.items() if key.startswith(_XATTR)),
         )
         if entry.kind in (FILE, b"S"):
             entry = entry._replace(size=_decimal(pax, b"size", entry.size, name))
@@ -316,11 +297,7 @@ class TarReader:
                 numbers.append(_parse_decimal(value, name))
         else:
             text = pax.get(b"GNU.sparse.map", b"")
-            numbers = (
-                [_parse_decimal(part, name) for part in text.split(b",")]
-                if text
-                else []
-            )
+            numbers = [_parse_decimal(part, name) for part in text.split(b",")] if text else []
         return _with_fragments(entry, numbers, real)
 
     def _read_sparse_map(self, entry: Entry) -> tuple[list[int], int]:
@@ -369,23 +346,17 @@ class TarReader:
             table, more = block[:504], block[504]
 
 
-def _make_entry(
-    block: bytes, fields: tuple[bytes, ...], long_name: bytes, long_link: bytes
-) -> Entry:
+def _make_entry(block: bytes, fields: tuple[bytes, ...], long_name: bytes, long_link: bytes) -> Entry:
     name, kind = fields[0].partition(b"\0")[0], fields[7]
     magic, prefix = fields[9], fields[12]
     if long_name:
         name = long_name
-    elif (
-        prefix[0] and magic[:6] == b"ustar\0"
-    ):  # GNU's own magic "ustar  " has other things at the prefix's place
+    elif prefix[0] and magic[:6] == b"ustar\0":  # GNU's own magic "ustar  " has other things at the prefix's place
         name = prefix.partition(b"\0")[0] + b"/" + name
     if kind in (b"\0", b"7"):  # before POSIX; contiguous files
         kind = FILE
     size = _parse_number(fields[4], name) if kind in (FILE, b"S") else 0
-    if kind == FILE and name.endswith(
-        b"/"
-    ):  # before POSIX there was no type for directories
+    if kind == FILE and name.endswith(b"/"):  # before POSIX there was no type for directories
         kind, size = DIRECTORY, 0
     device = kind in (CHAR, BLOCK_DEVICE)
     return Entry(
@@ -444,10 +415,7 @@ def _check_sum(block: bytes, field: bytes, name: bytes) -> None:
     total = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
     if told == total - sum(field) + 256:
         return
-    signed = sum(
-        byte - 256 if byte > 127 else byte
-        for byte in block[:148] + b" " * 8 + block[156:]
-    )
+    signed = sum(byte - 256 if byte > 127 else byte for byte in block[:148] + b" " * 8 + block[156:])
     if told != signed:  # some tars before POSIX summed signed characters
         raise refuse(name.partition(b"\0")[0], "the header's checksum is wrong")
 
@@ -475,9 +443,7 @@ def _bad_number(field: bytes, name: bytes) -> IntegrityError:
     return refuse(name.partition(b"\0")[0], f"{ascii(field)[1:]} is no number")
 
 
-def _merge(
-    into: dict[bytes, bytes], body: bytes, fragments: list[tuple[bytes, bytes]]
-) -> None:
+def _merge(into: dict[bytes, bytes], body: bytes, fragments: list[tuple[bytes, bytes]]) -> None:
     """Parse pax records, `LENGTH KEY=VALUE\\n`. An empty value cancels the key.
 
     `hdrcharset` needs no care: the bytes of a name are what the file is called, in whatever character set.

@@ -89,9 +89,7 @@ def unpack_layer(chunks: Iterator[bytes], directory: str) -> Unpacked:
         return unpacker.run(TarReader(chunks))
 
 
-def extract(
-    stream: BinaryIO, directory: str, *, preserve_owner: bool, rename: str = ""
-) -> None:
+def extract(stream: BinaryIO, directory: str, *, preserve_owner: bool, rename: str = "") -> None:
     """Unpack a plain tar `stream` from a machine, which is hostile, into the host's `directory`.
 
     `rename` replaces the first component of every name. Existing files are replaced, never written through;
@@ -116,9 +114,7 @@ def unpack_stream(stream: BinaryIO, directory: str, policy: Policy) -> Unpacked:
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    read = getattr(
-        stream, "read1", stream.read
-    )  # read1: what is there, without waiting for a whole chunk
+    read = getattr(stream, "read1", stream.read)  # read1: what is there, without waiting for a whole chunk
     while chunk := read(1 << 20):
         yield chunk
 
@@ -130,12 +126,8 @@ class Unpacker:
         self._directory = directory
         self._policy = policy
         self._root = -1
-        self._open: dict[
-            bytes, int
-        ] = {}  # directories below the root: path -> descriptor
-        self._finish: dict[
-            bytes, Entry
-        ] = {}  # directories whose owner, mode and times are set at the end
+        self._open: dict[bytes, int] = {}  # directories below the root: path -> descriptor
+        self._finish: dict[bytes, Entry] = {}  # directories whose owner, mode and times are set at the end
         self._opaque: set[bytes] = set()
         self._whiteouts: set[bytes] = set()
         self._umask = _read_umask()
@@ -151,9 +143,7 @@ class Unpacker:
         return found.st_gid != os.getegid() or bool(found.st_mode & stat.S_ISGID)
 
     def __enter__(self) -> Self:
-        self._root = os.open(
-            self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        )
+        self._root = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self
 
     def __exit__(
@@ -186,9 +176,7 @@ class Unpacker:
                 if not path:
                     raise refuse(entry.name, "it would replace the root directory")
                 parent_path, _, base = path.rpartition(b"/")
-                parent = (
-                    self._root if not parent_path else self._open.get(parent_path, -1)
-                )
+                parent = self._root if not parent_path else self._open.get(parent_path, -1)
                 if parent < 0:
                     parent = self._open_directory(parent_path)
                 if self._policy.overlay and base.startswith(WHITEOUT):
@@ -206,13 +194,7 @@ class Unpacker:
         """The name relative to the root, without "." and doubled slashes. ".." has no honest use, and is refused."""
         if name.startswith(b"./"):
             name = name[2:]
-        if (
-            b".." in name
-            or b"//" in name
-            or b"/./" in name
-            or name[:1] in (b"/", b".")
-            or name[-1:] in (b"/", b".")
-        ):
+        if b".." in name or b"//" in name or b"/./" in name or name[:1] in (b"/", b".") or name[-1:] in (b"/", b"."):
             parts = [part for part in name.split(b"/") if part not in (b"", b".")]
             if b".." in parts:
                 raise refuse(name, "its path leads through '..'")
@@ -276,22 +258,14 @@ class Unpacker:
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
-            raise refuse(
-                path, "something was to be put below it, but it is no directory"
-            ) from None
+            raise refuse(path, "something was to be put below it, but it is no directory") from None
         os.mkdir(name, 0o755, dir_fd=parent)
         fd = os.open(name, _WALK, dir_fd=parent)
-        if (
-            self._policy.fresh
-            and path not in self._finish
-            and (self._umask or self._chown)
-        ):
+        if self._policy.fresh and path not in self._finish and (self._umask or self._chown):
             self._finish[path] = Entry(path, DIRECTORY, 0o755, 0, 0, -1, 0)
         return fd
 
-    def _make_room(
-        self, parent: int, base: bytes, path: bytes, *, directory: bool = False
-    ) -> bool:
+    def _make_room(self, parent: int, base: bytes, path: bytes, *, directory: bool = False) -> bool:
         """Remove what an earlier entry (or the host) has at `path`. With `directory` one may stay: True then."""
         found = os.lstat(base, dir_fd=parent)
         if stat.S_ISDIR(found.st_mode):
@@ -315,9 +289,7 @@ class Unpacker:
     def _forget(self, path: bytes) -> None:
         """A directory goes: close what is open below it. The rest of what is known of it is checked at its use."""
         below = path + b"/"
-        for known in [
-            known for known in self._open if known == path or known.startswith(below)
-        ]:
+        for known in [known for known in self._open if known == path or known.startswith(below)]:
             os.close(self._open.pop(known))
 
     # -- entries
@@ -340,9 +312,7 @@ class Unpacker:
                 return  # the host's own directory stays as it is
         self._finish[path] = entry
 
-    def _make_file(
-        self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader
-    ) -> None:
+    def _make_file(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         mode = self._mode(entry)
         try:
             fd = os.open(base, _CREATE, mode & 0o777, dir_fd=parent)
@@ -361,9 +331,7 @@ class Unpacker:
                 os.fchown(fd, entry.uid, entry.gid)
             if entry.xattrs:
                 self._set_xattrs(fd, entry)
-            if mode & (
-                self._umask | 0o7000
-            ):  # after chown, which clears the set-id bits
+            if mode & (self._umask | 0o7000):  # after chown, which clears the set-id bits
                 os.fchmod(fd, mode)
             os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
@@ -382,9 +350,7 @@ class Unpacker:
                 left -= count
                 piece = piece[count:]
 
-    def _make_link(
-        self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader
-    ) -> None:
+    def _make_link(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         target = self._path(entry.link)
         source_path, _, source = target.rpartition(b"/")
         if target == path:
@@ -396,9 +362,7 @@ class Unpacker:
             )
         try:
             source_parent = self._open_directory(source_path, make=False)
-            parent = self._open_directory(
-                path.rpartition(b"/")[0]
-            )  # opening the one may have closed the other
+            parent = self._open_directory(path.rpartition(b"/")[0])  # opening the one may have closed the other
             try:
                 os.link(
                     source,
@@ -428,9 +392,7 @@ class Unpacker:
                 f"a hard link to {show_name(entry.link)}, which cannot have any",
             ) from None
 
-    def _make_symlink(
-        self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader
-    ) -> None:
+    def _make_symlink(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         if not entry.link:
             raise refuse(entry.name, "a link to nothing")
         try:
@@ -449,24 +411,13 @@ class Unpacker:
             follow_symlinks=False,
         )
 
-    def _make_node(
-        self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader
-    ) -> None:
+    def _make_node(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         """A device or FIFO. The OCI layer format has both; the machine's device rules decide what opening one does."""
-        kind = {CHAR: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK, FIFO: stat.S_IFIFO}[
-            entry.kind
-        ]
+        kind = {CHAR: stat.S_IFCHR, BLOCK_DEVICE: stat.S_IFBLK, FIFO: stat.S_IFIFO}[entry.kind]
         if entry.kind != FIFO:
             if not self._policy.devices:
-                raise refuse(
-                    entry.name, "it is a device node, and those are not taken over"
-                )
-            if (
-                self._policy.overlay
-                and entry.kind == CHAR
-                and not entry.major
-                and not entry.minor
-            ):
+                raise refuse(entry.name, "it is a device node, and those are not taken over")
+            if self._policy.overlay and entry.kind == CHAR and not entry.major and not entry.minor:
                 raise refuse(
                     entry.name,
                     "the device 0:0 is what overlayfs marks deleted files with",
@@ -480,9 +431,7 @@ class Unpacker:
             os.mknod(base, kind | (mode & 0o777), device, dir_fd=parent)
         if self._policy.owner and (self._chown or entry.uid or entry.gid):
             os.chown(base, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
-        if (
-            mode & (self._umask | 0o7000) and self._policy.fresh
-        ):  # chmod follows links: only where nobody swaps any in
+        if mode & (self._umask | 0o7000) and self._policy.fresh:  # chmod follows links: only where nobody swaps any in
             os.chmod(base, mode, dir_fd=parent)
         if entry.xattrs:
             self._set_xattrs(b"/proc/self/fd/%d/%s" % (parent, base), entry)
@@ -495,17 +444,13 @@ class Unpacker:
 
     # -- whiteouts
 
-    def _white_out(
-        self, parent: int, parent_path: bytes, base: bytes, entry: Entry
-    ) -> None:
+    def _white_out(self, parent: int, parent_path: bytes, base: bytes, entry: Entry) -> None:
         """What the layer deletes of those below it. Entries of the same layer win, in whatever order they come."""
         if base == OPAQUE:
             self._opaque.add(parent_path)
             return
         name = base[len(WHITEOUT) :]
-        if name.startswith(
-            WHITEOUT
-        ):  # .wh..wh.plnk, .wh..wh.aufs: aufs's own bookkeeping
+        if name.startswith(WHITEOUT):  # .wh..wh.plnk, .wh..wh.aufs: aufs's own bookkeeping
             return
         if name in (b"", b".", b".."):
             raise refuse(entry.name, "a whiteout of nothing")
@@ -517,9 +462,7 @@ class Unpacker:
             if stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
                 self._opaque.add(path)
 
-    def _take_back_whiteout(
-        self, parent: int, base: bytes, path: bytes, *, directory: bool
-    ) -> None:
+    def _take_back_whiteout(self, parent: int, base: bytes, path: bytes, *, directory: bool) -> None:
         """The layer deletes `path` and makes it anew; a new directory must hide the old one's content."""
         os.unlink(base, dir_fd=parent)
         self._whiteouts.discard(path)
@@ -533,9 +476,7 @@ class Unpacker:
 
     def _set_xattrs(self, target: int | bytes, entry: Entry) -> None:
         for name, value in entry.xattrs:
-            if not name.startswith(_KEPT_XATTRS) or name.startswith(
-                (b"trusted.overlay.", b"user.overlay.")
-            ):
+            if not name.startswith(_KEPT_XATTRS) or name.startswith((b"trusted.overlay.", b"user.overlay.")):
                 continue
             if not self._policy.owner and not name.startswith(b"user."):
                 continue
@@ -548,9 +489,7 @@ class Unpacker:
                 if error.errno == errno.EOPNOTSUPP and name != b"security.capability":
                     continue  # this file system has no such attributes; without capabilities, though, programs break
                 if error.errno in (errno.EINVAL, errno.ERANGE, errno.E2BIG):
-                    raise refuse(
-                        entry.name, f"its attribute {show_name(name)} is malformed"
-                    ) from None
+                    raise refuse(entry.name, f"its attribute {show_name(name)} is malformed") from None
                 raise
 
     def _finish_directories(self) -> None:
