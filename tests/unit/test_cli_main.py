@@ -86,6 +86,7 @@ class FakeMachine:
 
 
 Machines = list[FakeMachine]  # `FakeHost.list` hides the type's name in its class
+Ids = list[str]
 
 
 class FakeHost:
@@ -141,7 +142,7 @@ class FakeHost:
     def volume_names(self) -> frozenset[str]:
         return frozenset({"used"})
 
-    def prune(self) -> list[str]:
+    def prune(self) -> Ids:
         return ["b" * 32]
 
     def events(self, **kwargs: Any) -> Iterator[Event]:

@@ -126,6 +126,13 @@ def test_references(pattern: str, name: str, match: bool) -> None:
     assert filters.matches_reference(pattern, name) is match
 
 
+def test_an_image_without_a_tag_is_the_latest() -> None:
+    facts = views.machine_facts(SPEC._replace(image="debian"), STATE)
+    for text, match in (("debian:latest", True), ("debian", True), ("debian:12", False)):
+        wanted = filters.parse_filters([f"ancestor={text}"], filters.MACHINE_KEYS)
+        assert filters.matches_machine(wanted, facts, created_ns_of=lambda name: NOW) is match
+
+
 def test_image_and_volume_filters() -> None:
     facts = filters.ImageFacts("sha256:ab", ("app:1",), {"a": "1"}, NOW)
 

@@ -169,6 +169,11 @@ def warn_of(machine: Machine) -> None:
         warnings = machine.state.warnings
     except NotFound:
         return  # created with --rm, and over already
+    tell(warnings)
+
+
+def tell(warnings: tuple[str, ...]) -> None:
+    """Print warnings; most hosts give a machine all that it asked for."""
     if warnings:
         from nagaya.cli.failures import warn  # lazy: rare
 

@@ -160,7 +160,8 @@ def _is_image(wanted: str, image: str, image_id: str) -> bool:
     digits = wanted.removeprefix("sha256:")
     if len(digits) >= 4 and image_id.removeprefix("sha256:").startswith(digits):
         return True
-    return matches_reference(wanted, image)
+    tagged = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:latest"
+    return matches_reference(wanted, tagged)
 
 
 def search(pattern: str, text: str) -> bool:

@@ -15,7 +15,7 @@ from nagaya.model.state import CREATED, EXITED, PAUSED, RESTARTING, STARTING, Ma
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nagaya.images.store import Image
+    from nagaya.images.image import Image
     from nagaya.storage.volumes import Volume
 
 SHORT_ID = 12

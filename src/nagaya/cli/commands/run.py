@@ -30,10 +30,7 @@ def run(context: Context, parsed: Parsed) -> int:
         if attachment is None:
             raise UsageError("the machine has no streams to attach to")
         with attachment:
-            if attachment.warnings:
-                from nagaya.cli.failures import warn  # lazy: most hosts give a machine all that it asked for
-
-                warn(attachment.warnings)
+            create_flags.tell(attachment.warnings)
             ending = terminal.converse(
                 attachment, signals, stdin=options.stdin, tty=options.tty, detach_keys=keys, sig_proxy=proxy
             )

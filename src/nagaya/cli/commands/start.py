@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nagaya.cli import terminal, values
 from nagaya.cli.context import Context
-from nagaya.cli.create_flags import warn_of
+from nagaya.cli.create_flags import tell, warn_of
 from nagaya.cli.each import each_machine
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
 from nagaya.errors import EXIT_TOOL, NagayaError, UsageError, exit_status
@@ -49,6 +49,7 @@ def _start_attached(context: Context, parsed: Parsed) -> int:
         if attachment is None:
             return EXIT_TOOL
         with attachment:
+            tell(attachment.warnings)
             ending = terminal.converse(
                 attachment, signals, stdin=stdin, tty=process.tty, detach_keys=keys, sig_proxy=proxy
             )
