@@ -9,15 +9,17 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from nagaya.errors import RemoteError
+from nagaya.errors import RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
-from nagaya.protocol.frame import Decoder, Frame, encode
+from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
 
 VERSION = 1
 WINDOW = 256 << 10
 MAX_DATA = 64 << 10
-GRANT_AT = WINDOW // 4  # credit is returned in pieces of at least this, or when a program has paused
+GRANT_AT = WINDOW // 4  # credit is returned in pieces of at least this
+MAX_RLIMITS = 32
+MAX_FILTER = 4096 * 8  # BPF_MAXINSNS instructions of eight bytes
 
 HELLO = 1
 SPAWN = 2
@@ -114,11 +116,14 @@ class AgentLink:
         applet: bool = False,
         discard: bool = False,
     ) -> int:
-        """Ask for a program; answers its channel."""
+        """Ask for a program; answers its channel. Raises `UsageError` for a process that cannot be put into words."""
+        payload = spawn_payload(process, policy, main=main, applet=applet, discard=discard)
         channel = self._next
-        self._next = channel + 1 if channel < 0xFFFFFFFF else 1
+        while channel in self._channels:
+            channel = channel % 0xFFFFFFFF + 1
+        self._next = channel % 0xFFFFFFFF + 1
         self._channels[channel] = _Channel(stdin=process.stdin)
-        self._send(SPAWN, channel, spawn_payload(process, policy, main=main, applet=applet, discard=discard))
+        self._send(SPAWN, channel, payload)
         return channel
 
     def stdin_room(self, channel: int) -> int:
@@ -152,10 +157,12 @@ class AgentLink:
             self._send(RESIZE, channel, _ROWS.pack(rows & 0xFFFF, columns & 0xFFFF))
 
     def grant(self, channel: int, count: int) -> None:
-        """The consumer is done with `count` bytes of output."""
+        """The consumer is done with `count` bytes of output; never more than `Output` events have brought."""
         found = self._channels.get(channel)
         if found is None:
             return
+        if not 0 <= count <= WINDOW - found.output_room - found.owed:
+            raise ValueError(f"{count} bytes of channel {channel} were not there to be consumed")
         found.owed += count
         # Below GRANT_AT the agent still has most of its window: its next output brings the rest of the debt along.
         if found.owed >= GRANT_AT:
@@ -236,8 +243,8 @@ class AgentLink:
         return StdinRoom(frame.channel, channel.input_room)
 
     def _output(self, frame: Frame, channel: _Channel) -> Event:
-        if len(frame.payload) > channel.output_room:
-            raise _violation("more output than the window")
+        if not 0 < len(frame.payload) <= channel.output_room:  # empty ones would escape the flow control
+            raise _violation("output that is empty, or more than the window")
         channel.output_room -= len(frame.payload)
         return Output(frame.channel, 1 if frame.type == STDOUT else 2, frame.payload)
 
@@ -245,7 +252,8 @@ class AgentLink:
 def spawn_payload(
     process: Process, policy: ProcessPolicy, *, main: bool = False, applet: bool = False, discard: bool = False
 ) -> bytes:
-    """SPAWN's fields."""
+    """SPAWN's fields. Raises `UsageError` for what the agent would take for a violation, and end the machine."""
+    _check(process, policy)
     flags = (
         (_TTY if process.tty else 0)
         | (_STDIN if process.stdin else 0)
@@ -266,11 +274,39 @@ def spawn_payload(
     if policy.seccomp:
         fields.append(_field(_SECCOMP, policy.seccomp))
     fields += [_field(_RLIMIT, _LIMIT.pack(number, 0, soft, hard)) for number, soft, hard in policy.rlimits]
-    return b"".join(fields)
+    payload = b"".join(fields)
+    if len(payload) > MAX_PAYLOAD:
+        raise UsageError(
+            f"the command and its environment are too long ({len(payload)} bytes, at most {MAX_PAYLOAD})",
+            hint="pass long data through a file or standard input",
+        )
+    return payload
+
+
+def _check(process: Process, policy: ProcessPolicy) -> None:
+    if not process.argv:
+        raise UsageError("there is no command to run")
+    for text in (*process.argv, *process.env, process.workdir, process.user):
+        if "\0" in text:
+            raise UsageError(f"{text!r} holds a NUL character, which no program can be passed")
+    for pair in process.env:
+        if "=" not in pair:
+            raise UsageError(f"'{pair}' in the environment is not NAME=value")
+    if not process.workdir.startswith("/"):
+        raise UsageError(f"the working directory '{process.workdir}' is not an absolute path")
+    if len(policy.rlimits) > MAX_RLIMITS:
+        raise UsageError(f"there are more than {MAX_RLIMITS} resource limits")
+    if len(policy.seccomp) % 8 or len(policy.seccomp) > MAX_FILTER:
+        raise UsageError(
+            f"the system call filter's size, {len(policy.seccomp)} bytes, is not that of 1 to 4096 instructions"
+        )
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        raise UsageError(f"{text!r} cannot be encoded") from None
 
 
 def _field(tag: int, value: bytes) -> bytes:
