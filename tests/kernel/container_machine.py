@@ -220,7 +220,7 @@ def assert_nothing_left(request: BootRequest, descriptors: dict[int, str]) -> No
     assert not leftover_cgroups(request.spec.id)
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
         assert os.path.dirname(request.rootfs.upper) not in file.read()
-    with open("/proc/self/task/%d/children" % os.getpid(), encoding="ascii") as file:
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
         assert file.read().split() == []
     left = {fd: target for fd, target in open_descriptors().items() if descriptors.get(fd) != target}
     assert left == {}

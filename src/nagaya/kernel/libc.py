@@ -10,6 +10,8 @@ _syscall = libc.syscall
 _syscall.restype = ctypes.c_long
 
 # x86-64 numbers. From 424 on they are the same on every architecture.
+SYS_CAPGET = 125
+SYS_CAPSET = 126
 SYS_PIVOT_ROOT = 155
 SYS_KEYCTL = 250
 SYS_SECCOMP = 317

@@ -56,6 +56,7 @@ MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_IDMAP = 0x100000
 
 RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_IN_ROOT = 0x10
 
 
@@ -152,9 +153,13 @@ def fsmount(fd: int, attributes: int = 0) -> int:
     return syscall("fsmount", SYS_FSMOUNT, ctypes.c_int(fd), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attributes))
 
 
-def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
-    """Open `path` as if directory descriptor `root` were /: neither "..", nor absolute links, lead out of it."""
-    how = OpenHow(flags | os.O_CLOEXEC, mode, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+def open_in_root(root: int, path: str, flags: int, *, mode: int = 0, follow: bool = True) -> int:
+    """Open `path` as if directory descriptor `root` were /: neither "..", nor absolute links, lead out of it.
+
+    With `follow` off, any symbolic link on the way is ELOOP.
+    """
+    resolve = RESOLVE_IN_ROOT | (RESOLVE_NO_MAGICLINKS if follow else RESOLVE_NO_SYMLINKS)
+    how = OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     while True:
         try:
             return syscall(

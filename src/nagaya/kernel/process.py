@@ -14,6 +14,9 @@ PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+MFD_EXEC = 0x10
 AT_EMPTY_PATH = 0x1000
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
@@ -39,13 +42,24 @@ def sealed_copy(path: str) -> int:
     """
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fd = os.memfd_create("nagaya-agent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = _executable_memory_file("nagaya-agent")
         while os.sendfile(fd, source, None, 1 << 20):
             pass
     finally:
         os.close(source)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     return fd
+
+
+def _executable_memory_file(name: str) -> int:
+    """Where vm.memfd_noexec is set (Linux 6.3), a memory file is executable only when that was asked for."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | MFD_EXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)  # an older kernel, which knows no other kind
 
 
 def new_session_keyring() -> None:

@@ -18,9 +18,9 @@ import signal
 from typing import NamedTuple
 
 from nagaya.engines.base import BootRequest
-from nagaya.engines.container import mounts, rootfs
+from nagaya.engines.container import mounts, policy, rootfs
 from nagaya.engines.container.cgroup import Cgroup
-from nagaya.engines.container.devices import LINKS, STANDARD
+from nagaya.engines.container.devices import LINKS, DeviceNode
 from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
 from nagaya.kernel import mount as kernel
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     request: BootRequest
     cgroup: Cgroup
     steps: tuple[mounts.MountStep, ...]
-    device_nodes: tuple[tuple[str, int, int], ...]  # (path inside, mode with type, device number)
+    device_nodes: tuple[DeviceNode, ...]
     agent_capabilities: int
     no_new_privileges: bool
     agent_seccomp: bytes  # a filter that the agent itself gets, when its programs may gain privileges
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     program: int  # memory file of the agent
     userns: int = -1
     uid_base: int = 0
+    rlimits: tuple[tuple[int, int, int], ...] = ()
 
 
 class Failure(Exception):
@@ -60,25 +61,23 @@ def run_outer(plan: Plan) -> None:
     """Runs in the forked child and never returns."""
     try:
         _outer(plan)
-    except Failure as failure:
-        error = failure.error
-        _tell(
-            plan.handshake,
-            step=failure.step,
-            errno=error.errno or 0,
-            path=error.filename or "",
-            text=str(error.strerror),
-        )
-    except NagayaError as problem:
-        _tell(plan.handshake, problem=to_wire(problem))
-    except OSError as error:
-        _tell(
-            plan.handshake, step="cannot start the machine", errno=error.errno or 0, path="", text=str(error.strerror)
-        )
     except BaseException as error:
-        _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
+        _tell_failure(plan.handshake, error)
     finally:
         os._exit(1)
+
+
+def _tell_failure(handshake: int, error: BaseException) -> None:
+    if isinstance(error, NagayaError):
+        _tell(handshake, problem=to_wire(error))
+        return
+    step = error.step if isinstance(error, Failure) else "cannot start the machine"
+    cause = error.error if isinstance(error, Failure) else error
+    if isinstance(cause, OSError):
+        path = cause.filename if isinstance(cause.filename, str) else ""
+        _tell(handshake, step=step, errno=cause.errno or 0, path=path, text=str(cause.strerror))
+    else:
+        _tell(handshake, step="internal error", errno=0, path="", text=repr(cause))
 
 
 class _step:
@@ -115,10 +114,13 @@ def _outer(plan: Plan) -> None:
     with _step("cannot enter the control group"):
         plan.cgroup.enter()
     process.new_session_keyring()
+    if plan.rlimits:
+        with _step("cannot raise a resource limit"):
+            policy.make_room(plan.rlimits)
     with _step("cannot make a mount namespace"):
         namespaces.unshare(namespaces.CLONE_NEWNS)
     with _step("cannot open a mount's source"):
-        steps = mounts.open_trees(plan.steps, plan.userns)
+        steps = mounts.open_trees(plan.steps, plan.userns, warn=lambda text: _tell(plan.handshake, warning=text))
     with _step("cannot part the mounts from the host's"):
         kernel.mount("", "/", "", kernel.MS_SLAVE | kernel.MS_REC)
     root = _mount_root(plan)
@@ -163,26 +165,21 @@ def _mount_root(plan: Plan) -> int:
         rootfs.prepare(layout)
         if not os.path.isdir(target):
             os.mkdir(target, 0o755)
-        if plan.userns >= 0:
-            for path in (layout.upper, layout.work):
-                os.chmod(path, 0o755)
     with _step("cannot mount the root file system"):
-        try:
-            if plan.userns >= 0:
-                return _idmapped_root(plan)
-            return rootfs.mount_overlay(layout, target)
-        except OSError as error:
-            if not rootfs.cannot_overlay(error):
-                raise
-            _tell(
-                plan.handshake,
-                warning=f"overlay cannot be mounted here ({error.strerror}): the image was copied instead",
-            )
-            root = rootfs.mount_copy(layout, target, shift=plan.uid_base)
-            if plan.userns < 0:
-                return root
-            os.close(root)
-            return kernel.open_tree(target, kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC)
+        reason = "as at its first start"
+        if not rootfs.has_copy(layout):
+            try:
+                return _idmapped_root(plan) if plan.userns >= 0 else rootfs.mount_overlay(layout, target)
+            except OSError as error:
+                if not rootfs.cannot_overlay(error):
+                    raise
+                reason = str(error.strerror)
+        _tell(plan.handshake, warning=f"overlay cannot be mounted here ({reason}): the machine runs on a copy")
+        root = rootfs.mount_copy(layout, target, shift=plan.uid_base)
+        if plan.userns < 0:
+            return root
+        os.close(root)
+        return kernel.open_tree(target, kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC)
 
 
 def _idmapped_root(plan: Plan) -> int:
@@ -231,17 +228,8 @@ def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: 
             os.write(mounted, b"m")  # the outer process, in the same mount namespace, is in the machine's root now too
             _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], -1, channel=stub)
         _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
-    except Failure as failure:
-        error = failure.error
-        _tell(
-            plan.handshake,
-            step=failure.step,
-            errno=error.errno or 0,
-            path=error.filename or "",
-            text=str(error.strerror),
-        )
     except BaseException as error:
-        _tell(plan.handshake, step="internal error", errno=0, path="", text=repr(error))
+        _tell_failure(plan.handshake, error)
     finally:
         os._exit(1)
 
@@ -251,9 +239,11 @@ def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None
     spec = plan.request.spec
     os.umask(0)
     with _step("cannot mount"):
-        mounts.apply(steps, root)
+        mounts.apply(tuple(step for step in steps if step.system), root)
     with _step("cannot make a device"):
         _make_devices(plan, root)
+    with _step("cannot mount"):
+        mounts.apply(tuple(step for step in steps if not step.system), root)
     with _step("cannot change the root"):
         if spec.read_only:
             tree = kernel.open_in_root(root, ".", os.O_PATH)
@@ -269,31 +259,28 @@ def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None
     for key, value in spec.sysctls:
         with _step(f"cannot set sysctl {key}={value}"):
             _write_sysctl(key, value)
-    with _step("cannot hide a kernel path"):
-        mounts.mask_paths()
+    if not spec.security.unmask:
+        with _step("cannot hide a kernel path"):
+            mounts.mask_paths()
     os.umask(0o022)
 
 
 def _make_devices(plan: Plan, root: int) -> None:
-    """/dev lies on a fresh tmpfs of ours: no link of the image's is in the way."""
-    dev = kernel.open_in_root(root, "dev", os.O_RDONLY | os.O_DIRECTORY)
+    """/dev is a fresh tmpfs of ours, and nothing of the user's is mounted yet: no link is in the way."""
+    dev = kernel.open_in_root(root, "dev", os.O_RDONLY | os.O_DIRECTORY, follow=False)
     try:
-        for name, mode, device in plan.device_nodes:
-            parent, _, base = name.rpartition("/")
+        for node in plan.device_nodes:
+            parent, _, base = node.name.rpartition("/")
+            place = mounts.open_target(dev, parent, is_file=False, follow=False) if parent else dev
+            os.mknod(base, node.mode, node.device, dir_fd=place)
+            if node.uid or node.gid:
+                os.chown(base, node.uid, node.gid, dir_fd=place)
             if parent:
-                place = mounts.open_target(dev, parent, is_file=False)
-                os.mknod(f"/proc/self/fd/{place}/{base}", mode, device)
                 os.close(place)
-            else:
-                os.mknod(base, mode, device, dir_fd=dev)
         for name, target in LINKS:
             os.symlink(target, name, dir_fd=dev)
     finally:
         os.close(dev)
-
-
-def standard_nodes() -> list[tuple[str, int, int]]:
-    return [(name, 0o20666, os.makedev(major, minor)) for name, major, minor in STANDARD]
 
 
 def _write_sysctl(key: str, value: str) -> None:
@@ -309,6 +296,7 @@ def _bind_ourselves(plan: Plan) -> None:
     os.setsid()
     with _step("cannot drop capabilities"):
         capabilities.limit_bounding_set(plan.agent_capabilities)
+        capabilities.drop_inheritable()
     if plan.no_new_privileges:
         process.prctl(process.PR_SET_NO_NEW_PRIVS, 1)
     if plan.agent_seccomp:

@@ -12,7 +12,7 @@ from typing import Any
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
 from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
-from nagaya.engines.container.devices import look_at
+from nagaya.engines.container.devices import look_at, plan_nodes
 from nagaya.errors import HostError, NagayaError, Unsupported, UsageError, from_wire
 from nagaya.kernel import process, unix
 from nagaya.model.policy import ProcessPolicy
@@ -44,6 +44,7 @@ class ContainerEngine:
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
         self._link = ""
+        self._stub = False  # the agent is not the PID namespace's first process
 
     # -- before a boot
 
@@ -62,12 +63,17 @@ class ContainerEngine:
         mask = policy.capability_mask(spec.security)
         if spec.security.seccomp not in ("default", "unconfined"):
             seccomp_profile.load_rules(spec.security.seccomp, mask)
-        warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits))[1] if spec.ulimits else ()
+        warnings = list(policy.settle_rlimits(policy.rlimits(spec.ulimits))[1]) if spec.ulimits else []
+        for name in policy.missing_capabilities(spec.security):
+            warnings.append(f"this host's root does not have CAP_{name} itself: the machine goes without")
         for device in spec.devices:
             look_at(device)
+        for mount in spec.mounts:
+            mounts.check_target(mount.target)
+            mounts.check_options(mount.options)
         for key, _ in spec.sysctls:
             _check_sysctl(key, host_network=spec.network == "host")
-        return list(warnings)
+        return warnings
 
     # -- boot
 
@@ -91,7 +97,8 @@ class ContainerEngine:
                 request=request,
                 cgroup=cgroup,
                 steps=_plan_mounts(request, userns=userns >= 0),
-                device_nodes=_device_nodes(spec, userns=userns >= 0),
+                # A user namespace may not make device nodes: the host's are bound instead.
+                device_nodes=plan_nodes(spec.devices) if userns < 0 else (),
                 agent_capabilities=policy.agent_mask(mask),
                 no_new_privileges=confined,
                 agent_seccomp=b"" if confined else filter_,
@@ -100,6 +107,7 @@ class ContainerEngine:
                 program=program,
                 userns=userns,
                 uid_base=uid_base,
+                rlimits=limits,
             )
             try:
                 pid, pidfd, told = _start(plan, handshake)
@@ -108,6 +116,7 @@ class ContainerEngine:
                 raise
         self._pidfd = os.dup(pidfd)
         self._link = request.network.host_link
+        self._stub = not spec.init
         programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
         return Booted(pid, pidfd, agent, programs, (*warnings, *cgroup.warnings, *told))
 
@@ -145,12 +154,17 @@ class ContainerEngine:
         return self._cgroup is not None and self._cgroup.oom_kills() > 0
 
     def kill(self) -> None:
-        """SIGKILL to the container's init: the kernel ends all others of the PID namespace with it."""
+        """SIGKILL to the container's init: the kernel ends all others of the PID namespace with it.
+
+        With `--init=false` the agent is not that init: the control group's processes are killed one by one then.
+        """
         if self._pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
-                return
+                pass
+        if self._stub and self._cgroup is not None:
+            self._cgroup.kill()
 
     def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
         """See `Offline.start_applet`."""
@@ -215,19 +229,6 @@ def _cgroup_mounts() -> mounts.CgroupMounts:
     return mounts.CgroupMounts(
         v2=False, v1=tuple((os.path.basename(where), ",".join(names)) for where, names in by_mount.items())
     )
-
-
-def _device_nodes(spec: MachineSpec, *, userns: bool) -> tuple[tuple[str, int, int], ...]:
-    """Nodes to make below /dev; in a user namespace the host's are bound instead."""
-    if userns:
-        return ()
-    nodes = boot.standard_nodes()
-    for device in spec.devices:
-        if not device.path.startswith("/dev/"):
-            raise UsageError(f"the device's path inside, '{device.path}', is not below /dev")
-        found = look_at(device)
-        nodes.append((device.path.removeprefix("/dev/"), found.st_mode, found.st_rdev))
-    return tuple(nodes)
 
 
 def _check_sysctl(key: str, *, host_network: bool) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import NamedTuple
 
 from nagaya.engines.container.devices import STANDARD
-from nagaya.errors import UsageError
+from nagaya.errors import IntegrityError, UsageError
 from nagaya.kernel import mount as kernel
 from nagaya.kernel.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_STRICTATIME
 from nagaya.storage.plan import MountPlan
@@ -20,6 +21,12 @@ MASKED = (
     "/sys/firmware", "/sys/fs/selinux",
 )  # fmt: skip
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+CPUS = "/sys/devices/system/cpu"  # each CPU's thermal_throttle tells what the neighbours do: masked as moby does
+# What may be mounted over in /proc, as runc has it: files that tell a machine of its own limits (lxcfs).
+PROC_TARGETS = frozenset(
+    f"/proc/{name}" for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime")
+)
+LINKS_MAX = 40  # as the kernel's own MAXSYMLINKS
 
 _FLAGS = {
     "nosuid": (MS_NOSUID, True), "suid": (MS_NOSUID, False),
@@ -50,6 +57,7 @@ class MountStep(NamedTuple):
     is_file: bool = False
     owned: bool = False  # in a user namespace: shown with the machine's own ids
     optional: bool = False  # a host without this file system goes on without it
+    system: bool = False  # ours: mounted before the devices are made, and never through a link of the image's
 
 
 class CgroupMounts(NamedTuple):
@@ -84,6 +92,7 @@ def plan_mounts(
     if userns:  # which must not make device nodes: show it the host's
         steps += [MountStep("", f"/dev/{name}", f"/dev/{name}", is_file=True) for name, _, _ in STANDARD]
     steps += _plan_cgroups(cgroups, quiet, userns=userns)
+    steps = [step._replace(system=True) for step in steps]
     steps += [
         MountStep("", source, target, is_file=True, owned=True) for target, source in etc if not _covers(mounts, target)
     ]
@@ -108,17 +117,42 @@ def _covers(mounts: tuple[MountPlan, ...], target: str) -> bool:
     return any(os.path.normpath(plan.target) in (target, os.path.dirname(target)) for plan in mounts)
 
 
+def check_target(target: str) -> None:
+    """Raise `UsageError` for a place that no mount of the user's may cover.
+
+    /proc is where the kernel hides and protects things from the machine: a mount over it would undo that, and would
+    turn what is written there (sysctls) into writes to files that somebody else chose (CVE-2019-16884, CVE-2025-52881).
+    """
+    place = os.path.normpath("/" + target.lstrip("/"))
+    if not target.startswith("/"):
+        raise UsageError(f"the mount target '{target}' is not an absolute path")
+    if place == "/":
+        raise UsageError("the machine's root cannot be mounted over", hint="mount it at a directory below /")
+    if (place + "/").startswith("/proc/") and place not in PROC_TARGETS:
+        raise UsageError(
+            f"nothing can be mounted at '{place}': the machine's own /proc belongs there",
+            hint="choose another target, for example /host" + place,
+        )
+
+
+def check_options(options: tuple[str, ...]) -> None:
+    """Raise `UsageError` for a mount option that there is not."""
+    for option in options:
+        if option not in _FLAGS and option not in _IGNORED_OPTIONS:
+            raise UsageError(f"unknown mount option '{option}'", hint=f"one of: {', '.join(_FLAGS)}")
+
+
 def plan_user_mount(plan: MountPlan) -> MountStep:
-    """A bind or tmpfs that the user asked for."""
+    """A bind or tmpfs that the user asked for. Raises `UsageError`."""
+    check_target(plan.target)
     flags = MS_NOSUID | MS_NODEV if plan.kind == "tmpfs" else 0
     if plan.kind == "tmpfs" and not {"exec", "noexec"} & set(plan.options):
         flags |= MS_NOEXEC
+    check_options(plan.options)
     for option in plan.options:
         if option in _FLAGS:
             bit, on = _FLAGS[option]
             flags = flags | bit if on else flags & ~bit
-        elif option not in _IGNORED_OPTIONS:
-            raise UsageError(f"unknown mount option '{option}'", hint=f"one of: {', '.join(_FLAGS)}")
     if plan.read_only:
         flags |= MS_RDONLY
     if plan.kind == "tmpfs":
@@ -130,7 +164,9 @@ def plan_user_mount(plan: MountPlan) -> MountStep:
     )
 
 
-def open_trees(steps: tuple[MountStep, ...], userns_fd: int = -1) -> tuple[MountStep, ...]:
+def open_trees(
+    steps: tuple[MountStep, ...], userns_fd: int = -1, *, warn: Callable[[str], None]
+) -> tuple[MountStep, ...]:
     """Take a detached copy of each bind's source, while we still see the host's tree with its propagation."""
     recursive = kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC | kernel.AT_RECURSIVE
     opened = []
@@ -138,25 +174,51 @@ def open_trees(steps: tuple[MountStep, ...], userns_fd: int = -1) -> tuple[Mount
         if not step.fstype:
             step = step._replace(tree=kernel.open_tree(step.source, recursive))
             if step.owned and userns_fd >= 0:
-                kernel.mount_setattr(step.tree, set_=kernel.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
+                _show_own_ids(step, userns_fd, warn)
         opened.append(step)
     return tuple(opened)
 
 
+def _show_own_ids(step: MountStep, userns_fd: int, warn: Callable[[str], None]) -> None:
+    try:
+        kernel.mount_setattr(step.tree, set_=kernel.MOUNT_ATTR_IDMAP, userns_fd=userns_fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if not step.is_file:  # our files over /etc are for all to read anyway
+            warn(f"{step.target}: its file system cannot map owners, so all files there belong to nobody")
+
+
 def apply(steps: tuple[MountStep, ...], root: int) -> None:
-    """Mount everything below directory descriptor `root`, following the image's links only inside of it."""
+    """Mount everything below directory descriptor `root`, following the image's links only inside of it.
+
+    Raises `OSError` with the target as its file name, `IntegrityError`, `UsageError`.
+    """
     for step in steps:
         try:
-            target = open_target(root, step.target, is_file=step.is_file)
+            target = open_target(root, step.target, is_file=step.is_file, follow=not step.system)
             try:
+                if not step.system:
+                    _check_place(root, target)
                 _apply_step(step, target)
             finally:
                 os.close(target)
         except OSError as error:
             if step.optional and error.errno in (errno.ENODEV, errno.EINVAL, errno.EPERM, errno.EBUSY):
                 continue
+            if step.system and error.errno == errno.ELOOP:
+                raise IntegrityError(
+                    f"the image has a symbolic link where the machine's {step.target} belongs",
+                    hint="it must be a directory; an image that has it otherwise may be hostile",
+                ) from None
             error.filename = step.target
             raise
+
+
+def _check_place(root: int, target: int) -> None:
+    """The target again, now that the image's links are resolved."""
+    base, place = os.readlink(f"/proc/self/fd/{root}"), os.readlink(f"/proc/self/fd/{target}")
+    check_target(place.removeprefix(base) or "/")
 
 
 def _apply_step(step: MountStep, target: int) -> None:
@@ -172,30 +234,44 @@ def _apply_step(step: MountStep, target: int) -> None:
     os.close(step.tree)
 
 
-def open_target(root: int, path: str, *, is_file: bool) -> int:
-    """An O_PATH descriptor of `path` below `root`, made when missing: directories, or an empty file."""
+def open_target(root: int, path: str, *, is_file: bool, follow: bool = True, links: int = 0) -> int:
+    """An O_PATH descriptor of `path` below `root`, made when missing: directories, or an empty file.
+
+    A link to what is missing (/etc/resolv.conf of an image made for systemd) has its target made, inside of `root`.
+    """
     relative = path.strip("/") or "."
     try:
-        return kernel.open_in_root(root, relative, os.O_PATH)
+        return kernel.open_in_root(root, relative, os.O_PATH, follow=follow)
     except FileNotFoundError:
         pass
     parent_path, name = os.path.split(relative)
-    parent = open_target(root, parent_path, is_file=False) if parent_path else os.dup(root)
+    parent = open_target(root, parent_path or ".", is_file=False, follow=follow, links=links)
     try:
-        # O_PATH descriptors take no mkdirat-relative creation of links' targets: a dangling link is an error, as in runc.
-        directory = os.open(f"/proc/self/fd/{parent}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if is_file:
-                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=directory))
-            else:
-                os.mkdir(name, 0o755, dir_fd=directory)
-        except FileExistsError:
-            pass
-        finally:
-            os.close(directory)
+        # Only its last part may be missing now: no link of the image's is followed in making it.
+        if is_file:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=parent))
+        else:
+            os.mkdir(name, 0o755, dir_fd=parent)
+    except FileExistsError:
+        link = _read_link(parent, name)
+        if link and follow:
+            if links == LINKS_MAX:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from None
+            leads_to = link if link.startswith("/") else f"{parent_path}/{link}"
+            return open_target(root, leads_to, is_file=is_file, links=links + 1)
     finally:
         os.close(parent)
-    return kernel.open_in_root(root, relative, os.O_PATH)
+    return kernel.open_in_root(root, relative, os.O_PATH, follow=follow)
+
+
+def _read_link(directory: int, name: str) -> str:
+    """Where a symbolic link leads; "" for what is none."""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return ""
 
 
 def mask_paths() -> None:
@@ -204,8 +280,8 @@ def mask_paths() -> None:
         _bind_read_only(path)
     if os.path.isdir("/sys/fs/cgroup/pids") or os.path.isdir("/sys/fs/cgroup/memory"):
         _bind_read_only("/sys/fs/cgroup")  # version 1's tmpfs, which had to be writable for the mounts on it
-    empty = -1
-    for path in MASKED:
+    empty = _open_null()
+    for path in (*MASKED, *_thermal_paths()):
         try:
             found = os.stat(path)
         except OSError:
@@ -213,10 +289,24 @@ def mask_paths() -> None:
         if stat.S_ISDIR(found.st_mode):
             kernel.mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=0k")
         else:
-            empty = empty if empty >= 0 else os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
             kernel.mount(f"/proc/self/fd/{empty}", path, "", kernel.MS_BIND)
-    if empty >= 0:
-        os.close(empty)
+    os.close(empty)
+
+
+def _open_null() -> int:
+    """The null device, made sure of: a volume at /dev may have put something else there (CVE-2025-31133)."""
+    fd = os.open("/dev/null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if not stat.S_ISCHR(found.st_mode) or found.st_rdev != os.makedev(1, 3):
+        os.close(fd)
+        raise OSError(errno.ENODEV, "not the null device", "/dev/null")
+    return fd
+
+
+def _thermal_paths() -> list[str]:
+    if not os.path.isdir(f"{CPUS}/cpu0/thermal_throttle"):  # virtual machines have none
+        return []
+    return [f"{CPUS}/{name}/thermal_throttle" for name in os.listdir(CPUS) if name[3:].isdigit()]
 
 
 def _bind_read_only(path: str) -> None:

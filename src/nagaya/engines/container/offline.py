@@ -39,16 +39,25 @@ def _enter_root(layout: RootfsPlan) -> None:
     target = f"{os.path.dirname(layout.upper)}/rootfs"
     if not os.path.isdir(target):
         os.mkdir(target, 0o755)
-    try:
-        root = rootfs.mount_overlay(layout, target)
-    except OSError as error:
-        if not rootfs.cannot_overlay(error):
-            raise
-        root = rootfs.mount_copy(layout, target)
+    root = _mount_root(layout, target)
     # tar-in finds its way through /proc/self/fd; an empty /proc of the image's own would hide that.
     try:
-        kernel.mount("proc", f"{target}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
-    except FileNotFoundError:
-        pass  # an image without /proc: extended attributes are then not kept
+        place = kernel.open_in_root(root, "proc", os.O_PATH | os.O_DIRECTORY, follow=False)
+    except OSError:
+        pass  # an image without a /proc to mount on: extended attributes are then not kept
+    else:
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+        kernel.mount("proc", f"/proc/self/fd/{place}", "proc", flags)
+        os.close(place)
     os.fchdir(root)
     os.chroot(".")
+
+
+def _mount_root(layout: RootfsPlan, target: str) -> int:
+    if not rootfs.has_copy(layout):
+        try:
+            return rootfs.mount_overlay(layout, target)
+        except OSError as error:
+            if not rootfs.cannot_overlay(error):
+                raise
+    return rootfs.mount_copy(layout, target)

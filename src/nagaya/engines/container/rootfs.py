@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from nagaya.kernel import mount as kernel
 from nagaya.storage.merge import merge_layers
@@ -14,12 +15,15 @@ OPTIONS_MAX = 4000  # mount(2) takes one page of options
 
 
 def prepare(plan: RootfsPlan) -> None:
-    """Make the writable directories."""
+    """Make the writable directories. `upper` is the machine's / itself: it begins as the image's topmost one is."""
     for path in (plan.upper, plan.work):
         try:
-            os.mkdir(path, 0o755)
+            os.mkdir(path, 0o700)
         except FileExistsError:
-            pass
+            continue
+        image = os.stat(plan.lower[0])
+        os.chown(path, image.st_uid, image.st_gid)
+        os.chmod(path, stat.S_IMODE(image.st_mode))  # and not what the umask leaves of it
 
 
 def options(lower: tuple[str, ...], upper: str, work: str) -> str:
@@ -78,6 +82,11 @@ def build_overlay(lower: tuple[str, ...], upper: str, work: str) -> int:
 def cannot_overlay(error: OSError) -> bool:
     """Whether this file system (or kernel) has no overlay, so that a copy is the way."""
     return error.errno in (errno.EINVAL, errno.ENODEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def has_copy(plan: RootfsPlan) -> bool:
+    """Whether the machine began with a copy. It stays with it: its changes are in there."""
+    return os.path.exists(f"{os.path.dirname(plan.upper)}/copy.done")
 
 
 def mount_copy(plan: RootfsPlan, target: str, *, shift: int = 0) -> int:
