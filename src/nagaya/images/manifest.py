@@ -267,6 +267,11 @@ def select_platform(descriptors: tuple[Descriptor, ...], platform: str) -> Descr
     )
 
 
+def runs_on(platform: str, wanted: str) -> bool:
+    """Whether an image for `platform` is what somebody who asks for `wanted` gets. Raises `UsageError`."""
+    return _normal(platform) in _acceptable(normalise_platform(wanted))
+
+
 def _normal(text: str) -> str:
     try:
         return normalise_platform(text)
