@@ -1,9 +1,12 @@
 """The child's side of a boot: from a fork of the supervisor to the agent inside its walls.
 
-Two processes do it. The *outer* one enters the control group, takes copies of what is to be mounted while it still
-sees the host, and unshares the namespaces; a PID namespace begins with one's next child, the *inner* one, which
-mounts, pivots, drops privileges and executes the agent. The outer one then ends; or, with `--init=false`, becomes
-the agent itself, and the inner one the stub that the program replaces.
+It enters the control group, takes copies of what is to be mounted while it still sees the host, makes the namespaces,
+mounts, pivots, drops privileges and executes the agent.
+
+The child is born as PID 1 of the machine's PID namespace, for the cheapest fork is the one that is not made. Two cases
+take another, the *inner* one, to be PID 1: in a user namespace the PID namespace has to be made from within, or no
+/proc could be mounted for it; and with `--init=false` the *outer* one becomes the agent, outside of the PID namespace,
+and the inner one the stub that the program replaces.
 
 Every failure goes to the supervisor as one JSON line. Until the agent runs, the supervisor's end of the handshake
 closing (it was killed) ends both.
@@ -47,6 +50,11 @@ class Plan(NamedTuple):
     uid_base: int = 0
     rlimits: tuple[tuple[int, int, int], ...] = ()
 
+    @property
+    def two_processes(self) -> bool:
+        """Whether the forked child is not PID 1 itself but its parent."""
+        return self.userns >= 0 or not self.request.spec.init
+
 
 class Failure(Exception):
     """An `OSError` with the step that it happened in."""
@@ -57,10 +65,10 @@ class Failure(Exception):
         self.error = error
 
 
-def run_outer(plan: Plan) -> None:
+def run(plan: Plan) -> None:
     """Runs in the forked child and never returns."""
     try:
-        _outer(plan)
+        _prepare(plan)
     except BaseException as error:
         _tell_failure(plan.handshake, error)
     finally:
@@ -106,8 +114,8 @@ def _wait_for_go(handshake: int) -> None:
         os._exit(1)  # the supervisor was killed, or gave up
 
 
-def _outer(plan: Plan) -> None:
-    spec = plan.request.spec
+def _prepare(plan: Plan) -> None:
+    """Everything that needs the host's view."""
     _close_all_but((plan.handshake, plan.agent, plan.program, plan.userns))
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -128,6 +136,17 @@ def _outer(plan: Plan) -> None:
         _enter_namespaces(plan)
         if plan.userns >= 0:
             root = _into_userns(root, plan)
+    if plan.two_processes:
+        _part(plan, steps, root)
+    _tell(plan.handshake, pid=0)
+    _furnish(plan, steps, root)
+    _bind_ourselves(plan)
+    _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
+
+
+def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
+    """Fork PID 1. Never returns: the outer process ends, or becomes the agent beside it."""
+    spec = plan.request.spec
     pair = unix.socket_pair() if not spec.init else (-1, -1)
     mounted_read, mounted_write = os.pipe2(os.O_CLOEXEC)
     inner = os.fork()
@@ -197,7 +216,9 @@ def _idmapped_root(plan: Plan) -> int:
 
 
 def _enter_namespaces(plan: Plan) -> None:
-    flags = namespaces.CLONE_NEWPID | namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWCGROUP
+    flags = namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWUTS | namespaces.CLONE_NEWCGROUP
+    if plan.two_processes:
+        flags |= namespaces.CLONE_NEWPID
     if plan.request.network.kind != "host":
         flags |= namespaces.CLONE_NEWNET
     if plan.userns >= 0:
@@ -220,7 +241,7 @@ def _into_userns(root: int, plan: Plan) -> int:
 
 
 def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: int, mounted: int) -> None:
-    """PID 1 of the new namespace. Never returns."""
+    """PID 1 of the new namespace, forked by the outer process. Never returns."""
     try:
         _furnish(plan, steps, root)
         _bind_ourselves(plan)
@@ -235,7 +256,7 @@ def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: 
 
 
 def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
-    """Everything that needs the host's view, then the pivot, then what needs the machine's."""
+    """The mounts, the pivot, and then what needs the machine's view."""
     spec = plan.request.spec
     os.umask(0)
     with _step("cannot mount"):

@@ -13,8 +13,8 @@ from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
 from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
 from nagaya.engines.container.devices import look_at, plan_nodes
-from nagaya.errors import HostError, NagayaError, Unsupported, UsageError, from_wire
-from nagaya.kernel import process, unix
+from nagaya.errors import HostError, Unsupported, UsageError, from_wire
+from nagaya.kernel import namespaces, process, unix
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net import attach
@@ -44,6 +44,7 @@ class ContainerEngine:
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
         self._link = ""
+        self._id = ""
         self._stub = False  # the agent is not the PID namespace's first process
 
     # -- before a boot
@@ -79,44 +80,51 @@ class ContainerEngine:
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the container and its agent. See `Engine.boot`."""
+        try:
+            return self._boot(request, stack)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot start the machine") from None
+
+    def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         spec = request.spec
         mask = policy.capability_mask(spec.security)
         limits, warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits)) if spec.ulimits else ((), ())
         filter_ = seccomp_profile.compile_profile(spec.security.seccomp, mask, CACHE)
         confined = spec.security.no_new_privileges
+        userns = spec.userns == "auto"
+        steps = _plan_mounts(request, userns=userns)
+        # A user namespace may not make device nodes: the host's are bound instead.
+        nodes = () if userns else plan_nodes(spec.devices)
+        self._id, self._stub, self._link = spec.id, not spec.init, request.network.host_link
+        cgroup = self._make_cgroup(spec, stack)
         with ExitStack() as local:  # descriptors that only the boot itself needs
-            userns, uid_base = _open_userns(spec, local)
-            cgroup = self._make_cgroup(spec, stack)
+            userns_fd, uid_base = _open_userns(spec.id, local) if userns else (-1, 0)
+            program = process.sealed_copy(agent_path())
+            local.callback(os.close, program)
             agent, child_agent = unix.socket_pair()
+            failed = local.enter_context(ExitStack())
+            failed.callback(os.close, agent)
             local.callback(os.close, child_agent)
             handshake, child_handshake = unix.socket_pair()
             local.callback(os.close, handshake)
-            program = process.sealed_copy(agent_path())
-            local.callback(os.close, program)
             plan = boot.Plan(
                 request=request,
                 cgroup=cgroup,
-                steps=_plan_mounts(request, userns=userns >= 0),
-                # A user namespace may not make device nodes: the host's are bound instead.
-                device_nodes=plan_nodes(spec.devices) if userns < 0 else (),
+                steps=steps,
+                device_nodes=nodes,
                 agent_capabilities=policy.agent_mask(mask),
                 no_new_privileges=confined,
                 agent_seccomp=b"" if confined else filter_,
                 handshake=child_handshake,
                 agent=child_agent,
                 program=program,
-                userns=userns,
+                userns=userns_fd,
                 uid_base=uid_base,
                 rlimits=limits,
             )
-            try:
-                pid, pidfd, told = _start(plan, handshake)
-            except BaseException:
-                os.close(agent)
-                raise
+            pid, pidfd, told = _start(plan, handshake)
+            failed.pop_all()
         self._pidfd = os.dup(pidfd)
-        self._link = request.network.host_link
-        self._stub = not spec.init
         programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
         return Booted(pid, pidfd, agent, programs, (*warnings, *cgroup.warnings, *told))
 
@@ -179,6 +187,9 @@ class ContainerEngine:
             os.close(self._pidfd)
             self._pidfd = -1
         if cgroup is not None:
+            if self._stub:  # the program was the agent's child: now that the agent is gone, it is ours
+                cgroup.kill()
+                _reap_orphans(self._id)
             cgroup.remove()
 
     def reclaim(self, machine_id: str) -> None:
@@ -189,15 +200,10 @@ class ContainerEngine:
             cgroup.remove()
 
 
-def _open_userns(spec: MachineSpec, stack: ExitStack) -> tuple[int, int]:
-    if spec.userns != "auto":
-        return -1, 0
+def _open_userns(machine_id: str, stack: ExitStack) -> tuple[int, int]:
     from nagaya.engines.container.userns import open_userns  # lazy: few machines ask for one
 
-    try:
-        userns, base = open_userns(spec.id)
-    except OSError as error:
-        raise HostError.from_os(error, "cannot make a user namespace") from None
+    userns, base = open_userns(machine_id)
     stack.callback(os.close, userns)
     return userns, base
 
@@ -246,43 +252,76 @@ def _start(plan: boot.Plan, handshake: int) -> tuple[int, int, tuple[str, ...]]:
 
     The process is the machine's init, or with `--init=false` the agent beside it.
     """
-    spec = plan.request.spec
-    # The outer child ends early: its own child, the machine's init, becomes ours to wait for.
-    process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
-    outer = os.fork()
-    if outer == 0:
-        boot.run_outer(plan)
-    os.close(plan.handshake)
-    ours = [outer]  # processes that we have to reap if this fails: the outer first, then the inner is our child
-    pid, pidfd, ready = 0, -1, False
-    warnings: list[str] = []
     try:
-        for message in _messages(handshake):
-            if "pid" in message:
-                inner = int(message["pid"])
-                ours.append(inner)
-                attach.connect(plan.request.network, inner)
-                if spec.init:
-                    os.waitpid(outer, 0)
-                    ours.remove(outer)
-                pid = inner if spec.init else outer
-                pidfd = os.pidfd_open(pid)
-                os.write(handshake, b"g")
-            elif "ready" in message:
-                ready = True
-            elif "warning" in message:
-                warnings.append(str(message["warning"]))
-            else:
-                raise _failure(message)
-        if not ready:
-            raise HostError("the machine's first process ended before its agent ran", operation="boot")
-    except OSError as error:
-        _abandon(ours, pidfd)
-        raise HostError.from_os(error, "cannot start the machine") from None
+        child = _fork(plan)
+    finally:
+        os.close(plan.handshake)  # so that the child's end, when it closes, is the last one
+    pidfd = -1
+    try:
+        messages = _messages(handshake)
+        inner, warnings = _await_namespaces(messages)
+        attach.connect(plan.request.network, inner or child)
+        pid = inner if inner and plan.request.spec.init else child
+        pidfd = os.pidfd_open(pid)
+        os.write(handshake, b"g")
+        warnings += _await_agent(messages)
     except BaseException:
-        _abandon(ours, pidfd)
+        _abandon(child, plan.request.spec.id, pidfd)
         raise
+    if pid != child:
+        os.waitpid(child, 0)
     return pid, pidfd, tuple(warnings)
+
+
+def _fork(plan: boot.Plan) -> int:
+    """Fork the machine's first process; in it, never returns."""
+    if plan.two_processes:
+        # The outer child ends early: its own child, the machine's init, becomes ours to wait for.
+        process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
+        child = os.fork()
+        if child == 0:
+            boot.run(plan)
+        return child
+    ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        namespaces.unshare(namespaces.CLONE_NEWPID)  # for children only: the next one is its PID 1
+        try:
+            child = os.fork()
+            if child == 0:
+                boot.run(plan)
+        finally:
+            namespaces.setns(ours, namespaces.CLONE_NEWPID)
+    finally:
+        os.close(ours)
+    return child
+
+
+def _await_namespaces(messages: Iterator[dict[str, Any]]) -> tuple[int, list[str]]:
+    """Until the namespaces are there, so that the network can be connected: (inner process or 0, warnings)."""
+    warnings: list[str] = []
+    for message in messages:
+        if "pid" in message:
+            return int(message["pid"]), warnings
+        warnings.append(_warning(message))
+    raise _ended_early()
+
+
+def _await_agent(messages: Iterator[dict[str, Any]]) -> list[str]:
+    """Until the agent's program has taken over, which closes the handshake; its warnings."""
+    warnings: list[str] = []
+    ready = False
+    for message in messages:
+        if "ready" in message:
+            ready = True
+        else:
+            warnings.append(_warning(message))
+    if not ready:
+        raise _ended_early()
+    return warnings
+
+
+def _ended_early() -> HostError:
+    return HostError("the machine's first process ended before its agent ran", operation="boot")
 
 
 def _messages(handshake: int) -> Iterator[dict[str, Any]]:
@@ -294,25 +333,32 @@ def _messages(handshake: int) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _failure(message: dict[str, Any]) -> NagayaError:
+def _warning(message: dict[str, Any]) -> str:
+    """The message's warning; raises what it says if it is a failure."""
+    if "warning" in message:
+        return str(message["warning"])
     if "problem" in message:
-        return from_wire(message["problem"])
+        raise from_wire(message["problem"])
     number, path = int(message["errno"]), str(message["path"])
-    error = OSError(number, str(message["text"]), path or None)
-    return HostError.from_os(error, str(message["step"]))
+    raise HostError.from_os(OSError(number, str(message["text"]), path or None), str(message["step"]))
 
 
-def _abandon(pids: list[int], pidfd: int) -> None:
-    """A boot that failed: end and reap what was forked. The pids are our children's, unreaped, so still theirs."""
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    for pid in pids:
-        try:
-            os.waitpid(pid, 0)
-        except ChildProcessError:
-            continue
+def _abandon(child: int, machine_id: str, pidfd: int) -> None:
+    """A boot that failed: end and reap what was forked. The child is ours and unreaped, so the pid is still its."""
     if pidfd >= 0:
         os.close(pidfd)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    _reap_orphans(machine_id)
+
+
+def _reap_orphans(machine_id: str) -> None:
+    """End and reap the machine's processes that became children of ours, their subreaper, as their parent ended."""
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        children = [int(pid) for pid in file.read().split()]
+    for pid in children:
+        with open(f"/proc/{pid}/cgroup", encoding="ascii") as file:
+            if f"/{machine_id}" not in file.read():
+                continue
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
