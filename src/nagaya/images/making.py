@@ -14,11 +14,9 @@ from nagaya.images.content import CHUNK
 from nagaya.images.image import Image
 from nagaya.images.instructions import apply_instructions, check_instructions
 from nagaya.images.manifest import (
-    OCI_CONFIG,
     OCI_LAYER,
     OCI_LAYER_GZIP,
     OCI_LAYER_ZSTD,
-    OCI_MANIFEST,
     Descriptor,
     format_time,
     host_platform,
@@ -27,6 +25,7 @@ from nagaya.images.pack import compress_blob, pack_layer
 from nagaya.images.progress import Progress, Silent
 from nagaya.images.pulling import adopt, read_image
 from nagaya.images.references import normalise
+from nagaya.images.sources.copy import put_image
 from nagaya.images.store import ImageStore
 from nagaya.images.streams import BZIP2, GZIP, PLAIN, XZ, ZSTD, TarStream, find_compression
 
@@ -63,7 +62,7 @@ def import_rootfs(
         apply_instructions(data["config"], changes)
         where = "standard input" if source == "-" else os.path.basename(os.path.abspath(source))
         _finish_config(data, [diff_id], comment=message or f"imported from {where}")
-        descriptor = put_image(store, data, (layer,))
+        descriptor = _put_image(store, data, (layer,))
         return adopt(store, descriptor, names, source=f"import {where}", action="import", progress=progress)
 
 
@@ -105,23 +104,13 @@ def commit(
         _finish_config(
             data, diff_ids, comment=message, author=author, created_by="nagaya commit", empty=not packed.entries
         )
-        descriptor = put_image(store, data, tuple(layers))
+        descriptor = _put_image(store, data, tuple(layers))
         return adopt(store, descriptor, names, source=f"commit of {base.id[:19]}", action="commit", progress=progress)
 
 
-def put_image(store: ImageStore, config: dict[str, Any], layers: tuple[Descriptor, ...]) -> Descriptor:
-    """Store config and manifest as blobs; answers the manifest's descriptor."""
+def _put_image(store: ImageStore, config: dict[str, Any], layers: tuple[Descriptor, ...]) -> Descriptor:
     raw = json.dumps(config, separators=(",", ":"), ensure_ascii=False).encode()
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "config": {"mediaType": OCI_CONFIG, "digest": store.blobs.put(raw), "size": len(raw)},
-        "layers": [
-            {"mediaType": layer.media_type, "digest": layer.digest, "size": layer.size} for layer in layers
-        ],
-    }  # fmt: skip
-    document = json.dumps(manifest, separators=(",", ":")).encode()
-    return Descriptor(OCI_MANIFEST, store.blobs.put(document), len(document))
+    return put_image(store.blobs, raw, layers)
 
 
 def _finish_config(

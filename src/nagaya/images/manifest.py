@@ -362,7 +362,7 @@ def _find_type(data: dict[str, Any], media_type: str, allowed: tuple[str, ...]) 
     kind = "manifest" if OCI_MANIFEST in allowed else "index"
     if not isinstance(said, str):
         raise IntegrityError(f"{kind}: mediaType is not a string")
-    if "manifest.v1+" in said or "manifest.v1+" in media_type or data.get("schemaVersion") == 1:
+    if any("docker.distribution.manifest.v1+" in text for text in (said, media_type)) or data.get("schemaVersion") == 1:
         raise Unsupported(
             "the image is in Docker's schema 1, which has been obsolete since 2017",
             hint="pull it with another tool, push it again, and it is in a current format",

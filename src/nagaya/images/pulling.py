@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import HostError, IntegrityError, LaunchError, NagayaError, NotFound, RemoteError, Unsupported
+from nagaya.errors import (
+    HostError,
+    IntegrityError,
+    LaunchError,
+    NagayaError,
+    NotFound,
+    RemoteError,
+    Unsupported,
+    UsageError,
+)
 from nagaya.images.image import Image
 from nagaya.images.index import Record, to_image
 from nagaya.images.locks import Lock
@@ -23,6 +32,8 @@ from nagaya.images.progress import Progress, Silent
 from nagaya.images.references import Reference, parse_reference
 from nagaya.images.sources.base import Source
 from nagaya.images.store import ImageStore, is_transport
+
+_WORD = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 
 
 def pull(
@@ -44,7 +55,7 @@ def pull(
             if image is not None and (not platform or runs_on(image.platform, platform)):
                 return image
         source, descriptor = _fetch(store, sources, reference, platform=platform, progress=progress)
-        names = (name,) if name else tuple(getattr(source, "names", ())) or (_derive_name(reference),)
+        names = (name,) if name else _derive_names(reference)
         return adopt(
             store, descriptor, names, platform=platform, source=source.label, action="pull", progress=progress
         )  # fmt: skip
@@ -106,10 +117,15 @@ def _open(reference: str, *, insecure: bool) -> tuple[list[Source], str]:
 
     if is_transport(reference):
         return [sources.open_source(reference, insecure=insecure)], ""
+    if reference.startswith(("/", ".")):
+        raise UsageError(
+            f"'{reference}' is a path, not an image name",
+            hint=f"a root file system: nagaya import {reference} NAME; an archive of images: nagaya load -i {reference}",
+        )
     parsed = parse_reference(reference.removeprefix("docker://"))
     if reference.startswith("docker://") or not parsed.is_bare:
         return [sources.open_source(f"docker://{parsed}", insecure=insecure)], _local_name(parsed)
-    return sources.bare_sources(parsed), _local_name(parsed)
+    return sources.bare_sources(parsed, insecure=insecure), _local_name(parsed)
 
 
 def _local_name(reference: Reference) -> str:
@@ -146,21 +162,39 @@ def _fetch(
     raise NotFound(f"cannot get image '{reference}': {told}", hint=problems[-1].hint or problems[0].hint)
 
 
-def _derive_name(reference: str) -> str:
-    """A name for an image whose place has none for it: "oci:/srv/Apps:1.0" → "apps:1.0"."""
-    place = reference.partition(":")[2] if not reference.startswith(("/", ".")) else reference
-    path, colon, tag = place.rpartition(":")
-    if not colon or "/" in tag:
-        path, tag = place, ""
-    base = os.path.basename(path.rstrip("/")) or "image"
+def _derive_names(reference: str) -> tuple[str, ...]:
+    """Names for an image from a layout or archive: its own, else one of its place, "oci:/srv/Apps:1.0" → "apps:1.0"."""
+    from nagaya.images import sources
+
+    path, tag = sources.split_path(reference.partition(":")[2])
+    if not tag:
+        found = sources.find_images(path)
+        own = _valid_names(found[0].names) if len(found) == 1 else ()
+        if own:
+            return own
+    elif ":" in tag or "/" in tag:
+        own = _valid_names((tag,))
+        if own:
+            return own
+    base = os.path.basename(path.rstrip("/"))
     for ending in (".gz", ".xz", ".zst", ".bz2", ".tar", ".tgz", ".oci"):
         base = base.removesuffix(ending)
-    kept = "".join(character if character.isascii() and character.isalnum() else "-" for character in base.lower())
-    parts = [part for part in kept.split("-") if part]
-    tag = "".join(
-        character if character.isascii() and (character.isalnum() or character in "._-") else "-" for character in tag
-    )
-    return f"{'-'.join(parts) or 'image'}:{tag.lstrip('.-')[:128] or 'latest'}"
+    words = "".join(letter if letter in _WORD else "-" for letter in base.lower()).split("-")
+    name = "-".join(word for word in words if word) or "image"
+    return _valid_names((f"{name}:{tag}" if tag else f"{name}:latest",)) or (f"{name}:latest",)
+
+
+def _valid_names(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that are names, as they are called here. A layout's bare tag ("latest") is none of its own."""
+    names = []
+    for text in texts:
+        try:
+            parsed = parse_reference(text)
+        except UsageError:
+            continue
+        if ":" in text or "/" in text:
+            names.append(parsed.name)
+    return tuple(names)
 
 
 def _file_name(text: str) -> str:

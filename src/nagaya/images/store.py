@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nagaya.images.progress import Progress
 
 SHORTEST_ID = 4
-TRANSPORTS = ("oci", "oci-archive", "docker-archive", "dir", "tar", "rootfs", "bootstrap")
+TRANSPORTS = ("oci", "oci-archive", "docker-archive")
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -359,5 +359,5 @@ builtins_list = list
 
 
 def is_transport(reference: str) -> bool:
-    """Whether it names a place rather than an image: "oci:/srv/layout:1", "./rootfs.tar"."""
-    return reference.partition(":")[0] in TRANSPORTS or reference[:1] in ("/", ".")
+    """Whether it names a place rather than an image: "oci:/srv/layout:1"."""
+    return reference.partition(":")[0] in TRANSPORTS
