@@ -63,7 +63,7 @@ class ContainerEngine:
             )
         mask = policy.capability_mask(spec.security)
         if spec.security.seccomp not in ("default", "unconfined"):
-            seccomp_profile.load_rules(spec.security.seccomp, mask)
+            seccomp_profile.load_profile(spec.security.seccomp, mask)
         warnings = list(policy.settle_rlimits(policy.rlimits(spec.ulimits))[1]) if spec.ulimits else []
         for name in policy.missing_capabilities(spec.security):
             warnings.append(f"this host's root does not have CAP_{name} itself: the machine goes without")

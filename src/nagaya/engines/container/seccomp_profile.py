@@ -2,8 +2,10 @@
 
 The default profile is an allow-list, grouped by what calls are for. Calls that reach beyond the container (modules,
 raw I/O, mounts, keys, other processes' memory, clocks, tracing the kernel) are allowed only together with the
-capability that makes them harmless or wanted. What is not listed fails with EPERM; calls newer than this list fail
-with ENOSYS, so that programs fall back to older ones (a lesson of clone3 and faccessat2 under older runtimes).
+capability that makes them harmless or wanted. Known calls that stay closed fail with EPERM; calls newer than this
+list fail with ENOSYS, so that programs fall back to older ones (a lesson of clone3 and faccessat2 under older
+runtimes). Some calls are open because the kernel itself asks for the capability where it matters: adjtimex reads
+clocks, and ptrace reaches only programs of the same machine and user, filtered again by this profile since Linux 4.8.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.kernel import capabilities, seccomp
@@ -26,7 +28,7 @@ FILES = (
     "inotify_add_watch", "inotify_init", "inotify_init1", "inotify_rm_watch", "ioctl", "lchown", "lchown32",
     "lgetxattr", "link", "linkat", "listxattr", "listxattrat", "llistxattr", "lremovexattr", "lseek", "_llseek",
     "lsetxattr", "lstat", "lstat64", "mkdir", "mkdirat", "mknod", "mknodat", "name_to_handle_at", "newfstatat", "open",
-    "openat", "openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "read", "readahead",
+    "openat", "openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "read", "readahead", "readdir",
     "readlink", "readlinkat", "readv", "removexattr", "removexattrat", "rename", "renameat", "renameat2", "rmdir",
     "sendfile", "sendfile64", "setxattr", "setxattrat", "splice", "stat", "stat64", "statfs", "statfs64", "statx",
     "symlink", "symlinkat", "sync", "sync_file_range", "syncfs", "tee", "truncate", "truncate64", "umask", "unlink",
@@ -44,7 +46,8 @@ PROCESSES = (
     "getpgid", "getpgrp", "getpid", "getppid", "getpriority", "getresgid", "getresgid32", "getresuid", "getresuid32",
     "getrlimit", "getrusage", "getsid", "gettid", "getuid", "getuid32", "ioprio_get", "ioprio_set", "kill",
     "landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self", "modify_ldt", "nice", "pause",
-    "pidfd_open", "pidfd_send_signal", "prctl", "prlimit64", "process_madvise", "restart_syscall", "rseq",
+    "pidfd_open", "pidfd_send_signal", "prctl", "prlimit64", "process_vm_readv", "process_vm_writev",
+    "ptrace", "restart_syscall", "rseq",
     "rt_sigaction", "rt_sigpending", "rt_sigprocmask", "rt_sigqueueinfo", "rt_sigreturn", "rt_sigsuspend",
     "rt_sigtimedwait", "rt_sigtimedwait_time64", "rt_tgsigqueueinfo", "sched_get_priority_max",
     "sched_get_priority_min", "sched_getaffinity", "sched_getattr", "sched_getparam", "sched_getscheduler",
@@ -57,7 +60,7 @@ PROCESSES = (
     "ugetrlimit", "uname", "vfork", "wait4", "waitid", "waitpid",
 )  # fmt: skip
 EVENTS_AND_TIME = (
-    "clock_getres", "clock_getres_time64", "clock_gettime", "clock_gettime64", "clock_nanosleep",
+    "adjtimex", "clock_adjtime", "clock_adjtime64", "clock_getres", "clock_getres_time64", "clock_gettime", "clock_gettime64", "clock_nanosleep",
     "clock_nanosleep_time64", "epoll_create", "epoll_create1", "epoll_ctl", "epoll_ctl_old", "epoll_pwait",
     "epoll_pwait2", "epoll_wait", "epoll_wait_old", "eventfd", "eventfd2", "getitimer", "getrandom", "gettimeofday",
     "io_cancel", "io_destroy", "io_getevents", "io_pgetevents", "io_pgetevents_time64", "io_setup", "io_submit",
@@ -88,9 +91,9 @@ WITH_CAPABILITY: dict[str, tuple[str, ...]] = {
     "SYS_CHROOT": ("chroot",),
     "SYS_MODULE": ("delete_module", "finit_module", "init_module"),
     "SYS_PACCT": ("acct",),
-    "SYS_PTRACE": ("kcmp", "pidfd_getfd", "process_madvise", "process_vm_readv", "process_vm_writev", "ptrace"),
+    "SYS_PTRACE": ("kcmp", "pidfd_getfd", "process_madvise"),
     "SYS_RAWIO": ("ioperm", "iopl"),
-    "SYS_TIME": ("adjtimex", "clock_adjtime", "clock_adjtime64", "clock_settime", "clock_settime64", "settimeofday", "stime"),
+    "SYS_TIME": ("clock_settime", "clock_settime64", "settimeofday", "stime"),
     "SYS_TTY_CONFIG": ("vhangup",),
     "SYS_NICE": ("get_mempolicy", "mbind", "set_mempolicy", "set_mempolicy_home_node"),
     "SYSLOG": ("syslog",),
@@ -109,8 +112,16 @@ DENIED = (
 )  # fmt: skip
 
 
-def default_rules(capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
-    """(default action, rules) for programs that may have these capabilities."""
+class Profile(NamedTuple):
+    """What to compile: the action for calls without a rule, the rules, and the machine's other calling conventions."""
+
+    default: int
+    rules: tuple[Rule, ...]
+    architectures: tuple[str, ...]
+
+
+def default_profile(capability_mask: int) -> Profile:
+    """The default profile for programs that may have these capabilities."""
     have = set(capabilities.names_of(capability_mask))
     allowed = FILES + MEMORY + PROCESSES + EVENTS_AND_TIME + NETWORK_AND_IPC
     rules = [Rule(allowed, ACT_ALLOW)]
@@ -131,9 +142,10 @@ def default_rules(capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
     rules += [Rule(("personality",), ACT_ALLOW, (Comparison(0, "EQ", value),)) for value in PERSONALITIES]
     granted |= {"socket", "personality"}
     rules.append(Rule(tuple(sorted(denied - granted)), errno_action(errno.EPERM)))
-    return errno_action(errno.ENOSYS), tuple(rules)
+    return Profile(errno_action(errno.ENOSYS), tuple(rules), _SUB_ARCHITECTURES.get(os.uname().machine, ()))
 
 
+_SUB_ARCHITECTURES = {"x86_64": ("x86", "x32"), "aarch64": ("arm",)}
 _ACTIONS = {
     "SCMP_ACT_ALLOW": ACT_ALLOW,
     "SCMP_ACT_LOG": seccomp.ACT_LOG,
@@ -144,8 +156,8 @@ _ACTIONS = {
 }
 
 
-def load_rules(path: str, capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
-    """A profile in Docker's JSON format. Raises `NotFound`, `IntegrityError`."""
+def load_profile(path: str, capability_mask: int) -> Profile:
+    """A profile in Docker's JSON format. Raises `NotFound`, `IntegrityError`, `Unsupported`, `HostError`."""
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
@@ -160,22 +172,48 @@ def load_rules(path: str, capability_mask: int) -> tuple[int, tuple[Rule, ...]]:
     have = set(capabilities.names_of(capability_mask))
     try:
         default = _action(data["defaultAction"], data.get("defaultErrnoRet"))
-        rules = [
-            Rule(_names(entry), _action(entry["action"], entry.get("errnoRet")), _comparisons(entry))
-            for entry in data.get("syscalls", [])
-            if _applies(entry, have)
-        ]
+        rules = [rule for entry in data.get("syscalls") or () if _applies(entry, have) for rule in _rules(entry)]
+        architectures = _architectures(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(
             f"seccomp profile {path}: malformed ({error!r})", hint="it must be in Docker's format"
         ) from None
-    return default, tuple(rules)
+    return Profile(default, tuple(rules), architectures)
+
+
+def _architectures(data: dict[str, Any]) -> tuple[str, ...]:
+    """The calling conventions beside the native one: those that a profile does not name are killed."""
+    ours = os.uname().machine
+    for entry in data.get("archMap") or ():
+        if _architecture(entry["architecture"]) == ours:
+            found = [_architecture(name) for name in entry.get("subArchitectures") or ()]
+            break
+    else:
+        found = [_architecture(name) for name in data.get("architectures") or ()]
+    return tuple(name for name in found if name in _SUB_ARCHITECTURES.get(ours, ()))
+
+
+def _architecture(name: str) -> str:
+    return str(name).removeprefix("SCMP_ARCH_").lower()
 
 
 def _action(name: str, number: int | None) -> int:
     if name == "SCMP_ACT_ERRNO":
         return errno_action(errno.EPERM if number is None else int(number) & 0xFFFF)
+    if name in ("SCMP_ACT_NOTIFY", "SCMP_ACT_TRACE"):
+        raise Unsupported(
+            f"seccomp profiles with {name} need a supervisor of their own for each call", hint="use SCMP_ACT_ERRNO"
+        )
     return _ACTIONS[name]
+
+
+def _rules(entry: dict[str, Any]) -> list[Rule]:
+    """All comparisons must hold; but of several on one argument any may, which takes a rule for each (as runc does)."""
+    names, action = _names(entry), _action(entry["action"], entry.get("errnoRet"))
+    comparisons = _comparisons(entry)
+    if len({comparison.index for comparison in comparisons}) < len(comparisons):
+        return [Rule(names, action, (comparison,)) for comparison in comparisons]
+    return [Rule(names, action, comparisons)]
 
 
 def _names(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -196,13 +234,25 @@ def _comparisons(entry: dict[str, Any]) -> tuple[Comparison, ...]:
 
 
 def _applies(entry: dict[str, Any], have: set[str]) -> bool:
-    """Docker's "includes" and "excludes" by capability and architecture; we are always x86-64 or arm64 here."""
+    """Docker's "includes" and "excludes" by capability, architecture and the kernel's version."""
     includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
     wanted = {str(name).removeprefix("CAP_") for name in includes.get("caps") or ()}
     unwanted = {str(name).removeprefix("CAP_") for name in excludes.get("caps") or ()}
     ours = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, "")
     arches, not_arches = includes.get("arches") or [ours], excludes.get("arches") or ()
+    if any(
+        _kernel_is(text) is not wants
+        for text, wants in ((includes.get("minKernel"), True), (excludes.get("minKernel"), False))
+        if text
+    ):
+        return False
     return wanted <= have and not (unwanted & have) and ours in arches and ours not in not_arches
+
+
+def _kernel_is(at_least: str) -> bool:
+    major, minor = at_least.split(".")[:2]
+    release = os.uname().release.split(".")
+    return (int(release[0]), int("".join(c for c in release[1] if c.isdigit()) or 0)) >= (int(major), int(minor))
 
 
 def compile_profile(profile: str, capability_mask: int, cache: str) -> bytes:
@@ -212,37 +262,50 @@ def compile_profile(profile: str, capability_mask: int, cache: str) -> bytes:
     """
     if profile == "unconfined":
         return b""
-    if profile == "default":
-        default, rules = default_rules(capability_mask)
+    if profile == "default":  # its table need not be made when its program is there
+        path = f"{cache}/seccomp-default-{_revision()}-{capability_mask:x}.bpf"
+        program = _cached(path)
+        if program is not None:
+            return program
+        made = default_profile(capability_mask)
     else:
-        default, rules = load_rules(profile, capability_mask)
-    key = _cache_key(profile, default, rules) if profile != "default" else f"default-{_revision()}-{capability_mask:x}"
-    path = f"{cache}/seccomp-{key}.bpf"
-    program = _cached(path)
+        made = load_profile(profile, capability_mask)
+        path = f"{cache}/seccomp-{_digest(made)}.bpf"
+        program = _cached(path)
     if program is None:
-        program = _compile(default, rules)
+        program = _compile(made)
         _store(path, program)
     return program
 
 
 def _revision() -> str:
-    """Names this file's version: a changed table must not meet an old program."""
+    """Names this file's version and libseccomp's: neither a changed table nor another library must meet an old program."""
     from nagaya import __version__
 
     found = os.stat(__file__)
-    return f"{__version__}-{found.st_mtime_ns:x}-{found.st_size:x}"
+    return f"{__version__}-{found.st_mtime_ns:x}-{found.st_size:x}-{_library_version()}"
 
 
-def _cache_key(profile: str, default: int, rules: tuple[Rule, ...]) -> str:
+def _library_version() -> str:
+    """By the name of the file: asking the library itself would mean loading it, at every start."""
+    machine = os.uname().machine
+    for directory in (f"/usr/lib/{machine}-linux-gnu", "/usr/lib64", "/usr/lib", "/lib64", "/lib"):
+        try:
+            return os.path.basename(os.readlink(f"{directory}/{seccomp.LIBRARY}"))
+        except OSError:
+            continue
+    return seccomp.LIBRARY
+
+
+def _digest(profile: Profile) -> str:
     import hashlib  # lazy: only machines with a profile of their own
 
-    return hashlib.sha256(repr((_revision(), default, rules)).encode()).hexdigest()
+    return hashlib.sha256(repr((_revision(), profile)).encode()).hexdigest()
 
 
-def _compile(default: int, rules: tuple[Rule, ...]) -> bytes:
-    extra = ("x86", "x32") if os.uname().machine == "x86_64" else ("arm",)
+def _compile(profile: Profile) -> bytes:
     try:
-        return seccomp.compile_filter(default, rules, extra)
+        return seccomp.compile_filter(profile.default, profile.rules, profile.architectures)
     except KeyError as error:
         raise UsageError(f"seccomp: unknown comparison {error}") from None
     except OSError as error:

@@ -1,0 +1,169 @@
+"""Our constants and structures against the kernel's headers: a C program prints what the compiler makes of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nagaya.engines.container import policy
+from nagaya.kernel import bpf, capabilities, inotify, libc, mount, namespaces, process, seccomp
+
+HEADERS = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <sys/inotify.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <linux/audit.h>
+#include <linux/bpf.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/fs.h>
+#include <linux/keyctl.h>
+#include <linux/mount.h>
+#include <linux/openat2.h>
+#include <linux/seccomp.h>
+"""
+
+# Python constant -> C expression, where the names differ or are ours.
+RENAMED: dict[ModuleType, dict[str, str]] = {
+    libc: {},
+    mount: {},
+    namespaces: {},
+    process: {"MFD_EXEC": ""},  # Linux 6.3: newer than Debian 12's headers
+    capabilities: {"VERSION_3": "_LINUX_CAPABILITY_VERSION_3"},
+    seccomp: {
+        "ACT_KILL_PROCESS": "SECCOMP_RET_KILL_PROCESS",
+        "ACT_KILL_THREAD": "SECCOMP_RET_KILL_THREAD",
+        "ACT_TRAP": "SECCOMP_RET_TRAP",
+        "ACT_LOG": "SECCOMP_RET_LOG",
+        "ACT_ALLOW": "SECCOMP_RET_ALLOW",
+        "SET_MODE_FILTER": "SECCOMP_SET_MODE_FILTER",
+        "INSTRUCTION_BYTES": "sizeof(struct sock_filter)",
+    },
+    bpf: {
+        "PROG_TYPE_CGROUP_DEVICE": "BPF_PROG_TYPE_CGROUP_DEVICE",
+        "ATTACH_CGROUP_DEVICE": "BPF_CGROUP_DEVICE",
+        "ALLOW_MULTI": "BPF_F_ALLOW_MULTI",
+        "ANY": "",
+    },
+    inotify: {},
+}
+# umount2(2)'s flags are in the C library's header, which cannot be included together with the kernel's.
+OTHER_HEADERS = "#include <stdio.h>\n#include <sys/mount.h>\n"
+OF_OTHER_HEADERS = ("MNT_DETACH", "UMOUNT_NOFOLLOW")
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "struct mount_attr": mount.MountAttr,
+    "struct open_how": mount.OpenHow,
+    "struct __user_cap_header_struct": capabilities.CapHeader,
+    "struct __user_cap_data_struct": capabilities.CapData,
+    "struct sock_fprog": seccomp._SockFprog,
+}
+ARCHITECTURES = {
+    "x86_64": "AUDIT_ARCH_X86_64",
+    "x86": "AUDIT_ARCH_I386",
+    "aarch64": "AUDIT_ARCH_AARCH64",
+    "arm": "AUDIT_ARCH_ARM",
+}
+
+
+def ours() -> dict[str, int]:
+    """C expression -> our value."""
+    found: dict[str, int] = {}
+    for module, renamed in RENAMED.items():
+        for name, value in vars(module).items():
+            if not name.isupper() or name.startswith("_") or not isinstance(value, int):
+                continue
+            expression = renamed.get(name, f"__NR_{name[4:].lower()}" if name.startswith("SYS_") else name)
+            if expression:
+                found[expression] = value
+    for c_name, structure in STRUCTURES.items():
+        found[f"sizeof({c_name})"] = ctypes.sizeof(structure)
+        for field in structure._fields_:
+            found[f"offsetof({c_name}, {field[0]})"] = getattr(structure, field[0]).offset
+    for attribute in (
+        "prog_type",
+        "insn_cnt",
+        "insns",
+        "license",
+        "log_level",
+        "log_size",
+        "log_buf",
+        "kern_version",
+        "prog_flags",
+    ):
+        found[f"offsetof(union bpf_attr, {attribute})"] = getattr(bpf.ProgLoad, attribute).offset
+    for attribute in ("target_fd", "attach_bpf_fd", "attach_type", "attach_flags"):
+        found[f"offsetof(union bpf_attr, {attribute})"] = getattr(bpf.ProgAttach, attribute).offset
+    for name, number in capabilities.NUMBERS.items():
+        found[f"CAP_{name}"] = number
+    for name, number in policy.RLIMITS.items():
+        found[f"RLIMIT_{name.upper()}"] = number
+    for architecture, c_name in ARCHITECTURES.items():
+        found[c_name] = seccomp.ARCHITECTURES[architecture]
+    found["SECCOMP_RET_ERRNO | 38"] = seccomp.errno_action(38)
+    return found
+
+
+def values(compiler: str, directory: Path, headers: str, expressions: list[str]) -> dict[str, int]:
+    """What a C program with these headers prints for each expression."""
+    lines = [f'printf("%llu\\n", (unsigned long long)({expression}));' for expression in expressions]
+    (directory / "abi.c").write_text(headers + "int main(void){\n" + "\n".join(lines) + "\nreturn 0;}\n")
+    subprocess.run([compiler, "-o", str(directory / "abi"), str(directory / "abi.c")], check=True, timeout=30)
+    printed = subprocess.run([str(directory / "abi")], check=True, capture_output=True, text=True, timeout=10).stdout
+    return dict(zip(expressions, (int(line) for line in printed.split()), strict=True))
+
+
+def test_constants_and_structures_are_the_kernels(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or not Path("/usr/include/linux/mount.h").exists():
+        pytest.skip("no C compiler, or no kernel headers")
+    expected = ours()
+    others = {name: expected[name] for name in OF_OTHER_HEADERS}
+    theirs = values(compiler, tmp_path, HEADERS, [name for name in expected if name not in others])
+    theirs |= values(compiler, tmp_path, OTHER_HEADERS, list(others))
+    mask = (1 << 64) - 1
+    assert {name: value & mask for name, value in expected.items()} == theirs
+    assert len(theirs) > 150  # the list is made from the modules: it must not silently become empty
+
+
+def test_libseccomps_structure_and_operators(tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or not Path("/usr/include/seccomp.h").exists():
+        pytest.skip("libseccomp's headers are not installed (libseccomp-dev)")
+    operators = list(seccomp.OPERATORS)
+    source = tmp_path / "seccomp.c"
+    source.write_text(
+        "#include <seccomp.h>\n#include <stdio.h>\n#include <stddef.h>\nint main(void){"
+        'printf("%zu %zu %zu\\n", sizeof(struct scmp_arg_cmp), offsetof(struct scmp_arg_cmp, datum_a), offsetof(struct scmp_arg_cmp, datum_b));'
+        + "".join(f'printf("%d\\n", SCMP_CMP_{name});' for name in operators)
+        + 'printf("%u\\n", SCMP_ARCH_X32);return 0;}\n'
+    )
+    subprocess.run([compiler, "-o", str(tmp_path / "seccomp"), str(source)], check=True, timeout=30)
+    printed = subprocess.run([str(tmp_path / "seccomp")], check=True, capture_output=True, text=True, timeout=10).stdout
+    numbers = [int(text) for text in printed.split()]
+    compared = seccomp._ArgCmp
+    assert numbers[:3] == [ctypes.sizeof(compared), compared.datum_a.offset, compared.datum_b.offset]
+    assert numbers[3:-1] == [seccomp.OPERATORS[name] for name in operators]
+    assert numbers[-1] == seccomp.ARCHITECTURES["x32"]
+
+
+def test_memory_file_flag_of_newer_kernels() -> None:
+    """MFD_EXEC is missing from older headers: its effect is what is tested, where the kernel has it."""
+    fd = process._executable_memory_file("test")
+    try:
+        assert Path(f"/proc/self/fd/{fd}").stat().st_mode & 0o111
+    finally:
+        os.close(fd)
