@@ -164,10 +164,10 @@ def parse_config(raw: bytes) -> Config:
         raise IntegrityError(f"config: rootfs.type is {_show(rootfs.get('type'))}, expected 'layers'")
     diff_ids = tuple(
         check_digest(diff_id, "config: rootfs.diff_ids")
-        for diff_id in _array(rootfs.get("diff_ids") or [], "config: rootfs.diff_ids")
+        for diff_id in _array(_or(rootfs.get("diff_ids"), []), "config: rootfs.diff_ids")
     )
-    inner = _object(data.get("config") or {}, "config: config")
-    history = _array(data.get("history") or [], "config: history")
+    inner = _object(_or(data.get("config"), {}), "config: config")
+    history = _array(_or(data.get("history"), []), "config: history")
     return Config(
         _parse_run_config(inner),
         diff_ids,
@@ -186,7 +186,7 @@ def check_layers(manifest: Manifest, config: Config) -> None:
 
 
 def _parse_run_config(inner: dict[str, Any]) -> ImageConfig:
-    labels = _object(inner.get("Labels") or {}, "config: Labels")
+    labels = _object(_or(inner.get("Labels"), {}), "config: Labels")
     return ImageConfig(
         entrypoint=_texts(inner.get("Entrypoint"), "config: Entrypoint"),
         command=_texts(inner.get("Cmd"), "config: Cmd"),
@@ -195,8 +195,8 @@ def _parse_run_config(inner: dict[str, Any]) -> ImageConfig:
         user=_text(inner.get("User"), "config: User"),
         labels=tuple((key, _text(value, f"config: label {key}")) for key, value in labels.items()),
         stop_signal=_text(inner.get("StopSignal"), "config: StopSignal"),
-        volumes=tuple(_object(inner.get("Volumes") or {}, "config: Volumes")),
-        exposed_ports=tuple(_object(inner.get("ExposedPorts") or {}, "config: ExposedPorts")),
+        volumes=tuple(_object(_or(inner.get("Volumes"), {}), "config: Volumes")),
+        exposed_ports=tuple(_object(_or(inner.get("ExposedPorts"), {}), "config: ExposedPorts")),
     )
 
 
@@ -386,7 +386,7 @@ def _parse_descriptor(entry: object, what: str) -> Descriptor:
     platform = ""
     if data.get("platform") is not None:
         platform = _join_platform(_object(data["platform"], f"{what}: platform"), f"{what}: platform")
-    annotations = _object(data.get("annotations") or {}, f"{what}: annotations")
+    annotations = _object(_or(data.get("annotations"), {}), f"{what}: annotations")
     return Descriptor(
         _text(data.get("mediaType"), f"{what}: mediaType"),
         check_digest(data.get("digest"), what),
@@ -407,6 +407,11 @@ def _parse_layer(entry: object, what: str) -> Descriptor:
     if descriptor.media_type not in LAYER_TYPES:
         raise IntegrityError(f"{what}: unknown media type {_show(descriptor.media_type)}")
     return descriptor
+
+
+def _or(value: object, default: object) -> object:
+    """Go writes an empty map or slice as null."""
+    return default if value is None else value
 
 
 def _object(value: object, what: str) -> dict[str, Any]:
@@ -438,7 +443,7 @@ def _text(value: object, what: str) -> str:
 def _texts(value: object, what: str) -> tuple[str, ...]:
     if isinstance(value, str):  # Docker before 1.0 wrote a lone string
         value = [value]
-    parts = _array(value or [], what)
+    parts = _array(_or(value, []), what)
     if None in parts:
         raise IntegrityError(f"{what}: null among the strings")
     return tuple(_text(part, what) for part in parts)

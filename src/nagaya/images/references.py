@@ -172,5 +172,9 @@ def _check_digest(text: str, digest: str) -> None:
 
 
 def _malformed(text: str, reason: str, hint: str) -> UsageError:
-    shown = text if len(text) <= 100 and text.isprintable() else ascii(text[:100])[1:-1] + "…"
-    return UsageError(f"'{shown}' is not an image name: {reason}", hint=hint)
+    return UsageError(f"'{_printable(text)}' is not an image name: {_printable(reason)}", hint=_printable(hint))
+
+
+def _printable(text: str) -> str:
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 160 else text[:160] + "…"
