@@ -211,7 +211,7 @@ def _rules(entry: dict[str, Any]) -> list[Rule]:
     """All comparisons must hold; but of several on one argument any may, which takes a rule for each (as runc does)."""
     names, action = _names(entry), _action(entry["action"], entry.get("errnoRet"))
     comparisons = _comparisons(entry)
-    if len({comparison.index for comparison in comparisons}) < len(comparisons):
+    if len({comparison.argument for comparison in comparisons}) < len(comparisons):
         return [Rule(names, action, (comparison,)) for comparison in comparisons]
     return [Rule(names, action, comparisons)]
 
