@@ -31,7 +31,14 @@ class Sink(Protocol):
     @property
     def label(self) -> str: ...
 
-    def store(self, blobs: Blobs, manifest: Descriptor, *, names: tuple[str, ...], progress: Progress) -> str:
+    def store(
+        self,
+        blobs: Blobs,
+        manifest: Descriptor,
+        *,
+        names: tuple[str, ...],
+        progress: Progress,
+    ) -> str:
         """Write one image; answers the digest of its manifest as written. May be called more than once."""
 
     def close(self, *, failed: bool = False) -> None:

@@ -1,0 +1,282 @@
+"""Images where no registry can be reached: `debian[:SUITE]` by mmdebstrap, `busybox` from Debian's busybox-static."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
+from nagaya.images.content import Blobs
+from nagaya.images.manifest import Descriptor, format_time, host_platform
+from nagaya.images.pack import compress_blob, pack_layer
+from nagaya.images.progress import Progress
+from nagaya.images.references import Reference
+from nagaya.images.sources.apt_sources import find_debian_sources, rewrite_suite
+from nagaya.images.sources.copy import put_image
+from nagaya.images.streams import TarStream
+
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NUMBERS = {"10": "buster", "11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
+SUITES = (*NUMBERS.values(), "sid", "unstable", "testing", "stable", "oldstable")
+SLIM = "-slim"
+
+
+def find_bootstrap(reference: Reference) -> DebianSource | BusyboxSource | None:
+    """The bootstrap for a bare name, if there is one."""
+    if reference.repository == "busybox" and reference.tag in ("latest", "stable", "static"):
+        return BusyboxSource()
+    if reference.repository != "debian":
+        return None
+    tag = reference.tag.removesuffix(SLIM)
+    suite = host_suite() if tag == "latest" else NUMBERS.get(tag.partition(".")[0], tag)
+    return DebianSource(suite, slim=reference.tag.endswith(SLIM)) if suite in SUITES else None
+
+
+def host_suite() -> str:
+    """This host's own suite when it is a Debian, else "stable"."""
+    try:
+        with open("/etc/os-release", encoding="utf-8") as file:
+            pairs = dict(line.rstrip().split("=", 1) for line in file if "=" in line)
+    except OSError:
+        return "stable"
+    name = pairs.get("VERSION_CODENAME", "").strip('"')
+    return name if pairs.get("ID", "").strip('"') == "debian" and name in SUITES else "stable"
+
+
+def _put(blobs: Blobs, layer: Descriptor, diff_id: str, *, command: str, made_by: str, labels: dict[str, str]) -> Descriptor:
+    import json
+    import time
+
+    system, _, architecture = host_platform().partition("/")
+    created = format_time(time.time_ns())
+    config = {
+        "created": created,
+        "os": system,
+        "architecture": architecture.partition("/")[0],
+        "config": {"Cmd": [command], "Env": [PATH], "Labels": labels},
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+        "history": [{"created": created, "created_by": made_by}],
+    }
+    return put_image(blobs, json.dumps(config, separators=(",", ":")).encode(), (layer,))
+
+
+def _refuse_platform(platform: str, what: str) -> None:
+    if platform and platform != host_platform():
+        raise Unsupported(
+            f"the bootstrap of {what} makes images for this host only ({host_platform()}), not for {platform}",
+            hint="pull it from a registry instead",
+        )
+
+
+class DebianSource:
+    """A minimal Debian of one suite, from the machine's own apt sources."""
+
+    def __init__(self, suite: str, *, slim: bool = False) -> None:
+        self._suite = suite
+        self._slim = slim
+        self.label = f"bootstrap debian {suite} (mmdebstrap)"
+
+    def fetch(self, blobs: Blobs, *, platform: str, progress: Progress) -> Descriptor:
+        """See `Source.fetch`. Takes 10 to 30 seconds, most of it downloads and dpkg."""
+        _refuse_platform(platform, "debian")
+        lines = rewrite_suite(find_debian_sources(), self._suite)
+        if not lines:
+            raise Unsupported(
+                "this machine's apt has no Debian sources to make a Debian from",
+                hint="add a 'deb' line to /etc/apt/sources.list, or pull the image from a registry",
+                finding="/etc/apt/sources.list and /etc/apt/sources.list.d were read",
+            )
+        command = ["mmdebstrap", "--variant=minbase", "--format=tar"]
+        if self._slim:
+            command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "info", "locale")]
+        command += [self._suite, "-", *lines]
+        layer, diff_id = _run(command, blobs, progress, label=self.label)
+        labels = {"org.opencontainers.image.title": "debian", "org.opencontainers.image.version": self._suite}
+        made_by = f"mmdebstrap --variant=minbase {self._suite}"
+        return _put(blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels)
+
+
+def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str) -> tuple[Descriptor, str]:
+    """Run mmdebstrap and take the tar from its standard output: (layer, diff id)."""
+    import subprocess  # lazy: 8 ms
+    import threading
+
+    key = "mmdebstrap"
+    progress.start(key, label, 0)
+    tail: list[str] = []
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment.pop("TMPDIR", None)  # a place that only we may enter would stop apt's own user
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            preexec_fn=_die_with_parent,
+        )
+    except FileNotFoundError:
+        raise Unsupported(
+            "making a Debian image needs the program 'mmdebstrap', which is not installed", hint="apt install mmdebstrap"
+        ) from None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    listener = threading.Thread(target=_listen, args=(process.stderr, tail, progress), name="mmdebstrap", daemon=True)
+    listener.start()
+    layer, problem, diff_id = None, None, ""
+    try:
+        with TarStream(process.stdout) as chunks:
+            chunks.on_chunk(lambda done: progress.advance(key, done))
+            layer = compress_blob(blobs, iter(chunks))
+            diff_id = chunks.diff_id
+    except HostError:
+        raise
+    except Exception as error:
+        problem = error  # an empty stream: what mmdebstrap said is the reason
+    finally:
+        if problem is not None or layer is None:
+            process.terminate()
+        process.wait()
+        listener.join(5)
+    if process.returncode or layer is None:
+        if layer is not None:
+            blobs.remove(layer.digest)
+        said = [line for line in tail if line.startswith(("E:", "W:"))] or tail
+        raise LaunchError(
+            f"mmdebstrap failed: {said[-1] if said else problem or 'it gave no reason'}",
+            hint="check that 'apt-get update' works on this machine",
+            command=" ".join(command[:4]),
+            status=process.returncode,
+            log_tail="\n".join(tail[-20:]),
+        )
+    progress.finish(key)
+    return layer, diff_id
+
+
+def _die_with_parent() -> None:
+    """In the child: an interrupted or killed pull must not leave mmdebstrap at work."""
+    from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
+
+    prctl(PR_SET_PDEATHSIG, 15)
+
+
+def _listen(stream: object, tail: list[str], progress: Progress) -> None:
+    for raw in stream:  # type: ignore[attr-defined]
+        line = raw.decode(errors="replace").strip()
+        if not line:
+            continue
+        tail.append(line)
+        del tail[:-50]
+        if line.startswith("I: ") and not line.startswith("I: automatically"):
+            progress.step(f"mmdebstrap: {line[3:]}")
+
+
+class BusyboxSource:
+    """One static busybox with a link for each of its programs."""
+
+    label = "bootstrap busybox (busybox-static)"
+
+    def fetch(self, blobs: Blobs, *, platform: str, progress: Progress) -> Descriptor:
+        """See `Source.fetch`. Takes a moment when busybox-static is installed, else fetches the package by apt."""
+        import tempfile  # lazy: 8 ms
+
+        _refuse_platform(platform, "busybox")
+        try:
+            with tempfile.TemporaryDirectory(prefix="nagaya-busybox-") as work:
+                program = "/bin/busybox" if is_static("/bin/busybox") else _download(work, progress)
+                root = f"{work}/root"
+                _make_tree(root, program)
+                packed = pack_layer(blobs, root, overlay=False, progress=progress)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot make the busybox image") from None
+        return _put(
+            blobs,
+            packed.descriptor,
+            packed.diff_id,
+            command="sh",
+            made_by="busybox-static",
+            labels={"org.opencontainers.image.title": "busybox"},
+        )
+
+
+def is_static(path: str) -> bool:
+    """Whether an ELF program needs no dynamic loader: it has no PT_INTERP segment (elf(5))."""
+    from struct import unpack_from
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+            if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+                return False
+            offset = unpack_from("<Q", head, 32)[0]
+            size, count = unpack_from("<HH", head, 54)
+            file.seek(offset)
+            table = file.read(size * count)
+    except OSError:
+        return False
+    return all(unpack_from("<I", table, at * size)[0] != 3 for at in range(count) if len(table) >= (at + 1) * size)
+
+
+def _download(work: str, progress: Progress) -> str:
+    """Busybox out of Debian's package, without installing it."""
+    import subprocess
+
+    progress.step("fetching the package busybox-static")
+    steps: list[tuple[list[str], Callable[[], str]]] = [
+        (["apt-get", "download", "-q", "busybox-static"], lambda: ""),
+        (["sh", "-c", "dpkg-deb -x busybox-static_*.deb package"], lambda: ""),
+    ]
+    for command, _ in steps:
+        try:
+            done = subprocess.run(command, cwd=work, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+        except FileNotFoundError:
+            raise Unsupported(
+                "making a busybox image needs busybox-static, and this machine has no apt to fetch it",
+                hint="install a static busybox as /bin/busybox",
+            ) from None
+        if done.returncode:
+            tail = done.stderr.decode(errors="replace").strip().splitlines()
+            raise LaunchError(
+                f"cannot fetch busybox-static: {tail[-1] if tail else 'no reason given'}",
+                hint="apt install busybox-static",
+                command=" ".join(command),
+                status=done.returncode,
+                log_tail="\n".join(tail[-10:]),
+            )
+    for path in (f"{work}/package/bin/busybox", f"{work}/package/usr/bin/busybox"):
+        if is_static(path):
+            return path
+    raise NotFound("the package busybox-static holds no static busybox", hint="apt install busybox-static")
+
+
+_FILES = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/bin/false\n"
+    "www-data:x:33:33:www-data:/var/www:/bin/false\nnobody:x:65534:65534:nobody:/home:/bin/false\n",
+    "etc/group": "root:x:0:\ndaemon:x:1:\ntty:x:5:\nwww-data:x:33:\nusers:x:100:\nnogroup:x:65534:\n",
+    "etc/hosts": "127.0.0.1\tlocalhost\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+}
+_DIRECTORIES = {
+    "bin": 0o755, "dev": 0o755, "etc": 0o755, "home": 0o755, "proc": 0o755, "root": 0o700, "run": 0o755, "sys": 0o755,
+    "tmp": 0o1777, "usr/bin": 0o755, "usr/sbin": 0o755, "var/log": 0o755, "var/spool/mail": 0o755, "var/tmp": 0o1777,
+    "var/www": 0o755,
+}  # fmt: skip
+
+
+def _make_tree(root: str, program: str) -> None:
+    import shutil
+    import subprocess
+
+    for name, mode in _DIRECTORIES.items():
+        os.makedirs(f"{root}/{name}")
+        os.chmod(f"{root}/{name}", mode)
+    for name, text in _FILES.items():
+        with open(f"{root}/{name}", "w", encoding="ascii") as file:
+            file.write(text)
+    shutil.copyfile(program, f"{root}/bin/busybox")
+    os.chmod(f"{root}/bin/busybox", 0o755)
+    listed = subprocess.run([program, "--list"], capture_output=True, check=True, stdin=subprocess.DEVNULL)
+    for name in listed.stdout.decode().split():
+        if "/" not in name and name != "busybox":
+            os.link(f"{root}/bin/busybox", f"{root}/bin/{name}")
+    os.utime(f"{root}/bin", (0, 0))
