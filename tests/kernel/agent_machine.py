@@ -37,9 +37,19 @@ class Lost(Exception):
 
 
 class Machine:
-    """The host's end. `binds` are (source, target) files to show in the machine, for example its own /etc/passwd."""
+    """The host's end. `binds` are (source, target) files to show in the machine, for example its own /etc/passwd.
 
-    def __init__(self, agent: str, *, init: bool = True, binds: tuple[tuple[str, str], ...] = ()) -> None:
+    `enter` runs in the new mount namespace, before anything is executed: it may change the root.
+    """
+
+    def __init__(
+        self,
+        agent: str,
+        *,
+        init: bool = True,
+        binds: tuple[tuple[str, str], ...] = (),
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:
         self.link = AgentLink()
         self.grants = True  # whether output is consumed at once
         self.events: list[Event] = []
@@ -49,7 +59,7 @@ class Machine:
         if self._outer == 0:
             try:
                 self._socket.close()
-                _outer(agent, theirs.detach(), init=init, binds=binds)
+                _outer(agent, theirs.detach(), init=init, binds=binds, enter=enter)
             except BaseException as error:
                 os.write(2, f"agent_machine: {error!r}\n".encode())
             finally:
@@ -192,13 +202,15 @@ class Machine:
         return self.finish(channel, stdin=stdin or b"", timeout_s=timeout_s)
 
 
-def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...]) -> None:
+def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...], enter: Callable[[], None]) -> None:
     """In the forked child: the namespaces, then PID 1, then wait for it (or, without init, become the agent)."""
     os.setsid()
     namespaces.unshare(namespaces.CLONE_NEWNS | namespaces.CLONE_NEWPID)
     mount.mount("", "/", "", mount.MS_PRIVATE | mount.MS_REC)
     for source, target in binds:
         mount.mount(source, target, "", mount.MS_BIND)
+    program = os.open(agent, os.O_RDONLY)
+    enter()
     ours, stub = socket.socketpair()
     ready, tell = os.pipe()
     inner = os.fork()
@@ -208,7 +220,7 @@ def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...
         os.dup2(fd if init else stub.fileno(), 3 if init else 30, inheritable=True)
         if not init:
             os.dup2(30, 3)
-        os.execv(agent, ["nagaya-agent", "--serve" if init else "--stub", "--fd=3"])
+        os.execve(program, ["nagaya-agent", "--serve" if init else "--stub", "--fd=3"], os.environ)
     os.read(ready, 1)
     if init:
         os.closerange(3, 1024)
@@ -216,15 +228,18 @@ def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     for source_fd, target_fd in ((fd, 30), (ours.fileno(), 31)):
         os.dup2(source_fd, target_fd, inheritable=True)
-    os.execv(agent, ["nagaya-agent", "--serve", "--fd=30", "--program-fd=31", f"--program-pid={inner}"])
+    arguments = ["--serve", "--fd=30", "--program-fd=31", f"--program-pid={inner}"]
+    os.execve(program, ["nagaya-agent", *arguments], os.environ)
 
 
-def build_agent() -> str:
-    """The agent as `make -C guest` builds it; skips where that cannot run."""
+def build_agent(*, checked: bool = False) -> str:
+    """The agent as `make -C guest` (`checked`: `asan`) builds it; skips where that cannot run."""
     if os.geteuid() != 0:
         pytest.skip("namespaces take root")
     if not shutil.which("make") or not (shutil.which("musl-gcc") or shutil.which("cc")):
         pytest.skip("make or a C compiler is missing")
     guest = os.path.join(os.path.dirname(__file__), "..", "..", "guest")
-    subprocess.run(["make", "-s", "-C", guest], check=True, timeout=120)
-    return os.path.abspath(f"{guest}/build/nagaya-agent")
+    if checked and not shutil.which("gcc"):
+        pytest.skip("gcc, for its sanitizers, is missing")
+    subprocess.run(["make", "-s", "-C", guest, "asan" if checked else "all"], check=True, timeout=120)
+    return os.path.abspath(f"{guest}/build/nagaya-agent{'-asan' if checked else ''}")
