@@ -304,8 +304,13 @@ def _make_devices(plan: Plan, root: int) -> None:
         os.close(dev)
 
 
+def sysctl_path(key: str) -> str:
+    """Below /proc/sys. As in sysctl(8), a slash in the key stands for a dot in a name: net.ipv4.conf.eth0/5.mtu."""
+    return key.translate({ord("."): "/", ord("/"): "."})
+
+
 def _write_sysctl(key: str, value: str) -> None:
-    fd = os.open("/proc/sys/" + key.replace(".", "/"), os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open("/proc/sys/" + sysctl_path(key), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.write(fd, value.encode())
     finally:

@@ -21,8 +21,8 @@ from nagaya.net import attach
 from nagaya.storage.plan import RootfsPlan
 
 CACHE = "/var/cache/nagaya"
-SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
-HOST_UNIQUE_SYSCTLS = ("kernel.domainname", "kernel.hostname")
+SYSCTL_PREFIXES = ("kernel.shm", "kernel.msg", "fs.mqueue.")
+SYSCTLS = ("kernel.sem", "kernel.domainname", "kernel.hostname")
 
 
 def agent_path() -> str:
@@ -239,9 +239,12 @@ def _cgroup_mounts() -> mounts.CgroupMounts:
 
 def _check_sysctl(key: str, *, host_network: bool) -> None:
     """Only what a namespace keeps for itself: anything else would change the host."""
+    parts = boot.sysctl_path(key).split("/")
+    if "" in parts or "." in parts or ".." in parts or "\0" in key:
+        raise UsageError(f"'{key}' is not the name of a sysctl", hint="for example net.ipv4.ip_forward")
     if key.startswith("net.") and not host_network:
         return
-    if key.startswith(SYSCTLS) or key in HOST_UNIQUE_SYSCTLS:
+    if key.startswith(SYSCTL_PREFIXES) or key in SYSCTLS:
         return
     hint = "allowed are kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.* and, without --network host, net.*"
     raise UsageError(f"sysctl '{key}' belongs to the whole host and cannot be set for one machine", hint=hint)
