@@ -80,7 +80,9 @@ def parse_deb822(text: str) -> list[AptSource]:
         # A key block within the stanza has no one-line form: the keyring that Debian installs knows Debian's archives.
         options = (f"signed-by={signed}",) if signed.startswith("/") else ()
         found += [
-            AptSource(uri, tuple(fields.get("suites", "").split()), tuple(fields.get("components", "").split()), options)
+            AptSource(
+                uri, tuple(fields.get("suites", "").split()), tuple(fields.get("components", "").split()), options
+            )
             for uri in fields.get("uris", "").split()
         ]
     return found

@@ -61,7 +61,9 @@ class Directory:
         try:
             fd = open_in_root(self._fd, name, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            raise IntegrityError(f"{self.path}: cannot read {name}: {error.strerror.rpartition(': ')[2]}") from None
+            raise IntegrityError(
+                f"{self.path}: cannot read {name}: {str(error.strerror).rpartition(': ')[2]}"
+            ) from None
         stream = os.fdopen(fd, "rb")
         if not os.path.isfile(f"/proc/self/fd/{fd}"):
             stream.close()
@@ -106,7 +108,7 @@ class TarFile:
             plain.seek(0)
         except OSError as error:
             raise HostError.from_os(error, f"cannot unfold {self.path}") from None
-        return plain  # type: ignore[return-value]
+        return plain
 
     def _index(self) -> None:
         import tarfile  # lazy: 8 ms; reads headers only, and extracts nothing

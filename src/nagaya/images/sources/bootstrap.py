@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import BinaryIO, cast
 
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
 from nagaya.images.content import Blobs
@@ -43,7 +43,9 @@ def host_suite() -> str:
     return name if pairs.get("ID", "").strip('"') == "debian" and name in SUITES else "stable"
 
 
-def _put(blobs: Blobs, layer: Descriptor, diff_id: str, *, command: str, made_by: str, labels: dict[str, str]) -> Descriptor:
+def _put(
+    blobs: Blobs, layer: Descriptor, diff_id: str, *, command: str, made_by: str, labels: dict[str, str]
+) -> Descriptor:
     import json
     import time
 
@@ -117,7 +119,8 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str) ->
         )
     except FileNotFoundError:
         raise Unsupported(
-            "making a Debian image needs the program 'mmdebstrap', which is not installed", hint="apt install mmdebstrap"
+            "making a Debian image needs the program 'mmdebstrap', which is not installed",
+            hint="apt install mmdebstrap",
         ) from None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -125,7 +128,7 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str) ->
     listener.start()
     layer, problem, diff_id = None, None, ""
     try:
-        with TarStream(process.stdout) as chunks:
+        with TarStream(cast(BinaryIO, process.stdout)) as chunks:
             chunks.on_chunk(lambda done: progress.advance(key, done))
             layer = compress_blob(blobs, iter(chunks))
             diff_id = chunks.diff_id
@@ -222,11 +225,11 @@ def _download(work: str, progress: Progress) -> str:
     import subprocess
 
     progress.step("fetching the package busybox-static")
-    steps: list[tuple[list[str], Callable[[], str]]] = [
-        (["apt-get", "download", "-q", "busybox-static"], lambda: ""),
-        (["sh", "-c", "dpkg-deb -x busybox-static_*.deb package"], lambda: ""),
+    steps = [
+        ["apt-get", "download", "-q", "busybox-static"],
+        ["sh", "-c", "dpkg-deb -x busybox-static_*.deb package"],
     ]
-    for command, _ in steps:
+    for command in steps:
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, check=False, stdin=subprocess.DEVNULL)
         except FileNotFoundError:

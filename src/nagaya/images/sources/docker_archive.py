@@ -39,10 +39,9 @@ class DockerArchiveSource:
             raise IntegrityError(
                 f"{self._archive.path}: {len(self._layers)} layers, but the config has {len(config.diff_ids)} diff ids"
             )
-        layers = []
-        for name, diff_id in zip(self._layers, config.diff_ids, strict=True):
-            layers.append(self._compress(blobs, name, diff_id, progress))
-        return put_image(blobs, raw, tuple(layers))
+        pairs = zip(self._layers, config.diff_ids, strict=True)
+        layers = tuple(self._compress(blobs, name, diff_id, progress) for name, diff_id in pairs)
+        return put_image(blobs, raw, layers)
 
     def _compress(self, blobs: Blobs, name: str, diff_id: str, progress: Progress) -> Descriptor:
         progress.start(diff_id, short_digest(diff_id), 0)
@@ -51,7 +50,9 @@ class DockerArchiveSource:
             found = chunks.diff_id
         if found != diff_id:
             blobs.remove(descriptor.digest)
-            raise IntegrityError(f"{self._archive.path}: a layer does not match its diff id: expected {diff_id}, found {found}")
+            raise IntegrityError(
+                f"{self._archive.path}: a layer does not match its diff id: expected {diff_id}, found {found}"
+            )
         progress.finish(diff_id)
         return descriptor
 
@@ -113,9 +114,7 @@ class DockerArchiveSink:
         parsed = parse_manifest(blobs.read(manifest.digest), media_type=manifest.media_type)
         raw = blobs.read(parsed.config.digest)
         config_name = f"{parsed.config.digest.partition(':')[2]}.json"
-        layers = []
-        for layer in parsed.layers:
-            layers.append(self._add_layer(blobs, layer, progress))
+        layers = [self._add_layer(blobs, layer, progress) for layer in parsed.layers]
         if config_name not in self._written:
             self._written.add(config_name)
             self._output.add_bytes(config_name, raw)
@@ -134,7 +133,7 @@ class DockerArchiveSink:
                     self._written.add(name)
                     size = plain.tell()
                     plain.seek(0)
-                    self._output.add_stream(name, plain, size)  # type: ignore[arg-type]
+                    self._output.add_stream(name, plain, size)
         except OSError as error:
             raise HostError.from_os(error, "cannot write the archive") from None
         progress.finish(layer.digest)

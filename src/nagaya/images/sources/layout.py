@@ -153,7 +153,7 @@ class LayoutDirectorySink:
         temporary = f"{target}.{os.getpid()}.tmp"
         try:
             with blobs.open(part.digest) as source, open(temporary, "wb") as copy:
-                while os.sendfile(copy.fileno(), source.fileno(), None, 1 << 24):  # type: ignore[arg-type]
+                while os.sendfile(copy.fileno(), source.fileno(), None, 1 << 24):
                     pass
             os.replace(temporary, target)
         except BaseException:
@@ -224,5 +224,3 @@ class LayoutArchiveSink:
             self._output.add_bytes("oci-layout", LAYOUT)
             self._output.add_bytes("index.json", _index(self._entries))
         self._output.close(failed=failed)
-
-
