@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import shutil
@@ -209,7 +210,7 @@ def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...
     mount.mount("", "/", "", mount.MS_PRIVATE | mount.MS_REC)
     for source, target in binds:
         mount.mount(source, target, "", mount.MS_BIND)
-    program = os.open(agent, os.O_RDONLY)
+    program = fcntl.fcntl(os.open(agent, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, 40)  # above what dup2 overwrites below
     enter()
     ours, stub = socket.socketpair()
     ready, tell = os.pipe()
