@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -67,14 +68,23 @@ def _copy_file(source: str, target: str, found: os.stat_result) -> None:
         reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            left = found.st_size
-            while left and (count := os.copy_file_range(reading, writing, left)):
-                left -= count
+            _copy_bytes(reading, writing, found.st_size)
         finally:
             os.close(reading)
             os.close(writing)
-    elif not stat.S_ISSOCK(found.st_mode):
+    else:
         os.mknod(target, stat.S_IFMT(found.st_mode) | 0o600, found.st_rdev)
+
+
+def _copy_bytes(reading: int, writing: int, left: int) -> None:
+    try:
+        while left and (count := os.copy_file_range(reading, writing, left)):
+            left -= count
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        while left and (count := os.sendfile(writing, reading, None, left)):  # between file systems that cannot
+            left -= count
 
 
 def _copy_metadata(source: str, target: str, found: os.stat_result, shift: int) -> None:

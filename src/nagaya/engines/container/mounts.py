@@ -226,6 +226,9 @@ def _apply_step(step: MountStep, target: int) -> None:
         # Through /proc, so that the place is the one we opened and not what its name leads to by now.
         kernel.mount(step.source, f"/proc/self/fd/{target}", step.fstype, step.flags, step.data)
         return
+    if stat.S_ISDIR(os.fstat(target).st_mode) == step.is_file:  # which move_mount(2) has only EINVAL for
+        number = errno.EISDIR if step.is_file else errno.ENOTDIR
+        raise OSError(number, os.strerror(number))
     kernel.move_mount(step.tree, target)
     set_ = sum(attribute for bit, attribute in _ATTRIBUTES.items() if step.flags & bit)
     kernel.mount_setattr(
