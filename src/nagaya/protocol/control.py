@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from struct import Struct
 
-from nagaya.errors import NagayaError, RemoteError, from_wire, to_wire
-from nagaya.protocol.frame import Frame, encode
+from nagaya.errors import NagayaError, RemoteError, UsageError, from_wire, to_wire
+from nagaya.protocol.frame import MAX_PAYLOAD, Frame, encode
 
 # The numbers of the agent protocol (docs/agent-protocol.md), which the streams share.
 STDIN = 5
@@ -35,7 +35,14 @@ SIZE = Struct("<HH")
 
 
 def request(op: str, **arguments: object) -> bytes:
-    return encode(REQUEST, 0, json.dumps({"op": op, **arguments}).encode())
+    """A request as bytes. Raises `UsageError` when its arguments, a command's for example, do not fit one frame."""
+    payload = json.dumps({"op": op, **arguments}).encode()
+    if len(payload) > MAX_PAYLOAD:
+        raise UsageError(
+            f"the request is too long ({len(payload)} bytes, at most {MAX_PAYLOAD})",
+            hint="pass long data through a file or standard input",
+        )
+    return encode(REQUEST, 0, payload)
 
 
 def reply(**answer: object) -> bytes:
