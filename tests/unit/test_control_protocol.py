@@ -33,7 +33,7 @@ def test_errors_cross_whole() -> None:
     assert got.__dict__ == sent.__dict__
 
 
-@pytest.mark.parametrize("payload", [b"", b"[]", b"3", b"\xff", b"{", b'{"a":1}x'])
+@pytest.mark.parametrize("payload", [b"", b"[]", b"3", b"\xff", b"{", b'{"a":1}x', b'{"a":' * 100_000])
 def test_what_is_no_object_is_refused(payload: bytes) -> None:
     with pytest.raises(RemoteError):
         control.parse_json(Frame(control.REPLY, 0, payload))

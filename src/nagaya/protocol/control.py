@@ -61,7 +61,7 @@ def parse_json(frame: Frame) -> dict[str, object]:
     """The object in a REQUEST, REPLY or ERROR frame. Raises `RemoteError` when it is none."""
     try:
         data = json.loads(frame.payload)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: a million opening brackets
         data = None
     if not isinstance(data, dict):
         raise RemoteError(f"control protocol: frame {frame.type} holds no JSON object")
