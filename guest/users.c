@@ -158,16 +158,16 @@ int identity_find(const char *user, struct identity *id, char *why, size_t why_s
 		snprintf(why, why_size, "there is no user '%s' in the machine's /etc/passwd", name);
 		return -1;
 	}
-	if (!group) {
-		if (login[0])
-			find_memberships(login, id);
-		return 0;
-	}
-	if (!parse_id(group, &number))
+	if (group && !parse_id(group, &number))
 		id->gid = (gid_t)number;
-	else if (!find_group(group, &id->gid)) {
+	else if (group && !find_group(group, &id->gid)) {
 		snprintf(why, why_size, "there is no group '%s' in the machine's /etc/group", group);
 		return -1;
 	}
+	/* The primary group among the supplementary ones too: a set-group-id program could shed it otherwise, and with it
+	 * what files deny to that group (CVE-2022-36109). */
+	id->groups[id->group_count++] = id->gid;
+	if (!group && login[0])
+		find_memberships(login, id);
 	return 0;
 }

@@ -40,6 +40,7 @@ def busybox_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (tree / "bin" / name).chmod(0o755)
     os.chown(tree / "home" / "ann", 1000, 1000)
     (tree / "tmp").chmod(0o1777)
+    tree.chmod(0o755)  # the machine's "/", which its users must be able to enter
     return tree
 
 

@@ -183,9 +183,11 @@ def test_logs_rotate(start: Start) -> None:
     machine = start("sh", "-c", "seq 1 20000; sleep 600", log=LogLimits(max_bytes=100_000, files=2))
     _wait_for(lambda: b"20000" in [line.data for line in machine.logs()])
     assert sorted(name for name in os.listdir(machine.directory) if name.startswith("log")) == ["log", "log.1"]
-    lines = [int(line.data) for line in machine.logs()]
+    text = b"".join(line.data + (b"" if line.partial else b"\n") for line in machine.logs())
+    # The oldest file may begin in the middle of a line, whose first part was rotated away.
+    lines = [int(word) for word in text.split()][1:]
     assert lines == list(range(lines[0], 20001))
-    assert lines[0] > 1
+    assert lines[0] > 2
 
 
 def test_limits_hold_and_change_live(start: Start) -> None:
@@ -285,9 +287,10 @@ def test_a_machine_cannot_write_outside_by_cp(start: Start, tmp_path: Path) -> N
     out = tmp_path / "out"
     machine.copy_out("/root/d", str(out))
     assert os.readlink(out / "evil") == "/etc"
-    machine.run(["sh", "-c", "ln -s /../../../../tmp/escape /root/abs"])
-    machine.copy_in(__file__, "/root/abs/../abs2")
-    assert not os.path.exists("/tmp/escape")
+    machine.run(["sh", "-c", "mkdir /tmp/inside; ln -s /../../../../tmp/inside /root/out"])
+    machine.copy_in(__file__, "/root/out/")
+    assert machine.run(["ls", "/tmp/inside"]).stdout.decode().split() == [os.path.basename(__file__)]
+    assert not os.path.exists("/tmp/inside")
 
 
 def test_commit_makes_an_image(host: Host, start: Start) -> None:
