@@ -136,11 +136,11 @@ class Unpacker:
         self._space = b"trusted." if os.geteuid() == 0 else b"user."
 
     def _must_chown(self) -> bool:
-        """Whether even a file of our own uid and gid needs chown: not in a new directory without the set-gid bit."""
-        if not self._policy.fresh:
+        """Whether even root's files need chown: not when root makes them in a new directory without the set-gid bit."""
+        if not self._policy.fresh or os.geteuid() or os.getegid():
             return True
         found = os.stat(self._directory)
-        return found.st_gid != os.getegid() or bool(found.st_mode & stat.S_ISGID)
+        return found.st_gid != 0 or bool(found.st_mode & stat.S_ISGID)
 
     def __enter__(self) -> Self:
         self._root = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -480,6 +480,8 @@ class Unpacker:
                 continue
             if not self._policy.owner and not name.startswith(b"user."):
                 continue
+            if not isinstance(target, int) and name.startswith(b"user."):
+                continue  # the kernel has them on files and directories only (xattr(7))
             try:
                 if isinstance(target, int):
                     os.setxattr(target, name, value)
@@ -521,7 +523,7 @@ class Unpacker:
             if entry.xattrs:
                 self._set_xattrs(fd, entry)
             mode = self._mode(entry)
-            if not path or mode & (self._umask | 0o7000) or mode & 0o700 != 0o700:
+            if not path or self._chown or mode & (self._umask | 0o7000) or mode & 0o700 != 0o700:
                 os.fchmod(fd, mode)
             if entry.mtime_ns != -1:
                 os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
