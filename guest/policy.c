@@ -12,12 +12,28 @@
 #include "proto.h"
 #include "spawn.h"
 
+/* A limit that may not be raised so far is raised as far as it may be; the host has warned about that before. */
+static int set_as_far_as_allowed(const struct rlimit_field *f)
+{
+	uint64_t now[2], wanted[2] = {f->soft, f->hard}; /* struct rlimit64: soft, hard */
+
+	if (syscall(SYS_prlimit64, 0, f->resource, NULL, now))
+		return -1;
+	if (wanted[1] > now[1])
+		wanted[1] = now[1];
+	if (wanted[0] > wanted[1])
+		wanted[0] = wanted[1];
+	return (int)syscall(SYS_prlimit64, 0, f->resource, wanted, NULL);
+}
+
 int policy_apply_rlimits(const struct spawn *s)
 {
 	for (size_t i = 0; i < s->rlimit_count; i++) {
 		const struct rlimit_field *f = &s->rlimits[i];
-		uint64_t pair[2] = {f->soft, f->hard}; /* struct rlimit64; the host has said before whether it may be raised */
-		if (syscall(SYS_prlimit64, 0, f->resource, pair, NULL) && errno != EPERM)
+		uint64_t wanted[2] = {f->soft, f->hard};
+		if (!syscall(SYS_prlimit64, 0, f->resource, wanted, NULL))
+			continue;
+		if (errno != EPERM || set_as_far_as_allowed(f))
 			return -1;
 	}
 	return 0;

@@ -399,6 +399,15 @@ def test_resource_limits(machine: Machine) -> None:
     assert machine.run("sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c", policy=policy).out == b"100\n200\n0\n"
 
 
+def test_a_limit_that_may_not_be_raised_goes_as_far_as_it_may(machine: Machine) -> None:
+    ours = machine.run("sh", "-c", "ulimit -Hn").out
+    beyond = LAX._replace(rlimits=((7, 1 << 40, 1 << 40),))  # more than fs.nr_open: EPERM for anyone
+    assert machine.run("sh", "-c", "ulimit -Sn; ulimit -Hn", policy=beyond).out == ours * 2
+    wrong = machine.run("true", policy=LAX._replace(rlimits=((99, 1, 1),)))
+    assert wrong.failed is not None
+    assert (wrong.status, wrong.failed.errno) == (125, 22)
+
+
 def test_clean_surroundings(machine: Machine) -> None:
     result = machine.run(
         "sh",

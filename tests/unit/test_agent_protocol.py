@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol import agent
 from nagaya.protocol.agent import AgentLink, Exited, Hello, Output, SpawnFailed, Started, StdinRoom
-from nagaya.protocol.frame import Decoder, Frame, encode
+from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
 
 POLICY = ProcessPolicy(capabilities=0xA80425FB, no_new_privileges=True)
 U32 = struct.Struct("<I")
@@ -57,6 +59,23 @@ def fields(payload: bytes) -> list[tuple[int, bytes]]:
         at += 8 + size
     assert at == len(payload)
     return found
+
+
+def test_both_ends_have_the_same_numbers() -> None:
+    text = (Path(__file__).parents[2] / "guest" / "proto.h").read_text()
+    header = {name: int(value) for name, value in re.findall(r"^\t([FT]_\w+|SF_\w+) = (\d+),$", text, re.M)}
+    ours = {name: value for name, value in vars(agent).items() if isinstance(value, int)}
+    frames = {name[2:]: value for name, value in header.items() if name.startswith("F_")}
+    assert len(frames) == 13
+    assert frames == {name: ours[name] for name in frames}
+    assert {n[1:]: v for n, v in header.items() if n[:2] == "T_"} == {n: ours[n] for n in ours if f"T{n}" in header}
+    flags = {name[2:]: value for name, value in header.items() if name.startswith("SF_")}
+    assert len(flags) == 6
+    assert flags == {name: ours[name] for name in flags}
+    assert f"#define PROTOCOL_VERSION {agent.VERSION}\n" in text
+    assert f"#define WINDOW ({agent.WINDOW >> 10}u << 10)\n" in text
+    assert f"#define MAX_DATA ({agent.MAX_DATA >> 10}u << 10)\n" in text
+    assert f"#define MAX_PAYLOAD ({MAX_PAYLOAD >> 20}u << 20)\n" in text
 
 
 # -- what it says
