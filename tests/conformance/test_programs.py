@@ -78,8 +78,8 @@ def test_environment_directory_and_names(run: Run) -> None:
     ("user", "expected"),
     [
         ("", "uid=0(root) gid=0(root)"),
-        ("ann", "uid=1000(ann) gid=1000(ann) groups=1000(ann),50(staff)"),
-        ("1000", "uid=1000(ann) gid=1000(ann) groups=1000(ann),50(staff)"),
+        ("ann", "uid=1000(ann) gid=1000(ann) groups=50(staff),1000(ann)"),
+        ("1000", "uid=1000(ann) gid=1000(ann) groups=50(staff),1000(ann)"),
         ("ann:staff", "uid=1000(ann) gid=50(staff)"),
         ("4711", "uid=4711 gid=0(root)"),
         ("4711:4712", "uid=4711 gid=4712"),
