@@ -335,6 +335,8 @@ def test_no_more_than_256_programs(machine: Machine) -> None:
 def test_users(peopled: Machine, user: str, ids: str, home: str) -> None:
     result = peopled.run("sh", "-c", "echo $(id -u) $(id -g) $(id -G); echo $HOME", user=user)
     assert result.out.decode().splitlines() == [ids, home], result
+    kernel = status_field(peopled.run("cat", "/proc/self/status", user=user).out, "Groups").split()
+    assert sorted(kernel, key=int) == sorted(set(ids.split()[1:]), key=int), "the primary one is among them"
 
 
 @pytest.mark.parametrize(
