@@ -81,6 +81,12 @@ def set_sets(sets: Sets) -> None:
     syscall("capset", SYS_CAPSET, ctypes.byref(header), data)
 
 
+def raise_effective() -> None:
+    """Make all permitted capabilities effective."""
+    sets = get_sets()
+    set_sets(sets._replace(effective=sets.permitted))
+
+
 def limit_bounding_set(keep: int) -> None:
     """Drop all capabilities but `keep` from what this process can ever gain by executing a program."""
     held = bounding_set()

@@ -31,6 +31,7 @@ from nagaya.net import attach
 
 AGENT_FD = 3
 PROGRAM_FD = 4
+HOST_PLACE = "/dev"
 
 
 class Plan(NamedTuple):
@@ -135,7 +136,7 @@ def _prepare(plan: Plan) -> None:
     with _step("cannot make the machine's namespaces"):
         _enter_namespaces(plan)
         if plan.userns >= 0:
-            root = _into_userns(root, plan)
+            root = _into_userns(root)
     if plan.two_processes:
         _part(plan, steps, root)
     _tell(plan.handshake, pid=0)
@@ -148,19 +149,21 @@ def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
     """Fork PID 1. Never returns: the outer process ends, or becomes the agent beside it."""
     spec = plan.request.spec
     pair = unix.socket_pair() if not spec.init else (-1, -1)
-    mounted_read, mounted_write = os.pipe2(os.O_CLOEXEC)
+    told, telling = os.pipe2(os.O_CLOEXEC)
+    mounted, mounting = os.pipe2(os.O_CLOEXEC)
     inner = os.fork()
     if inner == 0:
-        os.close(mounted_read)
-        if pair[0] >= 0:
-            os.close(pair[0])
-        _inner(plan, steps, root, stub=pair[1], mounted=mounted_write)
+        for fd in (telling, mounted, pair[0]):
+            if fd >= 0:
+                os.close(fd)
+        _inner(plan, steps, root, stub=pair[1], told=told, mounting=mounting)
     _tell(plan.handshake, pid=inner)
+    os.write(telling, b"t")
     if spec.init:
         os._exit(0)
-    os.close(mounted_write)
-    os.close(pair[1])
-    if os.read(mounted_read, 1) != b"m":
+    for fd in (told, telling, mounting, pair[1]):
+        os.close(fd)
+    if os.read(mounted, 1) != b"m":
         os._exit(1)  # the inner process has told why
     _bind_ourselves(plan)
     _become_agent(
@@ -212,7 +215,15 @@ def _idmapped_root(plan: Plan) -> int:
 
     writable = mapped(os.path.dirname(layout.upper))  # upper and work must be on one mount
     upper, work = (f"{writable}/{os.path.basename(path)}" for path in (layout.upper, layout.work))
-    return rootfs.build_overlay(tuple(mapped(layer) for layer in layout.lower), upper, work)
+    lower = tuple(mapped(layer) for layer in layout.lower)
+    # An overlay works in its upper layer as who mounted it. Root itself has no place in that mapping: the overlay
+    # could not make its work directory, and would silently become read-only.
+    process.set_file_system_ids(plan.uid_base, plan.uid_base)
+    capabilities.raise_effective()  # leaving uid 0 has lowered those about files (capabilities(7))
+    try:
+        return rootfs.build_overlay(lower, upper, work)
+    finally:
+        process.set_file_system_ids(0, 0)
 
 
 def _enter_namespaces(plan: Plan) -> None:
@@ -230,23 +241,29 @@ def _enter_namespaces(plan: Plan) -> None:
     namespaces.unshare(flags)
 
 
-def _into_userns(root: int, plan: Plan) -> int:
-    """Attach the detached root in the user namespace's own mount namespace."""
-    target = f"{os.path.dirname(plan.request.rootfs.upper)}/rootfs"
-    there = os.open(target, os.O_PATH | os.O_CLOEXEC)
+def _into_userns(root: int) -> int:
+    """Attach the detached root in the user namespace's own mount namespace.
+
+    On /dev, which every host has and everybody may search: the machine's own directory is closed to us by now, and a
+    mount that had been attached before the namespace was made would be locked in place, no root to pivot to.
+    """
+    there = os.open(HOST_PLACE, os.O_PATH | os.O_CLOEXEC)
     kernel.move_mount(root, there)
     os.close(there)
     os.close(root)
-    return os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return os.open(HOST_PLACE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: int, mounted: int) -> None:
+def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: int, told: int, mounting: int) -> None:
     """PID 1 of the new namespace, forked by the outer process. Never returns."""
     try:
+        # Not before the supervisor can know of us: a process that it does not know would hold the handshake open.
+        if os.read(told, 1) != b"t":
+            os._exit(1)
         _furnish(plan, steps, root)
         _bind_ourselves(plan)
         if stub >= 0:
-            os.write(mounted, b"m")  # the outer process, in the same mount namespace, is in the machine's root now too
+            os.write(mounting, b"m")  # the outer process, in the same mount namespace, is in the machine's root now too
             _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], -1, channel=stub)
         _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
     except BaseException as error:

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
@@ -44,8 +44,7 @@ class ContainerEngine:
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
         self._link = ""
-        self._id = ""
-        self._stub = False  # the agent is not the PID namespace's first process
+        self._stub = -1  # pidfd of the PID namespace's first process, where that is not the agent
 
     # -- before a boot
 
@@ -95,7 +94,7 @@ class ContainerEngine:
         steps = _plan_mounts(request, userns=userns)
         # A user namespace may not make device nodes: the host's are bound instead.
         nodes = () if userns else plan_nodes(spec.devices)
-        self._id, self._stub, self._link = spec.id, not spec.init, request.network.host_link
+        self._link = request.network.host_link
         cgroup = self._make_cgroup(spec, stack)
         with ExitStack() as local:  # descriptors that only the boot itself needs
             userns_fd, uid_base = _open_userns(spec.id, local) if userns else (-1, 0)
@@ -122,11 +121,12 @@ class ContainerEngine:
                 uid_base=uid_base,
                 rlimits=limits,
             )
-            pid, pidfd, told = _start(plan, handshake)
+            started = _start(plan, handshake)
             failed.pop_all()
-        self._pidfd = os.dup(pidfd)
+        self._pidfd, self._stub = os.dup(started.pidfd), started.stub
         programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
-        return Booted(pid, pidfd, agent, programs, (*warnings, *cgroup.warnings, *told))
+        told = (*warnings, *cgroup.warnings, *started.warnings)
+        return Booted(started.pid, started.pidfd, agent, programs, told)
 
     def _make_cgroup(self, spec: MachineSpec, stack: ExitStack) -> Cgroup:
         try:
@@ -171,7 +171,7 @@ class ContainerEngine:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        if self._stub and self._cgroup is not None:
+        if self._stub >= 0 and self._cgroup is not None:
             self._cgroup.kill()
 
     def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
@@ -187,10 +187,16 @@ class ContainerEngine:
             os.close(self._pidfd)
             self._pidfd = -1
         if cgroup is not None:
-            if self._stub:  # the program was the agent's child: now that the agent is gone, it is ours
-                cgroup.kill()
-                _reap_orphans(self._id)
             cgroup.remove()
+        if (
+            self._stub >= 0
+        ):  # the program was the agent's child: with the agent gone and unless it reaped it, it is ours
+            try:
+                os.waitid(os.P_PIDFD, self._stub, os.WEXITED)
+            except ChildProcessError:
+                pass
+            os.close(self._stub)
+            self._stub = -1
 
     def reclaim(self, machine_id: str) -> None:
         """Kill and remove what a killed supervisor left. See `Engine.reclaim`."""
@@ -250,30 +256,42 @@ def _check_sysctl(key: str, *, host_network: bool) -> None:
     raise UsageError(f"sysctl '{key}' belongs to the whole host and cannot be set for one machine", hint=hint)
 
 
-def _start(plan: boot.Plan, handshake: int) -> tuple[int, int, tuple[str, ...]]:
-    """Fork, and shake hands until the agent runs: (pid, pidfd, warnings). Raises; nothing runs then.
+class _Started(NamedTuple):
+    """The machine's init, or with `--init=false` the agent beside it and its stub."""
 
-    The process is the machine's init, or with `--init=false` the agent beside it.
-    """
+    pid: int
+    pidfd: int
+    stub: int  # pidfd, or -1
+    warnings: tuple[str, ...]
+
+
+def _start(plan: boot.Plan, handshake: int) -> _Started:
+    """Fork, and shake hands until the agent runs. Raises; nothing runs then."""
+    before = _children() if plan.two_processes else frozenset()
     try:
         child = _fork(plan)
     finally:
         os.close(plan.handshake)  # so that the child's end, when it closes, is the last one
-    pidfd = -1
-    try:
+    with ExitStack() as failed:
+        failed.callback(_abandon, child, before if plan.two_processes else None)
         messages = _messages(handshake)
         inner, warnings = _await_namespaces(messages)
         attach.connect(plan.request.network, inner or child)
         pid = inner if inner and plan.request.spec.init else child
-        pidfd = os.pidfd_open(pid)
-        os.write(handshake, b"g")
+        pidfd, stub = os.pidfd_open(pid), -1
+        failed.callback(os.close, pidfd)
+        if inner and pid == child:
+            stub = os.pidfd_open(inner)
+            failed.callback(os.close, stub)
+        try:
+            os.write(handshake, b"g")
+        except BrokenPipeError:
+            pass  # it has ended, and what it said before that says why
         warnings += _await_agent(messages)
-    except BaseException:
-        _abandon(child, plan.request.spec.id, pidfd)
-        raise
+        failed.pop_all()
     if pid != child:
         os.waitpid(child, 0)
-    return pid, pidfd, tuple(warnings)
+    return _Started(pid, pidfd, stub, tuple(warnings))
 
 
 def _fork(plan: boot.Plan) -> int:
@@ -330,10 +348,17 @@ def _ended_early() -> HostError:
 def _messages(handshake: int) -> Iterator[dict[str, Any]]:
     """The child's JSON lines, until it closes its end: by executing the agent, or by ending."""
     rest = b""
-    while chunk := os.read(handshake, 4096):
+    while chunk := _read(handshake):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield json.loads(line)
+
+
+def _read(handshake: int) -> bytes:
+    try:
+        return os.read(handshake, 4096)
+    except ConnectionResetError:  # it ended before it read our "g"
+        return b""
 
 
 def _warning(message: dict[str, Any]) -> str:
@@ -346,22 +371,18 @@ def _warning(message: dict[str, Any]) -> str:
     raise HostError.from_os(OSError(number, str(message["text"]), path or None), str(message["step"]))
 
 
-def _abandon(child: int, machine_id: str, pidfd: int) -> None:
-    """A boot that failed: end and reap what was forked. The child is ours and unreaped, so the pid is still its."""
-    if pidfd >= 0:
-        os.close(pidfd)
+def _children() -> frozenset[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return frozenset(int(pid) for pid in file.read().split())
+
+
+def _abandon(child: int, before: frozenset[int] | None) -> None:
+    """A boot that failed: end and reap what was forked. Children that nobody has reaped still have their pids.
+
+    The child's own child, whether it told us of it or not, becomes ours as the child ends: what was not there `before`.
+    """
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    _reap_orphans(machine_id)
-
-
-def _reap_orphans(machine_id: str) -> None:
-    """End and reap the machine's processes that became children of ours, their subreaper, as their parent ended."""
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-        children = [int(pid) for pid in file.read().split()]
-    for pid in children:
-        with open(f"/proc/{pid}/cgroup", encoding="ascii") as file:
-            if f"/{machine_id}" not in file.read():
-                continue
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    for orphan in _children() - before if before is not None else ():
+        os.kill(orphan, signal.SIGKILL)
+        os.waitpid(orphan, 0)

@@ -1,7 +1,7 @@
 """User namespaces: a machine's root that is nobody on the host.
 
 Every machine gets 65,536 ids of its own out of a range: the lines of /etc/subuid and /etc/subgid for user "nagaya"
-where they exist, else 4,096 ranges from 0x70000000 on, which no distribution hands out.
+where both have the same, else 4,096 ranges from 0x70000000 on, which no distribution hands out.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def _read(path: str) -> str:
 
 
 def open_userns(machine_id: str) -> tuple[int, int]:
-    """Make the machine's user namespace: (descriptor of it, first host uid). Nobody lives in it yet."""
-    uid_base = find_base(machine_id, _read("/etc/subuid"))
-    gid_base = find_base(machine_id, _read("/etc/subgid"))
+    """Make the machine's user namespace: (descriptor of it, first host id, user or group). Nobody lives in it yet."""
+    base = find_base(machine_id, _read("/etc/subuid"))
+    if base != find_base(machine_id, _read("/etc/subgid")):  # half a range is nobody's: take one of ours
+        base = find_base(machine_id, "")
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -59,10 +60,10 @@ def open_userns(machine_id: str) -> tuple[int, int]:
                 hint="see /proc/sys/user/max_user_namespaces",
                 operation="unshare",
             )
-        for name, base in (("uid_map", uid_base), ("gid_map", gid_base)):
+        for name in ("uid_map", "gid_map"):
             with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
                 file.write(f"0 {base} {IDS}\n")
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC), uid_base
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC), base
     finally:
         os.close(ready_read)
         os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the pid is still its
