@@ -1,0 +1,1 @@
+"""Side by side with the neighbours, in one run: ratios and medians, not seconds."""

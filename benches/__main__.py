@@ -1,0 +1,37 @@
+"""`python -m benches [NAME…] [--rounds N]`: all of them, or the named ones. Status 1 when a promise is not kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+from benches import exec as exec_
+from benches import run, supervisor
+
+BENCHES = {"run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of: {', '.join(BENCHES)}, unpack (default: all)")
+    parser.add_argument("--rounds", type=int, default=0)
+    arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    names = arguments.names or [*BENCHES, "unpack"]
+    kept = True
+    for name in names:
+        if name == "unpack":
+            done = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "unpack.py")], check=False)
+            kept = kept and done.returncode == 0
+            continue
+        if name not in BENCHES:
+            parser.error(f"there is no benchmark '{name}'")
+        call, rounds = BENCHES[name]
+        kept = call(arguments.rounds or rounds) and kept
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
