@@ -266,16 +266,7 @@ class Machine:
             status, out, err = attachment.communicate(timeout_s=30)
         if status:
             raise RemoteError(f"the agent could not list processes: {err.decode(errors='replace').strip()}")
-        rows = []
-        for line in out.splitlines():
-            data = json.loads(line)
-            rows.append(
-                ProcessRow(
-                    int(data["pid"]), int(data["ppid"]), str(data.get("user") or data["uid"]), data["cpu_ms"] / 1000,
-                    int(data["rss_bytes"]), str(data["command"]),
-                )
-            )  # fmt: skip
-        return rows
+        return [_parse_process(line) for line in out.splitlines()]
 
     # -- looking at it
 
@@ -413,3 +404,19 @@ class Machine:
 
 def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
+
+
+def _parse_process(line: bytes) -> ProcessRow:
+    """One line of the agent's `ps`, which is the guest's word: checked. Raises `RemoteError`."""
+    try:
+        data = json.loads(line)
+        return ProcessRow(
+            pid=int(data["pid"]),
+            ppid=int(data["ppid"]),
+            user=str(data.get("user") or data["uid"]),
+            cpu_s=int(data["cpu_ms"]) / 1000,
+            memory_bytes=int(data["rss_bytes"]),
+            command=str(data["command"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RemoteError("the machine's agent answered nonsense to 'ps'") from None
