@@ -33,10 +33,15 @@ def open_source(text: str, *, insecure: bool = False) -> Source:
 
 
 def open_sink(text: str, *, format: str = "", insecure: bool = False) -> Sink:
-    """Where to write: a registry's name (with or without docker://), or with `format` a path ("-" = standard output)."""
+    """Where to write: a registry's name (with or without docker://), FORMAT:PATH[:TAG], or with `format` a path.
+
+    "-" as a path is standard output. A TAG takes the place of the names that `store` is given.
+    """
     kind, _, rest = text.partition(":")
+    tag = ""
     if not format and kind in FORMATS:
-        format, text = kind, rest
+        format = kind
+        text, tag = split_path(rest)
     if not format:
         from nagaya.images.sources.registry import RegistrySink
 
@@ -46,10 +51,10 @@ def open_sink(text: str, *, format: str = "", insecure: bool = False) -> Sink:
     if format == "docker-archive":
         from nagaya.images.sources.docker_archive import DockerArchiveSink
 
-        return DockerArchiveSink(text)
+        return DockerArchiveSink(text, tag)
     from nagaya.images.sources.layout import LayoutArchiveSink, LayoutDirectorySink
 
-    return LayoutArchiveSink(text) if format == "oci-archive" else LayoutDirectorySink(text)
+    return LayoutArchiveSink(text, tag) if format == "oci-archive" else LayoutDirectorySink(text, tag)
 
 
 def bare_sources(reference: Reference, *, insecure: bool = False) -> list[Source]:

@@ -10,6 +10,7 @@ from nagaya.errors import HostError, IntegrityError, NotFound
 from nagaya.images.manifest import DOCUMENT_MAX
 
 MEMBERS_MAX = 100_000
+HEADER_MAX = 1 << 20  # bytes of one extended header: names, not content
 LINKS_MAX = 8
 
 
@@ -114,13 +115,16 @@ class TarFile:
         import tarfile  # lazy: 8 ms; reads headers only, and extracts nothing
 
         try:
-            with tarfile.open(fileobj=self._stream, mode="r:") as tar:
+            end = os.fstat(self._stream.fileno()).st_size
+            with tarfile.open(fileobj=_Headers(self._stream), mode="r:") as tar:  # type: ignore[arg-type]
                 for member in tar:
                     if len(self._members) + len(self._links) >= MEMBERS_MAX:
                         raise IntegrityError(f"{self.path}: more than {MEMBERS_MAX} members")
                     name = posixpath.normpath(member.name)
                     if name in self._members or name in self._links:
                         raise IntegrityError(f"{self.path}: the member {name[:200]} is there twice")
+                    if not 0 <= member.size <= end - member.offset_data:
+                        raise IntegrityError(f"{self.path}: it is damaged or cut off in {name[:200]}")
                     if member.isreg():
                         self._members[name] = (member.offset_data, member.size)
                     elif member.issym():
@@ -148,6 +152,27 @@ class TarFile:
         if found is None:
             raise IntegrityError(f"{self.path}: the member {name[:200]} is missing")
         return _Section(self._stream, *found)  # type: ignore[return-value]
+
+
+class _Headers:
+    """A tar file for `tarfile` to read headers from. It believes their sizes: an extended header of a gigabyte would be
+    a gigabyte in memory, and a seek to 2**62 fails like a broken disk."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= HEADER_MAX:
+            raise ValueError(f"it has a header of {size} bytes")
+        return self._stream.read(size)
+
+    def seek(self, offset: int) -> int:
+        if not 0 <= offset < 1 << 62:
+            raise ValueError(f"it leads to the impossible place {offset}")
+        return self._stream.seek(offset)
+
+    def tell(self) -> int:
+        return self._stream.tell()
 
 
 class _Section:

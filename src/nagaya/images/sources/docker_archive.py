@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from nagaya.errors import HostError, IntegrityError, NotFound
@@ -11,6 +12,7 @@ from nagaya.images.content import Blobs
 from nagaya.images.manifest import Descriptor, parse_config, parse_manifest, select_platform
 from nagaya.images.pack import compress_blob
 from nagaya.images.progress import Progress
+from nagaya.images.references import normalise
 from nagaya.images.sources.archive import Archive, open_archive, read_document
 from nagaya.images.sources.base import Found
 from nagaya.images.sources.copy import put_image, short_digest
@@ -46,15 +48,17 @@ class DockerArchiveSource:
     def _compress(self, blobs: Blobs, name: str, diff_id: str, progress: Progress) -> Descriptor:
         progress.start(diff_id, short_digest(diff_id), 0)
         with self._archive.open(name) as stream, TarStream(stream, like=diff_id) as chunks:
-            descriptor = compress_blob(blobs, iter(chunks))
-            found = chunks.diff_id
-        if found != diff_id:
-            blobs.remove(descriptor.digest)
-            raise IntegrityError(
-                f"{self._archive.path}: a layer does not match its diff id: expected {diff_id}, found {found}"
-            )
+            descriptor = compress_blob(blobs, self._checked(chunks, diff_id))
         progress.finish(diff_id)
         return descriptor
+
+    def _checked(self, chunks: TarStream, diff_id: str) -> Iterator[bytes]:
+        """The chunks; an exception in the place of an end that does not match, so that no blob comes of them."""
+        yield from chunks
+        if chunks.diff_id != diff_id:
+            raise IntegrityError(
+                f"{self._archive.path}: a layer does not match its diff id: expected {diff_id}, found {chunks.diff_id}"
+            )
 
 
 def _entries(archive: Archive) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
@@ -66,7 +70,7 @@ def _entries(archive: Archive) -> list[tuple[str, tuple[str, ...], tuple[str, ..
         )
     try:
         data = json.loads(read_document(archive, MANIFEST))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise IntegrityError(f"{archive.path}: {MANIFEST} is not valid JSON") from None
     if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
         raise IntegrityError(f"{archive.path}: {MANIFEST} is not a list of images")
@@ -103,7 +107,8 @@ def find_docker_images(archive: Archive) -> list[Found]:
 class DockerArchiveSink:
     """Writes what `docker load`, `podman load` and skopeo read."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tag: str = "") -> None:
+        self._tag = normalise(tag) if tag else ""
         self.label = f"docker-archive:{path}"
         self._output = TarOutput(path)
         self._entries: list[dict[str, Any]] = []
@@ -118,7 +123,9 @@ class DockerArchiveSink:
         if config_name not in self._written:
             self._written.add(config_name)
             self._output.add_bytes(config_name, raw)
-        self._entries.append({"Config": config_name, "RepoTags": list(names) or None, "Layers": layers})
+        # A name by digest is no name there: `docker load` refuses the whole archive for it.
+        tags = [self._tag] if self._tag else [name for name in names if "@" not in name]
+        self._entries.append({"Config": config_name, "RepoTags": tags or None, "Layers": layers})
         return manifest.digest
 
     def _add_layer(self, blobs: Blobs, layer: Descriptor, progress: Progress) -> str:

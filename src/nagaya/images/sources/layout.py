@@ -115,9 +115,9 @@ def _index_entries(manifest: Descriptor, names: tuple[str, ...]) -> list[dict[st
 class LayoutDirectorySink:
     """Adds images to an OCI directory, which is made when missing. Blobs first, the index last."""
 
-    def __init__(self, text: str) -> None:
-        path, _, self._tag = text.partition(":")
+    def __init__(self, path: str, tag: str = "") -> None:
         self._path = path
+        self._tag = tag
         self._entries: list[dict[str, Any]] = []
         self.label = f"oci:{path}"
         if os.path.exists(path) and not os.path.isdir(path):
@@ -197,10 +197,11 @@ def _parts(blobs: Blobs, manifest: Descriptor) -> list[Descriptor]:
 class LayoutArchiveSink:
     """An OCI layout in one tar file (or on standard output)."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tag: str = "") -> None:
         from nagaya.images.sources.tar_output import TarOutput
 
         self.label = f"oci-archive:{path}"
+        self._tag = tag
         self._output = TarOutput(path)
         self._entries: list[dict[str, Any]] = []
         self._written: set[str] = set()
@@ -215,7 +216,7 @@ class LayoutArchiveSink:
             with blobs.open(part.digest) as stream:
                 self._output.add_stream(_blob_name(part.digest), stream, blobs.size(part.digest))
             progress.finish(part.digest)
-        self._entries += _index_entries(manifest, names)
+        self._entries += _index_entries(manifest, (self._tag,) if self._tag else names)
         return manifest.digest
 
     def close(self, *, failed: bool = False) -> None:
