@@ -62,9 +62,11 @@ def mutate(noise: random.Random, data: bytes) -> bytes:
     """A few bytes, fields or blocks changed; half of the time with the headers' checksums put right again."""
     out = bytearray(data)
     for _ in range(noise.choice((0, 0, 1, 1, 2, 5))):
-        at = noise.randrange(len(out)) if out else 0
+        if not out:
+            break
+        at = noise.randrange(len(out))
         choice = noise.randrange(7)
-        if choice == 0 and out:
+        if choice == 0:
             out[at] = noise.randrange(256)
         elif choice == 1:
             del out[at : at + noise.choice((1, 512, 700))]

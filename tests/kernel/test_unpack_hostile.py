@@ -87,6 +87,7 @@ ATTACKS: dict[str, bytes] = {
     "hard link from behind a link": t.symlink(b"d", b"../outside") + t.hard_link(b"l", b"d/secret"),
     "hard link to a link, then written": t.symlink(b"s", OUT) + t.hard_link(b"l", b"s") + t.file(b"l/x", b"evil"),
     "hard link to itself": t.file(b"a") + t.hard_link(b"a", b"a"),
+    "hard link over the directory that it points into": t.file(b"d/e/f") + t.hard_link(b"d", b"d/e/f"),
     "hard link to a directory": t.directory(b"d") + t.hard_link(b"l", b"d"),
     "hard link to nothing": t.hard_link(b"l", b"nothing"),
     "hard link to a whiteout": t.file(b".wh.a", b"") + t.hard_link(b"l", b"a"),

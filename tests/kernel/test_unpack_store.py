@@ -167,6 +167,15 @@ def test_formats_round_trip(store: ImageStore, tar: str, tmp_path: Path) -> None
         assert (pulled.id, pulled.names) == (image.id, ("app:1",))
 
 
+def test_loading_keeps_the_digest_that_is_known(store: ImageStore, tar: str, tmp_path: Path) -> None:
+    image = store.import_rootfs(tar, "app:1")
+    store.save(("app:1",), str(tmp_path / "app.tar"), format="docker-archive")
+    (loaded,) = store.load(str(tmp_path / "app.tar"))
+    assert loaded.digest == image.digest
+    store.prune()
+    check_image(store, store.get("app:1"))
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [

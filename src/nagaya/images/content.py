@@ -44,11 +44,7 @@ class Blobs:
     def open(self, digest: str) -> BinaryIO:
         """The blob for reading, unbuffered. It was checked when it came; unpacking checks again. Raises `NotFound`."""
         try:
-            return os.fdopen(
-                os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW),
-                "rb",
-                buffering=0,
-            )
+            return os.fdopen(os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb", buffering=0)
         except FileNotFoundError:
             raise _missing(digest) from None
 
@@ -145,10 +141,7 @@ class BlobWriter:
 
         self._hash = hashlib.new(self.digest.partition(":")[0])
         try:
-            for directory in (
-                os.path.dirname(self._partial),
-                os.path.dirname(self._target),
-            ):
+            for directory in (os.path.dirname(self._partial), os.path.dirname(self._target)):
                 os.makedirs(directory, 0o700, exist_ok=True)
             if self._lock():
                 self._resume()
@@ -191,12 +184,7 @@ class BlobWriter:
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
             if kind is None and self._fd >= 0:
                 self._finish()
@@ -335,7 +323,4 @@ def _names(directory: str) -> list[str]:
 
 
 def _missing(digest: str) -> NotFound:
-    return NotFound(
-        f"the store has no blob {digest}",
-        hint="bring it back by pulling the image again",
-    )
+    return NotFound(f"the store has no blob {digest}", hint="bring it back by pulling the image again")

@@ -68,15 +68,7 @@ class Layers:
         with Lock(f"{staging}.lock", remove=True):
             return self._unpack_to(f"{staging}{TEMPORARY}", blobs, blob, progress)
 
-    def _unpack_to(
-        self,
-        staging: str,
-        blobs: Blobs,
-        blob: str,
-        progress: Progress,
-        *,
-        diff_id: str = "",
-    ) -> str:
+    def _unpack_to(self, staging: str, blobs: Blobs, blob: str, progress: Progress, *, diff_id: str = "") -> str:
         from nagaya.storage.tree import remove_tree  # lazy: only who unpacks
 
         what = f"layer {(diff_id or blob).partition(':')[2][:12]}"
@@ -100,15 +92,8 @@ class Layers:
         from nagaya.images.unpack import unpack_layer
 
         key = f"unpack {blob}"
-        with (
-            blobs.open(blob) as source,
-            TarStream(source, like=diff_id or "sha256:") as stream,
-        ):
-            progress.start(
-                key,
-                f"unpacking {(diff_id or blob).partition(':')[2][:12]}",
-                blobs.size(blob),
-            )
+        with blobs.open(blob) as source, TarStream(source, like=diff_id or "sha256:") as stream:
+            progress.start(key, f"unpacking {(diff_id or blob).partition(':')[2][:12]}", blobs.size(blob))
             stream.on_chunk(lambda done: progress.advance(key, done))
             unpacked = unpack_layer(iter(stream), staging)
             found = stream.diff_id

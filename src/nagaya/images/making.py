@@ -13,14 +13,7 @@ from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.content import CHUNK
 from nagaya.images.image import Image
 from nagaya.images.instructions import apply_instructions, check_instructions
-from nagaya.images.manifest import (
-    OCI_LAYER,
-    OCI_LAYER_GZIP,
-    OCI_LAYER_ZSTD,
-    Descriptor,
-    format_time,
-    host_platform,
-)
+from nagaya.images.manifest import OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, Descriptor, format_time, host_platform
 from nagaya.images.pack import compress_blob, pack_layer
 from nagaya.images.progress import Progress, Silent
 from nagaya.images.pulling import adopt, read_image

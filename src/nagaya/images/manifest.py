@@ -347,10 +347,7 @@ def _parse_object(raw: bytes, what: str) -> dict[str, Any]:
         raise IntegrityError(f"{what}: {len(raw)} bytes are beyond {DOCUMENT_MAX}")
     try:
         data = json.loads(raw)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # ValueError: no UTF-8 and too long an integer as well
+    except (ValueError, RecursionError):  # ValueError: no UTF-8 and too long an integer as well
         raise IntegrityError(f"{what}: not valid JSON") from None
     return _object(data, what)
 

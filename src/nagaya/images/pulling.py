@@ -92,6 +92,11 @@ def adopt(
         config=config.config,
     )
     with store.naming() as known:
+        before = store.index.load(record.id)
+        if action == "load" and before is not None and all(map(store.blobs.has, (before.digest, *before.blobs))):
+            record = (
+                before  # an archive's recompressed layers are no reason to give up the digest that a registry knows
+            )
         store.index.store(record)
         for name in names:
             known[name] = record.id

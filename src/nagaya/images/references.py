@@ -72,11 +72,7 @@ def parse_reference(text: str) -> Reference:
         _check_registry(text, registry)
     repository, colon, tag = rest.partition(":")
     if colon and not (tag and len(tag) <= 128 and tag[0] in _WORD and _TAG.issuperset(tag)):
-        raise _malformed(
-            text,
-            f"'{tag}' is no tag",
-            "a tag has letters, digits, '_', '.' and '-', at most 128",
-        )
+        raise _malformed(text, f"'{tag}' is no tag", "a tag has letters, digits, '_', '.' and '-', at most 128")
     if registry in (DOCKER_HUB, "index.docker.io", "registry-1.docker.io"):
         registry = ""
     if not registry and repository.startswith("library/") and repository.count("/") == 1:
@@ -89,31 +85,20 @@ def normalise(text: str) -> str:
     """The local name for what a user wrote: "debian" → "debian:latest". Raises `UsageError`; a digest has no place."""
     reference = parse_reference(text)
     if reference.digest:
-        raise UsageError(
-            f"'{text}' names a digest where a name is to be given",
-            hint="for example app:1.0",
-        )
+        raise UsageError(f"'{text}' names a digest where a name is to be given", hint="for example app:1.0")
     return reference.name
 
 
 def _check_repository(text: str, repository: str) -> None:
     """path-component [/ path-component]…; alpha-numeric [separator alpha-numeric]…; separators . _ __ and dashes."""
     if not repository:
-        raise _malformed(
-            text,
-            "it has no repository",
-            "for example debian:12 or localhost:5000/team/app",
-        )
+        raise _malformed(text, "it has no repository", "for example debian:12 or localhost:5000/team/app")
     if len(repository) > 255:
         raise _malformed(text, "the repository is longer than 255 characters", "")
     for part in repository.split("/"):
         if not _is_component(part):
             if part.lower() != part and _is_component(part.lower()):
-                raise _malformed(
-                    text,
-                    "the repository must be lower case",
-                    f"did you mean '{text.lower()}'?",
-                )
+                raise _malformed(text, "the repository must be lower case", f"did you mean '{text.lower()}'?")
             raise _malformed(
                 text,
                 f"'{part}' is no part of a name",
@@ -151,11 +136,7 @@ def _check_registry(text: str, registry: str) -> None:
             for label in host.split(".")
         )
     if not good:
-        raise _malformed(
-            text,
-            f"'{host}' is no registry host",
-            "for example registry.example.com/team/app",
-        )
+        raise _malformed(text, f"'{host}' is no registry host", "for example registry.example.com/team/app")
 
 
 def _check_digest(text: str, digest: str) -> None:
@@ -164,11 +145,7 @@ def _check_digest(text: str, digest: str) -> None:
     try:
         check_digest(digest)
     except IntegrityError:
-        raise _malformed(
-            text,
-            f"'{digest[:80]}' is no digest",
-            "a digest is sha256: and 64 digits of 0-9a-f",
-        ) from None
+        raise _malformed(text, f"'{digest[:80]}' is no digest", "a digest is sha256: and 64 digits of 0-9a-f") from None
 
 
 def _malformed(text: str, reason: str, hint: str) -> UsageError:

@@ -251,12 +251,7 @@ class ImageStore:
     # -- taking out
 
     def save(
-        self,
-        references: tuple[str, ...],
-        path: str,
-        *,
-        format: str = "oci-archive",
-        progress: Progress | None = None,
+        self, references: tuple[str, ...], path: str, *, format: str = "oci-archive", progress: Progress | None = None
     ) -> None:
         """Write images to an archive ("oci-archive", "docker-archive"; "-" = standard output) or a layout ("oci")."""
         from nagaya.images import moving

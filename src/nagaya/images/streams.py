@@ -88,12 +88,7 @@ class TarStream:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with self._changed:
             self._abandoned = True
             self._chunks.clear()
@@ -270,10 +265,7 @@ def _inflate_by_command(data: bytes, read: Callable[[], bytes]) -> Generator[byt
 
     try:
         child = subprocess.Popen(
-            ["zstd", "-dcq", "--memory=128MB"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            ["zstd", "-dcq", "--memory=128MB"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
     except FileNotFoundError:
         raise Unsupported(

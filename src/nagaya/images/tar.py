@@ -20,15 +20,7 @@ EXTENSION_MAX = 1 << 20  # bytes of a pax header or a long name; Go's limit too
 SPARSE_MAX = 1 << 20  # fragments of a sparse file
 SIZE_MAX = (1 << 63) - 1
 
-FILE, LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = (
-    b"0",
-    b"1",
-    b"2",
-    b"3",
-    b"4",
-    b"5",
-    b"6",
-)
+FILE, LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = (b"0", b"1", b"2", b"3", b"4", b"5", b"6")
 
 # name mode uid gid size mtime checksum type link magic+version uname gname major minor prefix
 _HEADER = Struct("100s8s8s8s12s12s8s1s100s8s64x8s8s155s12x")
@@ -227,11 +219,7 @@ class TarReader:
                 pax = {**self._globals, **pax}
             entry = _make_entry(block, fields, long_name, long_link)
             if pax:
-                entry = self._apply_pax(
-                    entry,
-                    {key: value for key, value in pax.items() if value},
-                    fragments,
-                )
+                entry = self._apply_pax(entry, {key: value for key, value in pax.items() if value}, fragments)
             elif kind == b"S":
                 entry = self._apply_old_sparse(entry, block)
             return _check_entry(entry)
@@ -244,12 +232,7 @@ class TarReader:
         self._stream.skip(-size & (BLOCK - 1))
         return body
 
-    def _apply_pax(
-        self,
-        entry: Entry,
-        pax: dict[bytes, bytes],
-        fragments: list[tuple[bytes, bytes]],
-    ) -> Entry:
+    def _apply_pax(self, entry: Entry, pax: dict[bytes, bytes], fragments: list[tuple[bytes, bytes]]) -> Entry:
         name = pax.get(b"path", entry.name)
         entry = entry._replace(
             name=name,
@@ -267,21 +250,11 @@ class TarReader:
             return self._apply_pax_sparse(entry, pax, fragments)
         return entry
 
-    def _apply_pax_sparse(
-        self,
-        entry: Entry,
-        pax: dict[bytes, bytes],
-        fragments: list[tuple[bytes, bytes]],
-    ) -> Entry:
+    def _apply_pax_sparse(self, entry: Entry, pax: dict[bytes, bytes], fragments: list[tuple[bytes, bytes]]) -> Entry:
         """GNU sparse formats 0.0 (repeated offset and numbytes), 0.1 (one list) and 1.0 (a map before the data)."""
         name = pax.get(b"GNU.sparse.name", entry.name)
         entry = entry._replace(name=name)
-        real = _decimal(
-            pax,
-            b"GNU.sparse.realsize",
-            _decimal(pax, b"GNU.sparse.size", -1, name),
-            name,
-        )
+        real = _decimal(pax, b"GNU.sparse.realsize", _decimal(pax, b"GNU.sparse.size", -1, name), name)
         if entry.kind != FILE or real < 0:
             raise refuse(name, "malformed sparse file")
         if pax.get(b"GNU.sparse.major") == b"1":
@@ -326,18 +299,11 @@ class TarReader:
         """The old GNU format: four fragments in the header, 21 in each block that follows it."""
         name = entry.name
         numbers: list[int] = []
-        table, more, real = (
-            block[386:482],
-            block[482],
-            _parse_number(block[483:495], name),
-        )
+        table, more, real = (block[386:482], block[482], _parse_number(block[483:495], name))
         while True:
             for at in range(0, len(table), 24):
                 if table[at : at + 24].strip(b"\0 "):
-                    numbers += [
-                        _parse_number(table[at : at + 12], name),
-                        _parse_number(table[at + 12 : at + 24], name),
-                    ]
+                    numbers += [_parse_number(table[at : at + 12], name), _parse_number(table[at + 12 : at + 24], name)]
             if not more:
                 return _with_fragments(entry._replace(kind=FILE), numbers, real)
             if len(numbers) > 2 * SPARSE_MAX:

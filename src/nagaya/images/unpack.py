@@ -45,14 +45,7 @@ _READ = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # What a stranger's names or sizes bring about, and no lack of the host's: a fault of the archive
 _ARCHIVE_FAULTS = frozenset(
-    (
-        errno.ENAMETOOLONG,
-        errno.EFBIG,
-        errno.EINVAL,
-        errno.EILSEQ,
-        errno.EMLINK,
-        errno.ENOTEMPTY,
-    )
+    (errno.ENAMETOOLONG, errno.EFBIG, errno.EINVAL, errno.EILSEQ, errno.EMLINK, errno.ENOTEMPTY)
 )
 _KEPT_XATTRS = (b"user.", b"trusted.", b"system.posix_acl_", b"security.capability")
 
@@ -97,13 +90,7 @@ def extract(stream: BinaryIO, directory: str, *, preserve_owner: bool, rename: s
     and set-id bits, capabilities and other privileges are dropped. Device nodes are refused.
     Raises `IntegrityError` naming the entry, `OSError` from the host.
     """
-    policy = Policy(
-        owner=preserve_owner,
-        overlay=False,
-        devices=False,
-        fresh=False,
-        rename=os.fsencode(rename),
-    )
+    policy = Policy(owner=preserve_owner, overlay=False, devices=False, fresh=False, rename=os.fsencode(rename))
     unpack_stream(stream, directory, policy)
 
 
@@ -146,12 +133,7 @@ class Unpacker:
         self._root = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -272,11 +254,7 @@ class Unpacker:
             if directory:
                 return True
             if not self._policy.fresh:
-                raise IsADirectoryError(
-                    errno.EISDIR,
-                    "cannot overwrite a directory with something else",
-                    path,
-                )
+                raise IsADirectoryError(errno.EISDIR, "cannot overwrite a directory with something else", path)
             self._forget(path)
             remove_tree(f"/proc/self/fd/{parent}/{os.fsdecode(base)}")
             return False
@@ -356,41 +334,21 @@ class Unpacker:
         if target == path:
             raise refuse(entry.name, "a hard link to itself")
         if not source or target in self._whiteouts:
-            raise refuse(
-                entry.name,
-                f"a hard link to {show_name(entry.link)}, which is not there",
-            )
+            raise refuse(entry.name, f"a hard link to {show_name(entry.link)}, which is not there")
         try:
             source_parent = self._open_directory(source_path, make=False)
             parent = self._open_directory(path.rpartition(b"/")[0])  # opening the one may have closed the other
             try:
-                os.link(
-                    source,
-                    base,
-                    src_dir_fd=source_parent,
-                    dst_dir_fd=parent,
-                    follow_symlinks=False,
-                )
+                os.link(source, base, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
             except FileExistsError:
                 os.lstat(source, dir_fd=source_parent)
                 self._make_room(parent, base, path)
-                os.link(
-                    source,
-                    base,
-                    src_dir_fd=source_parent,
-                    dst_dir_fd=parent,
-                    follow_symlinks=False,
-                )
+                source_parent = self._open_directory(source_path, make=False)  # it may have been in what made room
+                os.link(source, base, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
         except FileNotFoundError:
-            raise refuse(
-                entry.name,
-                f"a hard link to {show_name(entry.link)}, which is not there",
-            ) from None
+            raise refuse(entry.name, f"a hard link to {show_name(entry.link)}, which is not there") from None
         except PermissionError:
-            raise refuse(
-                entry.name,
-                f"a hard link to {show_name(entry.link)}, which cannot have any",
-            ) from None
+            raise refuse(entry.name, f"a hard link to {show_name(entry.link)}, which cannot have any") from None
 
     def _make_symlink(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         if not entry.link:
@@ -404,12 +362,7 @@ class Unpacker:
             os.chown(base, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
         if entry.xattrs:
             self._set_xattrs(b"/proc/self/fd/%d/%s" % (parent, base), entry)
-        os.utime(
-            base,
-            ns=(entry.mtime_ns, entry.mtime_ns),
-            dir_fd=parent,
-            follow_symlinks=False,
-        )
+        os.utime(base, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=parent, follow_symlinks=False)
 
     def _make_node(self, parent: int, base: bytes, path: bytes, entry: Entry, reader: TarReader) -> None:
         """A device or FIFO. The OCI layer format has both; the machine's device rules decide what opening one does."""
@@ -418,10 +371,7 @@ class Unpacker:
             if not self._policy.devices:
                 raise refuse(entry.name, "it is a device node, and those are not taken over")
             if self._policy.overlay and entry.kind == CHAR and not entry.major and not entry.minor:
-                raise refuse(
-                    entry.name,
-                    "the device 0:0 is what overlayfs marks deleted files with",
-                )
+                raise refuse(entry.name, "the device 0:0 is what overlayfs marks deleted files with")
         mode = self._mode(entry)
         device = os.makedev(entry.major, entry.minor)
         try:
@@ -435,12 +385,7 @@ class Unpacker:
             os.chmod(base, mode, dir_fd=parent)
         if entry.xattrs:
             self._set_xattrs(b"/proc/self/fd/%d/%s" % (parent, base), entry)
-        os.utime(
-            base,
-            ns=(entry.mtime_ns, entry.mtime_ns),
-            dir_fd=parent,
-            follow_symlinks=False,
-        )
+        os.utime(base, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=parent, follow_symlinks=False)
 
     # -- whiteouts
 
@@ -535,11 +480,7 @@ class Unpacker:
         if error.errno in _ARCHIVE_FAULTS:
             return refuse(entry.name, os.strerror(error.errno or 0).lower())
         if isinstance(error, IsADirectoryError):
-            return HostError(
-                f"{show_name(entry.name)}: {error.strerror}",
-                operation="unpack",
-                errno=errno.EISDIR,
-            )
+            return HostError(f"{show_name(entry.name)}: {error.strerror}", operation="unpack", errno=errno.EISDIR)
         error.filename = os.fsdecode(entry.name)
         error.filename2 = None
         return error
