@@ -189,7 +189,7 @@ def make_request(
 def boot(request: BootRequest) -> Iterator[Container]:
     """Boot, and at the end kill, reap and check that nothing of the machine is left on the host."""
     engine = ContainerEngine()
-    fds = open_descriptors()
+    before = look()
     with ExitStack() as stack:
         booted = engine.boot(request, stack)
         try:
@@ -202,28 +202,35 @@ def boot(request: BootRequest) -> Iterator[Container]:
                 pass
             os.close(booted.pidfd)
             os.close(booted.agent)
-    assert_nothing_left(request, fds)
+    assert_nothing_left(request, before)
 
 
-def open_descriptors() -> dict[int, str]:
-    found = {}
+class Belongings(NamedTuple):
+    """What this process has at one moment."""
+
+    descriptors: dict[int, str]
+    children: set[str]
+
+
+def look() -> Belongings:
+    descriptors = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            descriptors[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:
             continue  # listdir's own
-    return found
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return Belongings(descriptors, set(file.read().split()))
 
 
-def assert_nothing_left(request: BootRequest, descriptors: dict[int, str]) -> None:
+def assert_nothing_left(request: BootRequest, before: Belongings) -> None:
     """No process, control group, mount or descriptor of the machine survives."""
     assert not leftover_cgroups(request.spec.id)
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
         assert os.path.dirname(request.rootfs.upper) not in file.read()
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-        assert file.read().split() == []
-    left = {fd: target for fd, target in open_descriptors().items() if descriptors.get(fd) != target}
-    assert left == {}
+    now = look()
+    assert now.children <= before.children
+    assert {fd: target for fd, target in now.descriptors.items() if before.descriptors.get(fd) != target} == {}
 
 
 def leftover_cgroups(machine_id: str) -> list[str]:
