@@ -225,7 +225,7 @@ def test_mounts_volumes_and_read_only(host: Host, run: Run, tmp_path: Path) -> N
         "cat /etc/one-file /data/seed; touch /mnt/ro/x; touch /mnt/rw/made /data/made; touch /rootfile; "
         "dd if=/dev/zero of=/scratch/big bs=1k count=2000 2>&1 | grep -o 'No space'; mount | grep -c ' /scratch '"
     )
-    status, out, err = run("sh", "-c", script, mounts=mounts, read_only=True)
+    _, out, err = run("sh", "-c", script, mounts=mounts, read_only=True)
     assert out == b"host\nfrom the image\nNo space\n1\n"
     assert err.count(b"Read-only file system") == 2
     assert sorted(os.listdir(tmp_path)) == ["file", "made"]

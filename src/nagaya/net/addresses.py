@@ -48,9 +48,14 @@ def used_subnets(route_table: str) -> set[int]:
             continue
         destination = int.from_bytes(bytes.fromhex(fields[1])[::-1], "big")
         mask = int.from_bytes(bytes.fromhex(fields[7])[::-1], "big")
-        if destination >> 24 == 10 and mask >> 16:
-            used.add(destination >> 16 & 255)
+        if destination >> 24 == 10 and mask >> 16 & 255:
+            used.update(second for second in range(256) if _overlaps(second, destination, mask))
     return used
+
+
+def _overlaps(second: int, destination: int, mask: int) -> bool:
+    subnet = 10 << 24 | second << 16
+    return subnet & mask == destination or destination & 0xFFFF0000 == subnet
 
 
 def load_subnet(directory: str) -> Subnet:

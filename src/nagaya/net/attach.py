@@ -125,9 +125,8 @@ def remove_idle(root: str) -> bool:
     if addresses.holders(directory):
         return False
     bridge = bridge_name(root)
-    if os.path.isdir(f"/sys/class/net/{bridge}"):
-        firewall.remove(bridge)
-        _delete_link(bridge)
+    firewall.remove(bridge)
+    _delete_link(bridge)
     remove_tree(directory)
     return True
 

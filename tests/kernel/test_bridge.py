@@ -1,0 +1,126 @@
+"""The default bridge for real, in network namespaces that the test makes: a machine, a host, and a world beyond it.
+
+machine ──veth── [bridge] host ──veth── world (TCP server)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, sys, socket, threading
+from nagaya.net import attach, addresses
+from nagaya.kernel import namespaces, netlink
+from nagaya.kernel.mount import mount, MS_REC, MS_PRIVATE
+
+root = sys.argv[1]
+
+def inside(code):
+    # a child in a network namespace of its own, and a pipe to let it go
+    ready, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            namespaces.unshare(namespaces.CLONE_NEWNET)
+            os.write(ready[1], b"r")
+            os.read(go[0], 1)
+            code()
+            status = 0
+        except BaseException as error:
+            print("child:", repr(error), file=sys.stderr)
+        finally:
+            os._exit(status)
+    os.read(ready[0], 1)
+    return pid, lambda: os.write(go[1], b"g")
+
+namespaces.unshare(namespaces.CLONE_NEWNET | namespaces.CLONE_NEWNS)   # the "host": nothing of ours reaches the real one
+mount("", "/", "", MS_REC | MS_PRIVATE)
+mount("proc", "/proc", "proc")
+with netlink.Netlink() as link:
+    link.set_up(netlink.index_of("lo"))
+
+seen = os.pipe()
+def world():
+    with netlink.Netlink() as link:
+        link.set_up(netlink.index_of("lo"))
+        link.add_address(netlink.index_of("eth0"), "203.0.113.9", 24)
+        link.set_up(netlink.index_of("eth0"))
+    server = socket.create_server(("203.0.113.9", 8080))
+    os.write(seen[1], b"listening\\n")
+    for _ in range(2):
+        connection, address = server.accept()
+        os.write(seen[1], address[0].encode() + b"\\n")
+        connection.sendall(b"hello")
+        connection.close()
+world_pid, start_world = inside(world)
+with netlink.Netlink() as link:
+    link.add_bridge("outside")
+    link.set_up(netlink.index_of("outside"))
+    link.add_address(netlink.index_of("outside"), "203.0.113.1", 24)
+    link.add_veth("wan", master=netlink.index_of("outside"), mtu=1500, peer="eth0", peer_mac="02:00:00:00:00:09", peer_pid=world_pid)
+start_world()
+assert os.read(seen[0], 100) == b"listening\\n"
+
+ids = ["%032x" % number for number in (0xa << 112, 0xb << 112)]
+plans = [attach.plan_network("bridge", machine_id, root) for machine_id in ids]
+attach.prepare(plans[0]); attach.prepare(plans[0])                     # twice: nothing more happens
+assert netlink.has_nft_table(plans[0].bridge.replace("-", "_"))
+assert open("/proc/sys/net/ipv4/ip_forward").read().strip() == "1"
+gateway = plans[0].gateway
+
+def machine(plan):
+    attach.configure(plan)
+    for address in ("203.0.113.9", ):
+        with socket.create_connection((address, 8080), timeout=5) as connection:
+            assert connection.recv(10) == b"hello"
+for plan in plans:
+    pid, start = inside(lambda: machine(plan))
+    attach.connect(plan, pid)
+    assert netlink.index_of(plan.host_link)
+    start()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    who = os.read(seen[0], 100).decode().strip()
+    assert who == "203.0.113.1", who                                    # translated to the host's address
+    attach.disconnect(plan); attach.disconnect(plan)
+assert os.waitstatus_to_exitcode(os.waitpid(world_pid, 0)[1]) == 0
+
+assert not attach.remove_idle(root)                                     # two machines hold addresses
+for machine_id in ids:
+    attach.reclaim_machine(root, machine_id)
+assert attach.remove_idle(root)
+assert not netlink.has_nft_table(plans[0].bridge.replace("-", "_"))
+assert sorted(os.listdir(f"{root}/network")) == []
+print("OK")
+"""
+
+
+def _require() -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    if not shutil.which("nft"):
+        pytest.skip("needs nft")
+
+
+def test_machines_reach_the_world_with_the_host_s_address(tmp_path: Path) -> None:
+    _require()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip().endswith("OK"), done.stderr
+
+
+def test_missing_nft_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nagaya.errors import Unsupported
+    from nagaya.net import firewall
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match="nft") as caught:
+        firewall._run_nft("")
+    assert "apt install nftables" in caught.value.hint
