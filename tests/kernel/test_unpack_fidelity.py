@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.images.changes import diff
+from nagaya.errors import Unsupported
+from nagaya.images.changes import Change, diff
 from nagaya.images.content import Blobs
 from nagaya.images.pack import GzipWriter, pack_layer
 from nagaya.images.streams import TarStream
@@ -323,3 +324,31 @@ def test_changes(tmp_path: Path) -> None:
         ("C", "/var/lib"), ("D", "/var/lib/x"),
     ]  # fmt: skip
     assert diff(str(tmp_path / "nothing"), (str(top),)) == []
+
+
+@pytest.mark.parametrize(("name", "levels"), [("d", 1200), ("n" * 250, 400)])
+def test_absurdly_deep_machines(tmp_path: Path, name: str, levels: int) -> None:
+    """Deeper than a path can say, as a machine can make it: told about, not packed, and no crash."""
+    upper = tmp_path / "upper"
+    upper.mkdir()
+    fd = os.open(upper, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    try:
+        assert diff(str(upper), ())[0] == Change("A", f"/{name}")
+        with pytest.raises(Unsupported, match="nested deeper"):
+            pack_layer(Blobs(str(tmp_path / "store")), str(upper), overlay=True)
+        assert os.listdir(tmp_path / "store" / "partial") == []
+    finally:
+        subprocess.run(["rm", "-rf", upper], check=True)
+
+
+def test_redirected_directories_are_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "upper" / "moved").mkdir(parents=True)
+    os.setxattr(tmp_path / "upper" / "moved", "trusted.overlay.redirect", b"/etc")
+    with pytest.raises(Unsupported, match="redirected"):
+        pack_layer(Blobs(str(tmp_path / "store")), str(tmp_path / "upper"), overlay=True)

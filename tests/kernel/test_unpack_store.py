@@ -22,6 +22,7 @@ from nagaya.images.changes import Change, diff
 from nagaya.images.image import Image
 from nagaya.images.layers import TEMPORARY
 from nagaya.images.store import ImageStore
+from tests.kernel import unpack_tars as t
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="layers have owners: needs root")
 
@@ -257,6 +258,15 @@ def test_prune(store: ImageStore, tar: str, tmp_path: Path) -> None:
     check_image(store, second)
     assert store.prune().removed == () and store.prune(all=True, in_use=frozenset({second.id})).removed == ()
     assert store.prune(all=True).removed == (second.id,) and store.blobs.list() == []
+
+
+def test_absurdly_deep_images_can_be_removed(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "deep.tar").write_bytes(
+        t.long_name(b"d/" * 2040 + b"f") + t.file(b"x") + t.file(b"y", b"y" * 9000) + t.END
+    )
+    image = store.import_rootfs(str(tmp_path / "deep.tar"), "deep")
+    pruned = store.prune(all=True)
+    assert pruned.removed == (image.id,) and pruned.bytes_freed > 9000 and os.listdir(f"{store.root}/layers") == []
 
 
 def test_removing_does_not_wait_for_a_pull(store: ImageStore, tar: str) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from nagaya.errors import HostError
 
 DEPTH_MAX = 300
+PATH_MAX = 4095
 
 
 class Change(NamedTuple):
@@ -59,7 +60,8 @@ def _compare(upper: str, lower: tuple[str, ...], path: str, changes: list[Change
             changes.append(Change("C" if below.found is not None else "A", here))
             continue
         count = len(changes)
-        if here.count("/") > DEPTH_MAX:  # a machine's own doing: its changes are there, and that is enough to say
+        if here.count("/") > DEPTH_MAX or len(os.fsencode(upper)) > PATH_MAX - 512:
+            # a machine's own doing: that its changes are there is enough to say
             changes.append(Change("C" if below.found is not None else "A", here))
             continue
         opaque = _is_opaque(f"{upper}/{name}")

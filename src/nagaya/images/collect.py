@@ -7,6 +7,7 @@ one image does not wait: if somebody is adding, its garbage stays for the next t
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -172,19 +173,21 @@ def _delete(path: str) -> int:
 
 
 def _measure(path: str) -> int:
-    """Bytes on disk of a tree; a file with several names counts once."""
+    """Bytes on disk of a tree; a file with several names counts once. What is nested beyond PATH_MAX is not counted."""
     total = 0
     seen: set[int] = set()
     waiting = [path]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                found = entry.stat(follow_symlinks=False)
-                if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
-                    if found.st_ino in seen:
-                        continue
-                    seen.add(found.st_ino)
-                total += found.st_blocks * 512
-                if stat.S_ISDIR(found.st_mode):
-                    waiting.append(entry.path)
+        try:
+            found = [entry.stat(follow_symlinks=False) for entry in (entries := list(os.scandir(waiting.pop())))]
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            continue
+        waiting += [entry.path for entry, state in zip(entries, found, strict=True) if stat.S_ISDIR(state.st_mode)]
+        for state in found:
+            if state.st_nlink == 1 or stat.S_ISDIR(state.st_mode) or state.st_ino not in seen:
+                total += state.st_blocks * 512
+            if state.st_nlink > 1:
+                seen.add(state.st_ino)
     return total

@@ -184,8 +184,8 @@ class Packer:
         for name in names:
             try:
                 self._add_member(fd, name, path + b"/" + name if path else name)
-            except FileNotFoundError:
-                continue  # removed while we read: a machine that was not paused
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # removed or replaced while we read: a machine that was not paused
 
     def _add_member(self, parent: int, name: bytes, path: bytes) -> None:
         found = os.lstat(name, dir_fd=parent)
