@@ -316,7 +316,8 @@ def _make_devices(plan: Plan, root: int) -> None:
             if parent:
                 os.close(place)
         for name, target in LINKS:
-            os.symlink(target, name, dir_fd=dev)
+            if name != "core" or os.path.exists(target):  # a kernel may be built without /proc/kcore
+                os.symlink(target, name, dir_fd=dev)
     finally:
         os.close(dev)
 
