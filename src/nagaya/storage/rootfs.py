@@ -65,6 +65,7 @@ def plan_mounts(paths: Paths, spec: MachineSpec) -> tuple[MountPlan, ...]:
                 mount.size_bytes,
                 mount.mode,
                 mount.options,
+                owned=mount.kind == "volume",
             )
         )
     return tuple(sorted(plans, key=lambda plan: plan.target.rstrip("/").count("/")))
