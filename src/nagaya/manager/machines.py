@@ -92,7 +92,7 @@ class Machines:
         return sorted(found, key=lambda machine: machine.spec.created_ns, reverse=True)
 
     def prune(self) -> builtins_list[str]:
-        """Remove all machines that do not run; answers their ids."""
+        """Remove all machines that do not run, and the default network if none is left; answers the machines' ids."""
         removed = []
         for machine in self.list():
             try:
@@ -101,6 +101,10 @@ class Machines:
                     removed.append(machine.id)
             except (NotFound, Conflict):
                 continue  # somebody removed or started it meanwhile
+        if os.path.isdir(f"{self._paths.root}/network"):
+            from nagaya.net import attach  # lazy: few commands touch the network
+
+            attach.remove_idle(self._paths.root)
         return removed
 
     def image_ids(self) -> frozenset[str]:

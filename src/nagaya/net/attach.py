@@ -9,6 +9,7 @@ from nagaya.errors import HostError
 from nagaya.kernel.netlink import Netlink, index_of
 from nagaya.net import addresses, firewall
 from nagaya.net.plan import NetworkPlan
+from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree
 
 DEFAULT_ROOT = "/var/lib/nagaya"
@@ -29,12 +30,14 @@ def plan_network(kind: str, machine_id: str, root: str) -> NetworkPlan:
     """Work out a machine's network and claim its address. Nothing on the host's network changes yet."""
     if kind != "bridge":
         return NetworkPlan(kind)
-    subnet = addresses.load_subnet(_directory(root))
+    with FileLock(f"{root}/network.lock"):  # not between the two halves of `remove_idle`
+        subnet = addresses.load_subnet(_directory(root))
+        address = addresses.claim(_directory(root), subnet, machine_id)
     return NetworkPlan(
         kind="bridge",
         bridge=bridge_name(root),
         host_link=f"ngy{machine_id[:10]}",
-        address=addresses.claim(_directory(root), subnet, machine_id),
+        address=address,
         prefix=subnet.prefix,
         gateway=subnet.gateway,
         mac="02:" + ":".join(machine_id[at : at + 2] for at in range(0, 10, 2)),  # 02: locally administered
@@ -122,12 +125,13 @@ def reclaim_machine(root: str, machine_id: str) -> None:
 def remove_idle(root: str) -> bool:
     """Take the bridge and its firewall down when no machine holds an address; whether that was so."""
     directory = _directory(root)
-    if addresses.holders(directory):
-        return False
-    bridge = bridge_name(root)
-    firewall.remove(bridge)
-    _delete_link(bridge)
-    remove_tree(directory)
+    with FileLock(f"{root}/network.lock"):
+        if addresses.holders(directory):
+            return False
+        bridge = bridge_name(root)
+        firewall.remove(bridge)
+        _delete_link(bridge)
+        remove_tree(directory)
     return True
 
 
