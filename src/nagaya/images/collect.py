@@ -179,7 +179,8 @@ def _measure(path: str) -> int:
     waiting = [path]
     while waiting:
         try:
-            found = [entry.stat(follow_symlinks=False) for entry in (entries := list(os.scandir(waiting.pop())))]
+            entries = list(os.scandir(waiting.pop()))
+            found = [entry.stat(follow_symlinks=False) for entry in entries]
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
