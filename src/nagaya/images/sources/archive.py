@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 from nagaya.errors import HostError, IntegrityError, NotFound
 from nagaya.images.manifest import DOCUMENT_MAX
@@ -116,7 +116,7 @@ class TarFile:
 
         try:
             end = os.fstat(self._stream.fileno()).st_size
-            with tarfile.open(fileobj=_Headers(self._stream), mode="r:") as tar:  # type: ignore[arg-type]
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(self._stream)), mode="r:") as tar:
                 for member in tar:
                     if len(self._members) + len(self._links) >= MEMBERS_MAX:
                         raise IntegrityError(f"{self.path}: more than {MEMBERS_MAX} members")

@@ -12,7 +12,8 @@ import os
 from typing import Any
 
 from nagaya.errors import IntegrityError, UsageError
-from nagaya.images.sources.transport import Endpoint, is_loopback
+from nagaya.images.sources.connections import is_loopback
+from nagaya.images.sources.transport import Endpoint
 
 CONTAINERS = "/etc/containers/registries.conf"
 

@@ -1,35 +1,44 @@
-"""HTTP to one registry endpoint: TLS, proxies, tokens, redirects, bounded answers. urllib3 does the protocol."""
+"""Requests to one registry endpoint: authorization, redirects, patience with what passes, bounded answers."""
 
 from __future__ import annotations
 
-import os
-import ssl
+import json
+import threading
 from typing import Any, NamedTuple
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urljoin
 
 import urllib3
 
 from nagaya.errors import NotFound, RemoteError, UsageError
-from nagaya.images.sources.registry_auth import Credentials, find_credentials
+from nagaya.images.sources.connections import CERTIFICATES, Connections, explain, is_loopback, split_url
+from nagaya.images.sources.tokens import Authorizer
 
-CONNECT_S, READ_S = 5.0, 60.0
 REDIRECTS_MAX = 5
 ANSWER_MAX = 8 << 20
-CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
+DISCARD_MAX = 64 << 10
+ATTEMPTS = 4
+PAUSE_S = 0.3  # before the second attempt; then twice as long each time
+RETRY_AFTER_MAX_S = 15.0  # a registry that wants a longer pause gets none: the user is told
 
 
 class Endpoint(NamedTuple):
-    """A registry's address: `host` as in names, `base` the URL before /v2/."""
+    """A registry's address: `host` as in names, `base` the URL before /v2/. `insecure`: without TLS, or not checked."""
 
     host: str
     base: str
     insecure: bool = False
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a HOST[:PORT] is this very machine."""
-    name = urlsplit(f"//{host}").hostname or ""
-    return name in ("localhost", "::1") or (name.startswith("127.") and name.replace(".", "").isdigit())
+class Unreachable(RemoteError):
+    """No answer at all: a download that has begun may try again."""
+
+
+class _Passing(Exception):
+    """An answer that will be another one soon."""
+
+    def __init__(self, error: RemoteError, after_s: float | None = None) -> None:
+        self.error = error
+        self.after_s = after_s
 
 
 def open_endpoint(host: str, *, insecure: bool) -> Endpoint:
@@ -44,101 +53,150 @@ def open_endpoint(host: str, *, insecure: bool) -> Endpoint:
 
 
 class Transport:
-    """Requests to one endpoint, for one repository."""
+    """Requests to one endpoint, for one repository. Threads may share it."""
 
     def __init__(self, endpoint: Endpoint, repository: str, *, actions: str) -> None:
         self.endpoint = endpoint
+        self.base = endpoint.base
         self._repository = repository
-        self._scope = f"repository:{repository}:{actions}"
-        self._authorization = ""
-        self._pools: dict[str, Any] = {}
+        self._connections = Connections(verify=not endpoint.insecure)
+        self._authorizer = Authorizer(endpoint.host, repository, actions, self._connections)
+        self._cancelled = threading.Event()
+        self._answered = False
 
     def url(self, path: str) -> str:
-        return f"{self.endpoint.base}/v2/{self._repository}/{path}"
+        return f"{self.base}/v2/{self._repository}/{path}"
+
+    def cancel(self) -> None:
+        """End every request that is under way, from another thread; they and all later ones raise `RemoteError`."""
+        self._cancelled.set()
+        self._connections.abort()
+
+    def pause(self, seconds: float) -> None:
+        """Wait. Raises `RemoteError` when the work is cancelled meanwhile."""
+        if self._cancelled.wait(seconds):
+            raise RemoteError("it was given up, because another part of it failed")
 
     def request(
         self,
         method: str,
-        url: str,
+        path: str,
         *,
         headers: dict[str, str] | None = None,
         body: Any = None,
         missing: str = "",
         accept: tuple[int, ...] = (),
     ) -> urllib3.BaseHTTPResponse:
-        """One request with its token and redirects; the answer's body is not read yet.
+        """One request, with its token and redirects; the answer's body is not read yet.
 
-        `missing` names what a 404 means (`NotFound`); statuses in `accept` come back as they are. Raises `RemoteError`.
+        `path` is below the repository, or a whole URL. `body` is bytes, or a file with `seek`. `missing` says what a
+        404 means (`NotFound`); statuses in `accept` come back as they are. An overloaded registry (429, 5xx) is asked
+        again, `ATTEMPTS` times in all. Raises `RemoteError`, and its child `Unreachable` when there is no answer.
         """
-        asked = False
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._ask(method, path, headers or {}, body, missing, accept)
+            except _Passing as passing:
+                wait_s = PAUSE_S * 2**attempt if passing.after_s is None else passing.after_s
+                if attempt == ATTEMPTS - 1 or wait_s > RETRY_AFTER_MAX_S or self._cancelled.is_set():
+                    raise passing.error from None
+                self.pause(wait_s)
+                if hasattr(body, "seek"):
+                    body.seek(0)
+        raise AssertionError("the last attempt raises or returns")
+
+    def read(self, response: urllib3.BaseHTTPResponse) -> bytes:
+        """The whole body of a small answer."""
+        return read_answer(response, self.endpoint.host)
+
+    def discard(self, response: urllib3.BaseHTTPResponse) -> None:
+        """Done with an answer: its connection is kept when little is left of the body, and closed otherwise."""
+        discard_answer(response)
+
+    def _ask(
+        self, method: str, path: str, headers: dict[str, str], body: Any, missing: str, accept: tuple[int, ...]
+    ) -> urllib3.BaseHTTPResponse:
+        url = path if "://" in path else self.url(path)
+        renewed = False
         for _ in range(REDIRECTS_MAX + 2):
-            response = self._send(method, url, headers or {}, body)
-            if response.status == 401 and not asked:
-                asked = True
+            authorization = self._authorizer.header if self._is_own(url) else ""
+            response = self._send(method, url, headers, body, authorization)
+            if response is None:  # it speaks TLS after all
+                url = url.replace("http://", "https://", 1)
+                continue
+            if response.status == 401 and not renewed and self._is_own(url):
+                renewed = True
                 challenge = response.headers.get("WWW-Authenticate", "")
-                response.release_conn()
-                self._authorization = self._authorize(challenge)
+                self.discard(response)
+                self._authorizer.answer(challenge, refused=authorization)
                 if hasattr(body, "seek"):
                     body.seek(0)
                 continue
             if response.status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
-                target = urljoin(url, response.headers.get("Location", ""))
-                response.release_conn()
-                self._check_redirect(target)
-                url = target
+                url = self.follow(url, response.headers.get("Location", ""))
+                self.discard(response)
                 continue
             return self._judge(response, method, missing, accept)
         raise RemoteError(f"registry '{self.endpoint.host}' redirects in a circle")
 
-    def read(self, response: urllib3.BaseHTTPResponse) -> bytes:
-        """The whole body of a small answer."""
-        try:
-            data = response.read(ANSWER_MAX + 1)
-        except urllib3.exceptions.HTTPError as error:
-            raise RemoteError(
-                f"registry '{self.endpoint.host}' broke off: {explain(error)}", hint="try again"
-            ) from None
-        finally:
-            response.release_conn()
-        if len(data) > ANSWER_MAX:
-            raise RemoteError(f"registry '{self.endpoint.host}' answers with more than {ANSWER_MAX} bytes")
-        return data
+    def _is_own(self, url: str) -> bool:
+        """Whether a URL is the registry itself: a storage host that it redirects to must not see its token."""
+        return url.startswith(f"{self.base}/")
 
-    def _send(self, method: str, url: str, headers: dict[str, str], body: Any) -> urllib3.BaseHTTPResponse:
-        own = urlsplit(url).netloc == urlsplit(self.endpoint.base).netloc
-        # A redirect to a storage host must not see the registry's token.
-        extra = {"Authorization": self._authorization} if self._authorization and own else {}
+    def follow(self, url: str, location: str) -> str:
+        """Where a `Location` leads from `url`. Raises `RemoteError` for a step from TLS to none, and out of HTTP."""
         try:
-            response: urllib3.BaseHTTPResponse = self._pool(url).request(
-                method, url, headers={"User-Agent": "nagaya", **headers, **extra}, body=body,
-                redirect=False, retries=False, preload_content=False, decode_content=False,
-            )  # fmt: skip
-            return response
+            target = urljoin(url, location)
+        except ValueError:
+            target = location
+        parts = split_url(target)
+        if parts.scheme != "https" and not (self.base.startswith("http:") and is_loopback(parts.netloc)):
+            raise RemoteError(f"registry '{self.endpoint.host}' redirects to '{target[:100]}', which has no TLS")
+        return target
+
+    def _send(
+        self, method: str, url: str, headers: dict[str, str], body: Any, authorization: str
+    ) -> urllib3.BaseHTTPResponse | None:
+        """One request as it is. None: an insecure registry that wants TLS was found out, and `base` is changed."""
+        extra = {"Authorization": authorization} if authorization else {}
+        try:
+            response = self._connections.request(
+                method,
+                url,
+                headers={"User-Agent": "nagaya", "Accept-Encoding": "identity", **headers, **extra},
+                body=body,
+            )
+        except urllib3.exceptions.ProtocolError as error:
+            if self._turn_to_tls(url):
+                return None
+            raise _Passing(self._unreachable(url, error)) from None
         except urllib3.exceptions.SSLError as error:
             hint = f"put its CA into {CERTIFICATES[0]}/{self.endpoint.host}/ca.crt"
             if is_loopback(self.endpoint.host):
-                hint += ", or use --insecure for plain HTTP"
+                hint += ", or use --insecure"
             raise RemoteError(
-                f"registry '{self.endpoint.host}' cannot be trusted: {explain(error)}", hint=hint
+                f"no trusted connection to registry '{split_url(url).netloc}': {explain(error)}", hint=hint
             ) from None
         except urllib3.exceptions.HTTPError as error:
-            hint = "check its name, the network, and HTTPS_PROXY"
-            if is_loopback(self.endpoint.host) and not self.endpoint.insecure:
-                hint = "a registry on loopback without TLS needs --insecure"
-            raise RemoteError(f"cannot reach registry '{urlsplit(url).netloc}': {explain(error)}", hint=hint) from None
+            raise self._unreachable(url, error) from None
+        if response.status == 400 and self._turn_to_tls(url):
+            self.discard(response)
+            return None
+        self._answered = True
+        return response
 
-    def _pool(self, url: str) -> Any:
-        parts = urlsplit(url)
-        key = f"{parts.scheme}://{parts.netloc}"
-        if key not in self._pools:
-            self._pools[key] = _make_pool(parts.scheme, parts.netloc)
-        return self._pools[key]
+    def _turn_to_tls(self, url: str) -> bool:
+        """Go's and nginx's servers answer plain HTTP on a TLS port with 400, others hang up."""
+        if self._answered or not self.endpoint.insecure or not url.startswith("http://"):
+            return False
+        self.base = self.base.replace("http://", "https://", 1)
+        return True
 
-    def _check_redirect(self, target: str) -> None:
-        parts = urlsplit(target)
-        plain = parts.scheme == "http" and self.endpoint.base.startswith("http:") and is_loopback(parts.netloc)
-        if parts.scheme != "https" and not plain:
-            raise RemoteError(f"registry '{self.endpoint.host}' redirects to {target[:100]}, which is not safe")
+    def _unreachable(self, url: str, error: Exception) -> Unreachable:
+        hint = "check its name, the network, and HTTPS_PROXY"
+        if is_loopback(self.endpoint.host):
+            hint = "is it running?" if self.endpoint.insecure else "a registry on loopback without TLS needs --insecure"
+        return Unreachable(f"cannot reach registry '{split_url(url).netloc}': {explain(error)}", hint=hint)
 
     def _judge(
         self, response: urllib3.BaseHTTPResponse, method: str, missing: str, accept: tuple[int, ...]
@@ -146,8 +204,9 @@ class Transport:
         status = response.status
         if 200 <= status < 300 or status in accept:
             return response
-        said = "" if method == "HEAD" else _first_error(self.read(response))
-        response.release_conn()
+        after = response.headers.get("Retry-After", "")
+        said = first_error(self.read(response)) if method != "HEAD" else ""
+        self.discard(response)
         host = self.endpoint.host
         if status == 404 and missing:
             raise NotFound(missing, hint="check the name and the tag")
@@ -155,128 +214,45 @@ class Transport:
             hint = f"log in with 'nagaya login {host}'; a private or misspelt name looks the same to a registry"
             raise RemoteError(f"registry '{host}' denies access to {self._repository}{said}", hint=hint)
         if status == 429:
-            raise RemoteError(f"registry '{host}' asks to slow down{said}", hint="try again later, or log in")
-        raise RemoteError(f"registry '{host}' answered with status {status}{said}", hint="try again later")
-
-    # -- tokens (distribution specification, "Registry authentication")
-
-    def _authorize(self, challenge: str) -> str:
-        from urllib.request import parse_http_list, parse_keqv_list
-
-        scheme, _, rest = challenge.partition(" ")
-        credentials = find_credentials(self.endpoint.host, self._repository)
-        if scheme.lower() == "basic":
-            if credentials is None:
-                return ""
-            return _basic(credentials)
-        if scheme.lower() != "bearer":
-            raise RemoteError(f"registry '{self.endpoint.host}' wants an unknown kind of log-in: {scheme[:40]!r}")
-        try:
-            fields = parse_keqv_list(parse_http_list(rest))
-        except (ValueError, IndexError):
-            fields = {}
-        realm = fields.get("realm", "")
-        parts = urlsplit(realm)
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.netloc)):
-            raise RemoteError(f"registry '{self.endpoint.host}' names a token server without TLS: {realm[:100]}")
-        return "Bearer " + self._fetch_token(realm, fields.get("service", ""), credentials)
-
-    def _fetch_token(self, realm: str, service: str, credentials: Credentials | None) -> str:
-        import json
-
-        pool = self._pool(realm)
-        query = {"service": service, "scope": self._scope}
-        options = {"redirect": False, "retries": False, "preload_content": False}
-        try:
-            if credentials is not None and credentials.identity_token:
-                form = {
-                    **query,
-                    "grant_type": "refresh_token",
-                    "client_id": "nagaya",
-                    "refresh_token": credentials.identity_token,
-                }
-                headers = {"Content-Type": "application/x-www-form-urlencoded"}
-                response = pool.request("POST", realm, body=urlencode(form), headers=headers, **options)
-            else:
-                headers = {"Authorization": _basic(credentials)} if credentials else {}
-                response = pool.request("GET", f"{realm}?{urlencode(query)}", headers=headers, **options)
-        except urllib3.exceptions.HTTPError as error:
-            raise RemoteError(f"cannot reach the token server of '{self.endpoint.host}': {explain(error)}") from None
-        raw = self.read(response)
-        if response.status in (401, 403):
-            raise RemoteError(
-                f"registry '{self.endpoint.host}' refuses the user name or the password",
-                hint=f"log in with 'nagaya login {self.endpoint.host}'",
+            error = RemoteError(
+                f"too many requests to registry '{host}' (status 429){said}", hint="try again later, or log in"
             )
-        try:
-            data = json.loads(raw)
-            token = data.get("token") or data.get("access_token")
-        except (ValueError, AttributeError):
-            token = None
-        if response.status != 200 or not isinstance(token, str):
-            raise RemoteError(f"the token server of '{self.endpoint.host}' answered with status {response.status}")
-        return token
+        else:
+            error = RemoteError(f"registry '{host}' answered with status {status}{said}", hint="try again later")
+        if status == 429 or status in (500, 502, 503, 504):
+            raise _Passing(error, float(after) if after.isascii() and after.isdigit() else None)
+        raise error
 
 
-def _basic(credentials: Credentials) -> str:
-    import base64
-
-    return "Basic " + base64.b64encode(f"{credentials.user}:{credentials.password}".encode()).decode()
-
-
-def _make_pool(scheme: str, host: str) -> Any:
-    from urllib.request import getproxies, proxy_bypass
-
-    options: dict[str, Any] = {
-        "timeout": urllib3.Timeout(connect=CONNECT_S, read=READ_S),
-        "maxsize": 4,
-        "num_pools": 4,
-    }
-    if scheme == "https":
-        options["ssl_context"] = _tls(host)
-    proxy = getproxies().get(scheme)
-    if proxy and not is_loopback(host) and not proxy_bypass(host):
-        return urllib3.ProxyManager(proxy, **options)
-    return urllib3.PoolManager(**options)
-
-
-def _tls(host: str) -> ssl.SSLContext:
-    """The system's trust, and the registry's own certificates (containers-certs.d(5))."""
-    context = ssl.create_default_context()
-    for directory in CERTIFICATES:
-        folder = f"{directory}/{host}"
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        try:
-            for name in names:
-                if name.endswith(".crt"):
-                    context.load_verify_locations(f"{folder}/{name}")
-                elif name.endswith(".cert"):
-                    context.load_cert_chain(f"{folder}/{name}", f"{folder}/{name.removesuffix('.cert')}.key")
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"a certificate in {folder} cannot be used: {error}") from None
-    return context
-
-
-def explain(error: Exception) -> str:
-    """The short reason inside urllib3's nested errors."""
-    inner: Any = error
-    while True:
-        deeper = getattr(inner, "reason", None) or (inner.args[-1] if getattr(inner, "args", ()) else None)
-        if not isinstance(deeper, Exception):
-            break
-        inner = deeper
-    if isinstance(inner, OSError) and inner.strerror:
-        return str(inner.strerror)
-    text = str(inner)
-    return text.rpartition(": ")[2] if text.startswith(("<", "HTTP")) else text
-
-
-def _first_error(raw: bytes) -> str:
-    """What the registry says in its error document, if it has one."""
-    import json
-
+def read_answer(response: urllib3.BaseHTTPResponse, host: str) -> bytes:
+    """The whole body of a small answer. Raises `RemoteError` when it breaks off, or is beyond `ANSWER_MAX`."""
     try:
-        message = json.loads(raw)["errors"][0]["message"]
-    except (ValueError, KeyError, IndexError, TypeError):
+        data = response.read(ANSWER_MAX + 1)
+    except urllib3.exceptions.HTTPError as error:
+        response.close()
+        raise RemoteError(f"registry '{host}' broke off: {explain(error)}", hint="try again") from None
+    if len(data) > ANSWER_MAX:
+        response.close()
+        raise RemoteError(f"registry '{host}' answers with more than {ANSWER_MAX} bytes")
+    response.release_conn()
+    return data
+
+
+def discard_answer(response: urllib3.BaseHTTPResponse) -> None:
+    """A connection with an unread answer in it cannot be used again: read a short rest, else close it."""
+    try:
+        if len(response.read(DISCARD_MAX + 1)) > DISCARD_MAX:
+            response.close()
+    except urllib3.exceptions.HTTPError:
+        response.close()
+    response.release_conn()
+
+
+def first_error(raw: bytes) -> str:
+    """What the registry says in its error document (distribution specification, "Error codes"), in brackets."""
+    try:
+        error = json.loads(raw)["errors"][0]
+        message = error.get("message") or error["code"]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return ""
     return f" ({message[:200]})" if isinstance(message, str) and message.isprintable() else ""
