@@ -243,7 +243,7 @@ class Unpacker:
             raise refuse(path, "something was to be put below it, but it is no directory") from None
         os.mkdir(name, 0o755, dir_fd=parent)
         fd = os.open(name, _WALK, dir_fd=parent)
-        if self._policy.fresh and path not in self._finish and (self._umask or self._chown):
+        if self._policy.fresh and path not in self._finish and (self._umask & 0o755 or self._chown):
             self._finish[path] = Entry(path, DIRECTORY, 0o755, 0, 0, -1, 0)
         return fd
 
