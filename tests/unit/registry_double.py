@@ -59,6 +59,11 @@ class Registry:
         self.realm = ""  # of the token server; "" = basic
         self.token = ""  # that is wanted; may change in the middle
         self.answer_header = True  # Docker-Content-Digest
+        self.shifts = False  # a 206 begins one byte later than it was asked to
+        self.hangs: set[str] = set()  # digests whose answers stop in the middle, until `release`
+        self.release = threading.Event()
+        self.mounts = 201  # status of a request to mount
+        self.hides_blobs = False  # HEAD finds none
 
     def add(self, name: str, made: Made, tag: str = "1") -> None:
         self.blobs.update(made.blobs)
@@ -183,7 +188,7 @@ class _Answers(BaseHTTPRequestHandler):
         if data is None:
             self._error(404, "BLOB_UNKNOWN")
         elif self.command == "HEAD":
-            self._answer(200, data)
+            self._answer(404 if registry.hides_blobs else 200, data)
         elif digest in registry.redirects:
             self._answer(307, b"", {"Location": registry.redirects[digest]})
         elif digest in registry.endless:
@@ -207,6 +212,7 @@ class _Answers(BaseHTTPRequestHandler):
             if start >= len(data):
                 self._answer(416, b"")
                 return
+            start += self.registry.shifts
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         rest = data[start:]
         with self.registry.lock:
@@ -218,6 +224,9 @@ class _Answers(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         part = rest[:limit]
+        if digest in self.registry.hangs:
+            self.wfile.write(part[:1000])
+            self.registry.release.wait(30)
         self.wfile.write(part)
         with self.registry.lock:
             self.registry.sent[digest] = self.registry.sent.get(digest, 0) + len(part)
@@ -241,7 +250,10 @@ class _Answers(BaseHTTPRequestHandler):
 
     def _start_upload(self, name: str, body: bytes) -> None:
         query = parse_qs(urlsplit(self.path).query)
-        if "mount" in query and query["mount"][0] in self.registry.blobs and "from" in query:
+        if "mount" in query and self.registry.mounts >= 400:
+            self._error(self.registry.mounts, "UNSUPPORTED")
+            return
+        if "mount" in query and query["mount"][0] in self.registry.blobs and self.registry.mounts == 201:
             self._answer(201, b"", {"Location": f"/v2/{name}/blobs/{query['mount'][0]}"})
             return
         if "digest" in query and body:

@@ -75,6 +75,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nagaya.images.sources.registry.PAUSE_S", 0.01)
+    monkeypatch.setattr("nagaya.images.sources.transport.PAUSE_S", 0.01)
+
+
+@pytest.fixture(autouse=True)
 def no_thread_stays() -> Iterator[None]:
     """Downloads run in threads: none of them may outlive its pull, however that ended."""
     before = set(threading.enumerate())
@@ -220,11 +226,49 @@ def test_a_stale_partial_file_with_other_content_is_no_trap(registry: Registry, 
     partial = root / "partial" / BIG.replace(":", "-")
     partial.parent.mkdir(parents=True)
     partial.write_bytes(bytes(1000))
-    try:
-        pull(registry, root)
-    except IntegrityError:
-        pull(registry, root)
+    pull(registry, root)
     assert stored_digests(root) == set(ONE.everything)
+    assert partial_files(root) == []
+
+
+def test_a_part_that_begins_elsewhere_is_not_taken(registry: Registry, root: Path) -> None:
+    registry.breaks[BIG] = [SIZE // 2]
+    registry.shifts = True
+    pull(registry, root)
+    assert stored_digests(root) == set(ONE.everything)
+
+
+@pytest.mark.timeout(20)
+def test_a_failure_does_not_wait_for_what_hangs(registry: Registry, root: Path) -> None:
+    """One layer is refused while another's server has fallen silent: the user is told at once."""
+    registry.hangs.add(BIG)
+    registry.bodies[SMALL] = bytes(len(ONE.layers[1]))
+    began = time.monotonic()
+    try:
+        with pytest.raises(IntegrityError, match="does not match its digest"):
+            pull(registry, root)
+        assert time.monotonic() - began < 3
+    finally:
+        registry.release.set()
+
+
+@pytest.mark.timeout(20)
+def test_ctrl_c_does_not_wait_for_what_hangs(registry: Registry, root: Path) -> None:
+    import signal
+
+    class Interrupting(Heard):
+        def start(self, key: str, label: str, total_bytes: int) -> None:
+            if key == BIG:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    registry.hangs.add(BIG)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pull(registry, root, progress=Interrupting())
+        assert time.monotonic() - began < 3
+    finally:
+        registry.release.set()
 
 
 # -- answers that lie
@@ -748,6 +792,39 @@ def test_a_push_that_is_refused_says_how_to_log_in(registry: Registry, root: Pat
     assert "login" in caught.value.hint
 
 
+def test_a_blob_of_a_neighbour_is_mounted(registry: Registry, root: Path) -> None:
+    """The image's other name says where the registry has its blobs (distribution specification, "Mounting a blob")."""
+    push(registry, root, "team/new:2", NEW)
+    registry.requests.clear()
+    registry.hides_blobs = True  # in the other repository
+    sink = open_sink(f"{registry.host}/other/new:2", insecure=True)
+    descriptor = in_store(root, NEW)
+    names = ("local:1", f"{registry.host}/team/new:2")
+    assert sink.store(Blobs(str(root)), descriptor, names=names, progress=Silent()) == NEW.digest
+    assert len(registry.asked("POST", "mount=")) == len(NEW.blobs)
+    assert not registry.asked("PUT", "uploads")
+    assert ("other/new", "2") in registry.manifests
+
+
+def test_a_token_for_mounting_is_one_for_both_repositories(registry: Registry, root: Path, tokens: Tokens) -> None:
+    guard(registry, tokens)
+    names = (f"{registry.host}/team/new:2",)
+    sink = open_sink(f"{registry.host}/other/new:2", insecure=True)
+    sink.store(Blobs(str(root)), in_store(root, NEW), names=names, progress=Silent())
+    scopes = parse_qs(urlsplit(tokens.requests[0].path).query)["scope"]
+    assert scopes == ["repository:other/new:pull,push", "repository:team/new:pull"]
+    assert len(tokens.requests) == 1
+
+
+@pytest.mark.parametrize("status", [202, 401, 403, 404, 405])
+def test_a_registry_that_does_not_mount_gets_the_bytes(registry: Registry, root: Path, status: int) -> None:
+    registry.mounts = status
+    sink = open_sink(f"{registry.host}/other/new:2", insecure=True)
+    names = (f"{registry.host}/team/new:2",)
+    assert sink.store(Blobs(str(root)), in_store(root, NEW), names=names, progress=Silent()) == NEW.digest
+    assert {digest: registry.blobs[digest] for digest in NEW.blobs} == NEW.blobs
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("part", "status"), [("/blobs/uploads/", 403), ("/uploads-of-mine/", 500), ("/manifests/2", 400)]
@@ -807,3 +884,89 @@ def test_memory_stays_small_for_large_blobs(registry: Registry, root: Path) -> N
     command = [sys.executable, "-c", MEASURE, registry.host, str(root)]
     grown = int(subprocess.run(command, capture_output=True, check=True, timeout=60, text=True).stdout)
     assert grown < 16 << 10, f"{grown} KiB for a layer of {len(huge.layers[0]) >> 10} KiB"
+
+
+# -- mirrors and proxies
+
+
+def mirrors(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "xdg_config_home" / "nagaya" / "registries.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def fetch_from(text: str, root: Path, heard: Heard | None = None) -> Descriptor:
+    return open_source(text).fetch(Blobs(str(root)), platform="", progress=heard or Silent())
+
+
+def test_a_mirror_is_asked_in_the_place_of_its_registry(registry: Registry, root: Path, tmp_path: Path) -> None:
+    mirrors(tmp_path, f'[mirrors]\n"registry.example" = ["http://{registry.host}"]\n')
+    assert fetch_from("registry.example/team/app:1", root).digest == ONE.digest
+
+
+def test_dockers_hub_is_mirrored_under_its_own_name(registry: Registry, root: Path, tmp_path: Path) -> None:
+    registry.add("library/debian", ONE, "12")
+    mirrors(tmp_path, f'[mirrors]\n"docker.io" = ["http://{registry.host}"]\n')
+    assert fetch_from("debian:12", root).digest == ONE.digest
+
+
+def test_the_next_mirror_is_tried_and_then_the_registry(registry: Registry, root: Path, tmp_path: Path) -> None:
+    with socket.socket() as reserved, start_registry() as empty:
+        reserved.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{reserved.getsockname()[1]}"
+        listed = f'["http://{dead}", "http://{empty.host}", "http://{registry.host}"]'
+        mirrors(tmp_path, f'[mirrors]\n"registry.example" = {listed}\n')
+        heard = Heard()
+        assert fetch_from("registry.example/team/app:1", root, heard).digest == ONE.digest
+        assert [dead in heard.steps[0], empty.host in heard.steps[1]] == [True, True]
+        assert empty.asked("GET", "/v2/team/app/manifests/1")
+    mirrors(tmp_path, f'[mirrors]\n"{registry.host}" = ["http://{dead}"]\n')
+    source = open_source(f"docker://{registry.host}/team/app:1", insecure=True)
+    assert source.fetch(Blobs(str(root)), platform="", progress=Silent()).digest == ONE.digest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[mirrors",
+        "[mirror]\n",
+        '[mirrors]\n"registry.example" = "x"\n',
+        '[mirrors]\n"registry.example" = ["http://mirror.example"]\n',
+        '[mirrors]\n"registry.example" = ["ftp://localhost"]\n',
+        '[mirrors]\n"registry.example" = ["https://localhost/path"]\n',
+    ],
+)
+def test_a_wrong_list_of_mirrors_is_told(root: Path, tmp_path: Path, text: str) -> None:
+    mirrors(tmp_path, text)
+    with pytest.raises((UsageError, IntegrityError), match=r"registries\.toml"):
+        fetch_from("registry.example/app", root)
+
+
+def test_a_proxy_is_used_and_told_its_password(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            return
+
+        def do_CONNECT(self) -> None:
+            seen.append((self.path, self.headers.get("Proxy-Authorization", "")))
+            self.send_error(403)
+
+    with serving(Proxy) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:p%40ss@127.0.0.1:{proxy.server_address[1]}")
+        with pytest.raises(RemoteError) as caught:
+            fetch_from("registry.example/app", root)
+        assert "p%40ss" not in caught.value.message + caught.value.hint
+        basic = "Basic " + base64.b64encode(b"me:p@ss").decode()
+        assert set(seen) == {("registry.example:443", basic)}
+        monkeypatch.setenv("NO_PROXY", "registry.example")
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(socket.gaierror(-2, "no")))
+        with pytest.raises(RemoteError):
+            fetch_from("registry.example/app", root)
+    assert len(seen) <= 4
+
+
+def test_loopback_needs_no_proxy(registry: Registry, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    assert pull(registry, root).digest == ONE.digest

@@ -36,6 +36,7 @@ ATTEMPTS = 6  # in a row that bring nothing new
 PAUSE_S = 0.25  # after the first of them; then twice as long each time
 PAUSE_MAX_S = 4.0
 CHUNK = 256 << 10
+NEIGHBOURS_MAX = 2  # repositories that a blob may be mounted from
 ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 
 
@@ -211,8 +212,10 @@ class RegistrySink:
         if is_index(manifest.media_type, raw):
             raise UsageError("an index cannot be pushed as one image")
         parsed = parse_manifest(raw, digest=manifest.digest, media_type=manifest.media_type)
-        transport = Transport(self._endpoint, self._reference.path, actions="pull,push")
-        push = _Push(transport, blobs, self._neighbours(names), progress)
+        neighbours = self._neighbours(names)
+        also = tuple(f"repository:{other}:pull" for other in neighbours)
+        transport = Transport(self._endpoint, self._reference.path, actions="pull,push", also=also)
+        push = _Push(transport, blobs, neighbours, progress)
         parts = {part.digest: part for part in (*parsed.layers, parsed.config)}
         _side_by_side(push.send, parts.values(), transport, "push")
         tag = self._reference.tag
@@ -227,7 +230,7 @@ class RegistrySink:
         """Other repositories of the same registry that the image came from or went to, by its names."""
         known = [parse_reference(name) for name in names]
         found = [other.path for other in known if other.host == self._reference.host]
-        return [path for path in dict.fromkeys(found) if path != self._reference.path]
+        return [path for path in dict.fromkeys(found) if path != self._reference.path][:NEIGHBOURS_MAX]
 
     def close(self, *, failed: bool = False) -> None:
         """See `Sink.close`: a registry has no half of anything, its manifest comes last."""
@@ -267,7 +270,7 @@ class _Push:
 
         A registry that cannot or may not mount begins an upload in its place, or refuses ("Mounting a blob").
         """
-        for other in self._neighbours[:2]:
+        for other in self._neighbours:
             query = urlencode({"mount": part.digest, "from": other})
             response = self._transport.request("POST", f"blobs/uploads/?{query}", body=b"", accept=(401, 403, 404, 405))
             self._transport.discard(response)

@@ -23,11 +23,11 @@ ANSWER_MAX = 1 << 20
 class Authorizer:
     """The `Authorization` header for one repository of one registry; `header` is "" until it was challenged."""
 
-    def __init__(self, host: str, repository: str, actions: str, connections: Connections) -> None:
+    def __init__(self, host: str, repository: str, scopes: tuple[str, ...], connections: Connections) -> None:
         self.header = ""
         self._host = host
         self._repository = repository
-        self._scope = f"repository:{repository}:{actions}"
+        self._scopes = scopes
         self._connections = connections
         self._lock = threading.Lock()
 
@@ -42,17 +42,24 @@ class Authorizer:
             self.header = answer_challenge(
                 challenge,
                 self._host,
-                scope=self._scope,
+                scopes=self._scopes,
                 credentials=find_credentials(self._host, self._repository),
                 connections=self._connections,
             )
 
 
 def answer_challenge(
-    challenge: str, host: str, *, scope: str, credentials: Credentials | None, connections: Connections
+    challenge: str,
+    host: str,
+    *,
+    scopes: tuple[str, ...],
+    credentials: Credentials | None,
+    connections: Connections,
 ) -> str:
     """The header for a challenge; "" when it wants a password and there is none. Raises `RemoteError`."""
     scheme, _, rest = challenge.partition(" ")
+    if not scheme:  # a 401 that does not say what it wants
+        return ""
     if scheme.lower() == "basic":
         return basic(credentials) if credentials is not None else ""
     if scheme.lower() != "bearer":
@@ -62,7 +69,7 @@ def answer_challenge(
     parts = split_url(realm)
     if parts.scheme != "https" and not (is_loopback(parts.netloc) and is_loopback(host)):
         raise RemoteError(f"registry '{host}' names a token server without TLS, which is told nothing: {realm[:100]}")
-    token = _fetch_token(realm, fields.get("service", ""), scope, host, credentials, connections)
+    token = _fetch_token(realm, fields.get("service", ""), scopes, host, credentials, connections)
     return f"Bearer {token}"
 
 
@@ -80,20 +87,30 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _fetch_token(
-    realm: str, service: str, scope: str, host: str, credentials: Credentials | None, connections: Connections
+    realm: str,
+    service: str,
+    scopes: tuple[str, ...],
+    host: str,
+    credentials: Credentials | None,
+    connections: Connections,
 ) -> str:
-    query = {"service": service, "scope": scope} if scope else {"service": service}
     headers = {"User-Agent": "nagaya"}
     try:
         if credentials is not None and credentials.identity_token:
-            token = {"refresh_token": credentials.identity_token}
-            form = {"grant_type": "refresh_token", "client_id": "nagaya", **query, **token}
+            form = {
+                "grant_type": "refresh_token",
+                "client_id": "nagaya",
+                "service": service,
+                "scope": " ".join(scopes),
+                "refresh_token": credentials.identity_token,
+            }
             headers["Content-Type"] = "application/x-www-form-urlencoded"
             response = connections.request("POST", realm, body=urlencode(form).encode(), headers=headers)
         else:
+            query = [("service", service), *(("scope", scope) for scope in scopes)]
             if credentials is not None:
                 headers["Authorization"] = basic(credentials)
-                query["account"] = credentials.user
+                query.append(("account", credentials.user))
             mark = "&" if "?" in realm else "?"
             response = connections.request("GET", f"{realm}{mark}{urlencode(query)}", headers=headers)
         status, raw = response.status, response.read(ANSWER_MAX)

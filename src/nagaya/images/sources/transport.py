@@ -53,14 +53,18 @@ def open_endpoint(host: str, *, insecure: bool) -> Endpoint:
 
 
 class Transport:
-    """Requests to one endpoint, for one repository. Threads may share it."""
+    """Requests to one endpoint, for one repository. Threads may share it.
 
-    def __init__(self, endpoint: Endpoint, repository: str, *, actions: str) -> None:
+    `actions` are what its token is to allow: "pull" or "pull,push"; `also` are scopes of other repositories.
+    """
+
+    def __init__(self, endpoint: Endpoint, repository: str, *, actions: str, also: tuple[str, ...] = ()) -> None:
         self.endpoint = endpoint
         self.base = endpoint.base
         self._repository = repository
         self._connections = Connections(verify=not endpoint.insecure)
-        self._authorizer = Authorizer(endpoint.host, repository, actions, self._connections)
+        scopes = (f"repository:{repository}:{actions}", *also)
+        self._authorizer = Authorizer(endpoint.host, repository, scopes, self._connections)
         self._cancelled = threading.Event()
         self._answered = False
 
