@@ -2,29 +2,26 @@
 # Each does all of its own set-up and is quick when nothing is left to do.
 
 SHELL := /bin/bash
-PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
+PYTHON ?= /usr/bin/python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-RUN_PACKAGES := busybox-static gcc libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
-TEST_PACKAGES := $(RUN_PACKAGES) apache2-utils attr docker-registry openssl podman runc skopeo strace tmux
-BENCH_PACKAGES := $(TEST_PACKAGES) crun hyperfine umoci
+# iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
+RUN_PACKAGES := busybox-static gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
+TEST_PACKAGES := $(RUN_PACKAGES) apache2-utils attr docker-registry iproute2 openssl podman procps runc skopeo strace tmux
+BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
 
 .PHONY: demo test check bench agent bytecode clean lint unit
 .NOTPARALLEL:
 
-demo: .cache/packages-run .cache/venv agent bytecode
+demo: .cache/packages-run $(VENV)/installed agent bytecode
 	@tools/demo
 
-test: .cache/packages-test .cache/venv agent bytecode
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+test: .cache/packages-test $(VENV)/installed agent bytecode lint
 	$(PY) -m pytest $(if $(CI),--require=all)
 
 # What a developer runs by habit: under a minute.
-check: .cache/packages-run .cache/venv agent lint unit
+check: .cache/packages-run $(VENV)/installed agent lint unit
 
 lint:
 	$(VENV)/bin/ruff check .
@@ -34,7 +31,7 @@ lint:
 unit:
 	$(PY) -m pytest -q tests/unit tests/repo
 
-bench: .cache/packages-bench .cache/venv agent bytecode
+bench: .cache/packages-bench $(VENV)/installed agent bytecode
 	@$(PY) -m benches $(BENCH)
 
 agent: src/nagaya/_guest/nagaya-agent
@@ -48,15 +45,19 @@ src/nagaya/_guest/nagaya-agent: $(wildcard guest/*.c guest/*.h) guest/Makefile
 	@packages="$($(shell echo $* | tr a-z A-Z)_PACKAGES)"; missing=(); \
 	for p in $$packages; do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing+=($$p); done; \
 	if (($${#missing[@]})); then \
+		if [[ $$(id -u) == 0 ]]; then as_root=(); \
+		elif type -P sudo >/dev/null; then as_root=(sudo); \
+		else echo "make: these packages are missing: $${missing[*]}; install them as root, or run make as root" >&2; exit 1; fi; \
 		echo "installing $${missing[*]}"; \
-		$(SUDO) apt-get update -qq || true; \
-		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+		"$${as_root[@]}" apt-get update -qq || echo "make: apt-get update failed; trying with the lists there are" >&2; \
+		"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
 	fi
 	@touch $@
 
-.cache/venv: pyproject.toml setup.py | agent
-	@mkdir -p .cache
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+# The stamp is inside: whoever removes the environment removes it too. An environment cut off half-made is made anew.
+$(VENV)/installed: pyproject.toml setup.py | agent
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
@@ -65,5 +66,5 @@ bytecode:
 	@$(PY) -m compileall -q src
 
 clean:
-	rm -rf .cache $(VENV) build src/nagaya/_guest src/*.egg-info
+	rm -rf .cache $(VENV) build src/nagaya/_guest src/*.egg-info .hypothesis .mypy_cache .ruff_cache
 	$(MAKE) -s -C guest clean

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
@@ -20,4 +21,15 @@ class BuildWithAgent(build_py):
         super().run()
 
 
-setup(cmdclass={"build_py": BuildWithAgent})
+class WheelForThisMachine(bdist_wheel):
+    """Any Python, but one kind of CPU: the agent inside is a program."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_py": BuildWithAgent, "bdist_wheel": WheelForThisMachine})
