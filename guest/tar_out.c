@@ -1,5 +1,6 @@
-/* tar-out PATH [--follow]: a pax archive of a file or tree on standard output.
+/* tar-out PATH [--follow] [--no-mounts]: a pax archive of a file or tree on standard output.
  *
+ * With --no-mounts what is mounted below PATH is left out: its place is archived as an empty directory or file.
  * What cannot be read is named on standard error, and the exit status is 1; the archive stays whole all the same. A file
  * that shrinks under us is padded with zeros (and named), one that grows, a log, is archived as long as it was. */
 #define _GNU_SOURCE
@@ -12,6 +13,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -24,6 +26,8 @@
 #define MAX_DEPTH (MAX_PATH / 2)
 #define SPARSE_FROM (64 << 10) /* smaller holes are not worth a form that fewer readers know */
 #define RECORD (20 * BLOCK)
+#define AT_EMPTY 0x1000 /* AT_EMPTY_PATH */
+#define STATX_MOUNT_ROOT 0x2000 /* STATX_ATTR_MOUNT_ROOT, Linux 5.8 */
 
 struct text {
 	char *bytes;
@@ -42,6 +46,7 @@ static size_t out_used;
 static uint64_t out_total;
 static struct link *links[4096];
 static int problems;
+static int no_mounts;
 
 static void complain(const char *path, const char *why)
 {
@@ -337,6 +342,17 @@ static size_t path_size;
 
 static void walk(int parent, const char *entry, int follow, int depth);
 
+/* Whether something is mounted right here. statx(2) by hand: its structure is in headers that clash between C libraries.
+ * The second 64-bit word is stx_attributes, the eighth says which of them this kernel and file system know. */
+static int is_mount_root(int fd)
+{
+	uint64_t answer[32] = {0};
+
+	if (syscall(SYS_statx, fd, "", AT_EMPTY, 0, answer))
+		return 0;
+	return (answer[1] & answer[7] & STATX_MOUNT_ROOT) != 0;
+}
+
 /* Takes `fd` over. A tree as deep as a path can be must not exhaust the stack: only small things live in here. */
 static void put_directory(int fd, const struct stat *st, int depth, struct text *pax)
 {
@@ -348,6 +364,10 @@ static void put_directory(int fd, const struct stat *st, int depth, struct text 
 	path[size + 1] = 0;
 	put_entry(path, st, '5', 0, "", pax);
 	path[size] = 0;
+	if (no_mounts && depth > 0 && is_mount_root(fd)) {
+		close(fd);
+		return;
+	}
 	if (depth > MAX_DEPTH || !(dir = fdopendir(fd))) {
 		complain(path, depth > MAX_DEPTH ? "nested too deep" : strerror(errno));
 		close(fd);
@@ -417,7 +437,9 @@ static void walk(int parent, const char *entry, int follow, int depth)
 		close(fd); /* means nothing elsewhere */
 		return;
 	}
-	if (!S_ISDIR(st.st_mode) && st.st_nlink > 1 && (link = earlier_link(&st, path))) {
+	if (no_mounts && depth > 0 && !S_ISDIR(st.st_mode) && is_mount_root(fd)) {
+		put_entry(path, &st, '0', 0, "", &pax);
+	} else if (!S_ISDIR(st.st_mode) && st.st_nlink > 1 && (link = earlier_link(&st, path))) {
 		put_entry(path, &st, '1', 0, link, &pax);
 	} else if (S_ISDIR(st.st_mode)) {
 		pax_xattrs(&pax, fd, NULL);
@@ -444,12 +466,20 @@ static void allow_descriptors(void)
 
 int applet_tar_out(int argc, char **argv)
 {
-	int follow = argc == 3 && !strcmp(argv[2], "--follow");
+	int follow = 0;
 	char source[MAX_PATH];
 	size_t length;
 
-	if (argc != 2 + follow || !argv[1][0] || strlen(argv[1]) >= sizeof source) {
-		fprintf(stderr, "usage: tar-out PATH [--follow]\n");
+	for (; argc > 2; argc--) {
+		if (!strcmp(argv[argc - 1], "--follow"))
+			follow = 1;
+		else if (!strcmp(argv[argc - 1], "--no-mounts"))
+			no_mounts = 1;
+		else
+			break;
+	}
+	if (argc != 2 || !argv[1][0] || strlen(argv[1]) >= sizeof source) {
+		fprintf(stderr, "usage: tar-out PATH [--follow] [--no-mounts]\n");
 		return 2;
 	}
 	strcpy(source, argv[1]);

@@ -119,7 +119,8 @@ def nagaya_root(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def own_cli(busybox_root: str, nagaya_root: str) -> Iterator[Cli]:
     """The command on a store of this test's own, with the busybox image."""
-    shutil.copytree(f"{busybox_root}/images", f"{nagaya_root}/images", symlinks=True)
+    os.mkdir(nagaya_root)
+    subprocess.run(["cp", "-a", f"{busybox_root}/images", nagaya_root], check=True)  # shutil cannot copy whiteouts
     made = Cli(nagaya_root)
     yield made
     remove_all(made)
@@ -149,11 +150,11 @@ def network_namespace() -> Iterator[tuple[str, ...]]:
             f"netns add {inside}",
             f"netns add {outside}",
             f"-n {inside} link set lo up",
-            f"-n {inside} link add up type veth peer name down netns {outside}",
-            f"-n {inside} address add 198.51.100.1/24 dev up",
-            f"-n {outside} address add 198.51.100.2/24 dev down",
-            f"-n {inside} link set up up",
-            f"-n {outside} link set down up",
+            f"-n {inside} link add inner type veth peer name outer netns {outside}",
+            f"-n {inside} address add 198.51.100.1/24 dev inner",
+            f"-n {outside} address add 198.51.100.2/24 dev outer",
+            f"-n {inside} link set inner up",
+            f"-n {outside} link set outer up",
             f"-n {inside} route add default via 198.51.100.2",
         ):
             subprocess.run(["ip", *words.split()], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from nagaya.cli.context import Context
-from nagaya.errors import EXIT_FAILURE, NagayaError
+from nagaya.errors import EXIT_FAILURE, EXIT_USAGE, NagayaError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def each_name(context: Context, names: Iterable[str], action: Callable[[str], object]) -> int:
-    """Do `action` with every name; print the errors; 0 when there were none, else 1."""
+    """Do `action` with every name; print the errors; 0 when there were none, 2 when one was a misuse, else 1."""
     status = 0
     for name in names:
         try:
@@ -22,7 +22,7 @@ def each_name(context: Context, names: Iterable[str], action: Callable[[str], ob
             from nagaya.cli.failures import report  # lazy: most succeed
 
             report(error, debug=context.debug)
-            status = EXIT_FAILURE
+            status = max(status, EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE)
     return status
 
 

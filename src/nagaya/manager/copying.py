@@ -50,12 +50,13 @@ def find_entry(machine: Machine, path: str, *, follow_links: bool = False) -> En
         raise RemoteError("the machine's agent answered nonsense to 'stat'") from None
 
 
-def tar_out(machine: Machine, source: str, out: int) -> None:
-    """Write `source` as a tar stream to descriptor `out`."""
+def tar_out(machine: Machine, source: str, out: int, *, mounts: bool = True) -> None:
+    """Write `source` as a tar stream to descriptor `out`; without `mounts`, what is mounted below it stays empty."""
     _check_path(source)
     if find_entry(machine, source, follow_links=source.endswith("/.")) is None:
         raise NotFound(f"there is no '{source}' in machine '{machine.name}'")
-    _copy_out(machine, ("tar-out", source), lambda data: _write_all(out, data), source)
+    argv = ("tar-out", source) if mounts else ("tar-out", source, "--no-mounts")
+    _copy_out(machine, argv, lambda data: _write_all(out, data), source)
 
 
 def tar_in(machine: Machine, target: str, source: int) -> None:

@@ -308,11 +308,14 @@ class Machine:
 
         copying.copy_in(self, source, target, follow_links=follow_links, archive=archive)
 
-    def tar_out(self, source: str, out: int) -> None:
-        """Write `source` inside the machine as a tar stream to descriptor `out`."""
+    def tar_out(self, source: str, out: int, *, mounts: bool = True) -> None:
+        """Write `source` inside the machine as a tar stream to descriptor `out`.
+
+        Without `mounts` what is mounted below it (/proc, volumes) is an empty directory or file in the archive.
+        """
         from nagaya.manager import copying
 
-        copying.tar_out(self, source, out)
+        copying.tar_out(self, source, out, mounts=mounts)
 
     def tar_in(self, target: str, source: int) -> None:
         """Unpack a tar stream from descriptor `source` into the directory `target` inside the machine."""

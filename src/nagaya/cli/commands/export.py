@@ -11,12 +11,12 @@ from nagaya.errors import HostError
 
 
 def export(context: Context, parsed: Parsed) -> int:
-    """A machine's root as a tar stream."""
+    """A machine's root as a tar stream, without what is mounted in it: no /proc, no volumes."""
     machine = context.host.machines.get(parsed.words[0])
     path = parsed.text("output")
     if path in ("", "-"):
         refuse_terminal(1, f"nagaya export -o machine.tar {machine.name}")
-        machine.tar_out("/", 1)
+        machine.tar_out("/", 1, mounts=False)
         return 0
     partial = f"{path}.partial-{os.getpid()}"
     try:
@@ -25,7 +25,7 @@ def export(context: Context, parsed: Parsed) -> int:
         raise HostError.from_os(error, f"cannot write {path}") from None
     try:
         try:
-            machine.tar_out("/", fd)
+            machine.tar_out("/", fd, mounts=False)
         finally:
             os.close(fd)
         os.replace(partial, path)
