@@ -44,13 +44,20 @@ def host_suite() -> str:
 
 
 def _put(
-    blobs: Blobs, layer: Descriptor, diff_id: str, *, command: str, made_by: str, labels: dict[str, str]
+    blobs: Blobs,
+    layer: Descriptor,
+    diff_id: str,
+    *,
+    command: str,
+    made_by: str,
+    labels: dict[str, str],
+    made_ns: int = 0,
 ) -> Descriptor:
     import json
     import time
 
     system, _, architecture = host_platform().partition("/")
-    created = format_time(time.time_ns())
+    created = format_time(made_ns or time.time_ns())
     config = {
         "created": created,
         "os": system,
@@ -199,6 +206,7 @@ class BusyboxSource:
             command="sh",
             made_by="busybox-static",
             labels={"org.opencontainers.image.title": "busybox"},
+            made_ns=os.stat(program).st_mtime_ns,
         )
 
 
@@ -282,4 +290,9 @@ def _make_tree(root: str, program: str) -> None:
     for name in listed.stdout.decode().split():
         if "/" not in name and name != "busybox":
             os.link(f"{root}/bin/busybox", f"{root}/bin/{name}")
-    os.utime(f"{root}/bin", (0, 0))
+    # The same program makes the same image, to the digest: a second pull brings nothing new.
+    made_ns = os.stat(program).st_mtime_ns
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files:
+            os.utime(f"{directory}/{name}", ns=(made_ns, made_ns))
+        os.utime(directory, ns=(made_ns, made_ns))
