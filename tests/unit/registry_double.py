@@ -87,6 +87,7 @@ class _Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     registry: Registry
     timeout = 10
+    disable_nagle_algorithm = True  # headers and body are two writes: 40 ms each time else
 
     def log_message(self, *arguments: object) -> None:
         return

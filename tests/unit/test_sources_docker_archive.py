@@ -247,3 +247,13 @@ def test_a_name_by_digest_is_left_out(tmp_path: Path, root: Path) -> None:
     sink.store(Blobs(str(root)), in_store(root, ONE), names=(f"app@{ONE.digest}", "app:1"), progress=Silent())
     sink.close()
     assert [names for _, names in find_images(str(target))] == [("app:1",)]
+
+
+@pytest.mark.parametrize("asked", ["app:1", "docker.io/library/app:1", "library/app:1"])
+@pytest.mark.parametrize("written", ["app:1", "docker.io/library/app:1"])
+def test_names_are_compared_by_what_they_mean(tmp_path: Path, root: Path, written: str, asked: str) -> None:
+    """skopeo and podman spell names out, Docker does not."""
+    path = write_tar(tmp_path / "d.tar", docker_members(ONE, [written, "localhost/other:1"]))
+    assert plain_layers(root, fetch(path, root, asked)) == list(ONE.plain)
+    with pytest.raises(NotFound):
+        fetch(path, root, "other:1")

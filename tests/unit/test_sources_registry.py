@@ -38,7 +38,7 @@ from tests.unit.sources_material import (
     stored_digests,
 )
 
-NOISE = random.Random(7).randbytes(3 << 20)  # does not compress: the layer is as long
+NOISE = random.Random(7).randbytes(2 << 20)  # does not compress: the layer is as long
 ONE = make_image(layer_tar({"big": NOISE}), layer_tar({"y": b"two"}))
 BIG = digest_of(ONE.layers[0])
 SMALL = digest_of(ONE.layers[1])

@@ -6,8 +6,9 @@ import os
 import posixpath
 from typing import BinaryIO, Protocol, cast
 
-from nagaya.errors import HostError, IntegrityError, NotFound
+from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.manifest import DOCUMENT_MAX
+from nagaya.images.references import parse_reference
 
 MEMBERS_MAX = 100_000
 HEADER_MAX = 1 << 20  # bytes of one extended header: names, not content
@@ -32,6 +33,17 @@ def read_document(archive: Archive, name: str) -> bytes:
     return data
 
 
+def is_called(known: str, wanted: str) -> bool:
+    """Whether an image that an archive calls `known` is the one that a user calls `wanted`: "docker.io/library/app:1"
+    is "app:1", and "app" is "app:latest"."""
+    if known == wanted:
+        return True
+    try:
+        return parse_reference(known).canonical == parse_reference(wanted).canonical
+    except UsageError:
+        return False
+
+
 def open_archive(path: str) -> Archive:
     """A directory, or a tar file (plain or compressed; "-" for standard input). Raises `NotFound`, `IntegrityError`."""
     if path != "-" and os.path.isdir(path):
@@ -48,6 +60,10 @@ class Directory:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise NotFound(f"cannot open the directory '{path}': {error.strerror}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):  # sources are opened long before they are read, and nothing ends their use
+            os.close(self._fd)
 
     def has(self, name: str) -> bool:
         try:
@@ -77,46 +93,47 @@ class TarFile:
 
     def __init__(self, path: str) -> None:
         self.path = "standard input" if path == "-" else path
-        self._stream = self._open_plain(path)
+        self._fd = self._open_plain(path)
         self._members: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
         self._index()
 
-    def _open_plain(self, path: str) -> BinaryIO:
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def _open_plain(self, path: str) -> int:
         from nagaya.images.streams import PLAIN, find_compression
 
         try:
             fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise NotFound(f"cannot open '{self.path}': {error.strerror}") from None
-        stream = os.fdopen(fd, "rb")
-        if os.path.isfile(f"/proc/self/fd/{fd}"):
-            start = os.pread(fd, 16, 0)
-            if find_compression(start) == PLAIN:
-                return stream
-        return self._unfold(stream)
+        if os.path.isfile(f"/proc/self/fd/{fd}") and find_compression(os.pread(fd, 16, 0)) == PLAIN:
+            return fd
+        with os.fdopen(fd, "rb", buffering=0) as stream:
+            return self._unfold(cast(BinaryIO, stream))
 
-    def _unfold(self, stream: BinaryIO) -> BinaryIO:
+    def _unfold(self, stream: BinaryIO) -> int:
         import tempfile  # lazy: 8 ms
 
         from nagaya.images.streams import TarStream
 
         try:
-            plain = tempfile.TemporaryFile()
-            with stream, TarStream(stream) as chunks:
+            with tempfile.TemporaryFile() as plain, TarStream(stream) as chunks:
                 for chunk in chunks:
                     plain.write(chunk)
-            plain.seek(0)
+                plain.flush()
+                return os.dup(plain.fileno())
         except OSError as error:
             raise HostError.from_os(error, f"cannot unfold {self.path}") from None
-        return plain
 
     def _index(self) -> None:
         import tarfile  # lazy: 8 ms; reads headers only, and extracts nothing
 
         try:
-            end = os.fstat(self._stream.fileno()).st_size
-            with tarfile.open(fileobj=cast(BinaryIO, _Headers(self._stream)), mode="r:") as tar:
+            end = os.fstat(self._fd).st_size
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(self._fd)), mode="r:") as tar:
                 for member in tar:
                     if len(self._members) + len(self._links) >= MEMBERS_MAX:
                         raise IntegrityError(f"{self.path}: more than {MEMBERS_MAX} members")
@@ -151,36 +168,40 @@ class TarFile:
         found = self._members.get(self._resolve(name))
         if found is None:
             raise IntegrityError(f"{self.path}: the member {name[:200]} is missing")
-        return _Section(self._stream, *found)  # type: ignore[return-value]
+        return _Section(self, self._fd, *found)  # type: ignore[return-value]
 
 
 class _Headers:
     """A tar file for `tarfile` to read headers from. It believes their sizes: an extended header of a gigabyte would be
     a gigabyte in memory, and a seek to 2**62 fails like a broken disk."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._at = 0
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= HEADER_MAX:
             raise ValueError(f"it has a header of {size} bytes")
-        return self._stream.read(size)
+        data = os.pread(self._fd, size, self._at)
+        self._at += len(data)
+        return data
 
     def seek(self, offset: int) -> int:
         if not 0 <= offset < 1 << 62:
             raise ValueError(f"it leads to the impossible place {offset}")
-        return self._stream.seek(offset)
+        self._at = offset
+        return offset
 
     def tell(self) -> int:
-        return self._stream.tell()
+        return self._at
 
 
 class _Section:
     """Part of a file as a stream of its own. Reads by position, so that several may be open."""
 
-    def __init__(self, stream: BinaryIO, offset: int, size: int) -> None:
-        self._fd = stream.fileno()
-        self._keep = stream
+    def __init__(self, keep: object, fd: int, offset: int, size: int) -> None:
+        self._keep = keep  # closes the descriptor when it goes
+        self._fd = fd
         self._at = offset
         self._left = size
 

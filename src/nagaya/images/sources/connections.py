@@ -64,6 +64,13 @@ class Connections:
             for connection in list(self._live):
                 self._cut(connection)
 
+    def close(self) -> None:
+        """Close what is kept for a next request."""
+        with self._lock:
+            for pool in self._pools.values():
+                pool.clear()
+            self._pools.clear()
+
     def _cut(self, connection: Any) -> None:
         sock = connection.sock
         if sock is not None:
@@ -106,17 +113,19 @@ class Connections:
             manager = urllib3.PoolManager(**options)
         manager.pool_classes_by_scheme = {
             "http": _noting(urllib3.HTTPConnectionPool, self._note),
-            "https": _noting(urllib3.HTTPSConnectionPool, self._note),
+            "https": _noting(urllib3.HTTPSConnectionPool, self._note, silent=not self.verify),
         }
         return manager
 
 
-def _noting(pool: Any, note: Any) -> Any:
+def _noting(pool: Any, note: Any, *, silent: bool = False) -> Any:
     """A pool class whose connections tell when they are open."""
 
     class Connection(pool.ConnectionCls):  # type: ignore[misc]
         def connect(self) -> None:
             super().connect()
+            if silent:
+                self.is_verified = True  # --insecure was asked for: urllib3 would warn on the terminal
             note(self)
 
     class Pool(pool):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from nagaya.images.manifest import Descriptor, parse_config, parse_manifest, sel
 from nagaya.images.pack import compress_blob
 from nagaya.images.progress import Progress
 from nagaya.images.references import normalise
-from nagaya.images.sources.archive import Archive, open_archive, read_document
+from nagaya.images.sources.archive import Archive, is_called, open_archive, read_document
 from nagaya.images.sources.base import Found
 from nagaya.images.sources.copy import put_image, short_digest
 from nagaya.images.sources.tar_output import TarOutput
@@ -89,7 +89,7 @@ def open_docker_archive(path: str, name: str) -> DockerArchiveSource:
     archive = open_archive(path)
     entries = _entries(archive)
     for config, layers, names in entries:
-        if (not name and len(entries) == 1) or (name and {name, f"{name}:latest"} & set(names)):
+        if (not name and len(entries) == 1) or (name and any(is_called(known, name) for known in names)):
             return DockerArchiveSource(archive, config, layers, f"docker-archive:{path}" + (f":{name}" if name else ""))
     there = sorted({known for _, _, names in entries for known in names})
     what = f"there is no image '{name}' in {path}" if name else f"{path} has {len(entries)} images"

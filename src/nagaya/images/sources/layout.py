@@ -20,7 +20,7 @@ from nagaya.images.manifest import (
     verify_digest,
 )
 from nagaya.images.progress import Progress
-from nagaya.images.sources.archive import Archive, open_archive, read_document
+from nagaya.images.sources.archive import Archive, is_called, open_archive, read_document
 from nagaya.images.sources.base import Found
 from nagaya.images.sources.copy import copy_blob
 
@@ -81,8 +81,9 @@ def open_layout(path: str, tag: str, *, archive: bool) -> LayoutSource:
     names = [_names(entry) for entry in entries]
     if not tag and len(entries) == 1:
         return LayoutSource(opened, entries[0], f"{kind}:{path}")
+    exact = any(tag in known for known in names)
     for entry, known in zip(entries, names, strict=True):
-        if tag and tag in known:
+        if tag and any(name == tag if exact else is_called(name, tag) for name in known):
             return LayoutSource(opened, entry, f"{kind}:{path}:{tag}")
     there = sorted({name for known in names for name in known})
     what = f"there is no image '{tag}' in {path}" if tag else f"{path} has {len(entries)} images"

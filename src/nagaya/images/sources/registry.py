@@ -68,6 +68,12 @@ class _Pull:
         self._progress = progress
 
     def run(self, platform: str) -> Descriptor:
+        try:
+            return self._run(platform)
+        finally:
+            self._transport.close()
+
+    def _run(self, platform: str) -> Descriptor:
         reference = self._reference
         raw, media_type = self._fetch_manifest(reference.digest or reference.tag)
         digest = reference.digest or compute_digest(raw)
@@ -217,10 +223,13 @@ class RegistrySink:
         transport = Transport(self._endpoint, self._reference.path, actions="pull,push", also=also)
         push = _Push(transport, blobs, neighbours, progress)
         parts = {part.digest: part for part in (*parsed.layers, parsed.config)}
-        _side_by_side(push.send, parts.values(), transport, "push")
-        tag = self._reference.tag
-        response = transport.request("PUT", f"manifests/{tag}", headers={"Content-Type": parsed.media_type}, body=raw)
-        transport.discard(response)
+        try:
+            _side_by_side(push.send, parts.values(), transport, "push")
+            path, headers = f"manifests/{self._reference.tag}", {"Content-Type": parsed.media_type}
+            response = transport.request("PUT", path, headers=headers, body=raw)
+            transport.discard(response)
+        finally:
+            transport.close()
         theirs = response.headers.get("Docker-Content-Digest", manifest.digest)
         if theirs != manifest.digest:
             raise IntegrityError(f"the registry took the manifest as {theirs[:80]}, but it is {manifest.digest}")

@@ -76,6 +76,10 @@ class Transport:
         self._cancelled.set()
         self._connections.abort()
 
+    def close(self) -> None:
+        """The work is done: close the connections."""
+        self._connections.close()
+
     def pause(self, seconds: float) -> None:
         """Wait. Raises `RemoteError` when the work is cancelled meanwhile."""
         if self._cancelled.wait(seconds):
@@ -137,8 +141,8 @@ class Transport:
                     body.seek(0)
                 continue
             if response.status in (301, 302, 303, 307, 308) and method in ("GET", "HEAD"):
-                url = self.follow(url, response.headers.get("Location", ""))
                 self.discard(response)
+                url = self.follow(url, response.headers.get("Location", ""))
                 continue
             return self._judge(response, method, missing, accept)
         raise RemoteError(f"registry '{self.endpoint.host}' redirects in a circle")
