@@ -46,6 +46,9 @@ def make(tmp_path: Path, layer: str) -> Make:
     return made
 
 
+pytestmark = pytest.mark.timeout(60)
+
+
 @pytest.fixture
 def plain(make: Make) -> Iterator[Container]:
     with boot(make()) as container:
@@ -350,6 +353,14 @@ def test_root_inside_is_nobody_on_the_host(make: Make, tmp_path: Path) -> None:
     assert os.stat(f"{request.rootfs.upper}/mine").st_uid == 0
 
 
+def test_a_user_namespace_in_the_hosts_network(make: Make) -> None:
+    """Where sysfs cannot be mounted anew: the host's is shown, read-only."""
+    with boot(make(userns="auto", network="host")) as container:
+        assert "Read-only" in container.run("mkdir", "/sys/fs/cgroup/x").stderr
+        assert container.shell("echo x > /sys/kernel/uevent_helper").status != 0
+        assert container.run("ls", "/sys/class/net").stdout.split() == sorted(os.listdir("/sys/class/net"))
+
+
 def test_a_copy_with_shifted_owners_where_there_are_no_idmapped_mounts(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,6 +459,29 @@ def test_the_machine_ends_when_its_supervisor_does(make: Make) -> None:
     engine.reclaim(request.spec.id)
     engine.reclaim(request.spec.id)
     assert not machine.leftover_cgroups(request.spec.id)
+
+
+@pytest.mark.parametrize("changes", [{}, {"userns": "auto"}, {"init": False}])
+def test_a_supervisor_killed_at_any_moment_of_a_boot(make: Make, changes: dict[str, Any]) -> None:
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 1)
+    for round_ in range(15):
+        request = make(**changes)
+        before = machine.look()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with ExitStack() as stack:
+                    ContainerEngine().boot(request, stack)
+                    signal.pause()
+            finally:
+                os._exit(1)
+        time.sleep(round_ * 0.0015)  # from before the fork to after the boot
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        ContainerEngine().reclaim(request.spec.id)
+        while machine.look().children > before.children:  # orphans end by themselves, or this never does
+            os.waitpid(-1, 0)
+        machine.assert_nothing_left(request, before)
 
 
 def test_one_engine_boots_again(make: Make) -> None:

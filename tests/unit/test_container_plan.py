@@ -41,6 +41,18 @@ def test_a_missing_agent(as_root: None, monkeypatch: pytest.MonkeyPatch) -> None
     assert "make agent" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("release", "good"), [("5.10.0-28-amd64", False), ("5.12.0", True), ("6.1.0-18-amd64", True), ("7.0-rc1", True)]
+)
+def test_old_kernels(as_root: None, monkeypatch: pytest.MonkeyPatch, release: str, good: bool) -> None:
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "n", release, "v", "x86_64")))
+    if good:
+        ContainerEngine().check(SPEC)
+        return
+    with pytest.raises(Unsupported, match=r"5\.12"):
+        ContainerEngine().check(SPEC)
+
+
 def test_a_plain_machine_passes_without_warnings(as_root: None) -> None:
     assert ContainerEngine().check(SPEC) == []
 
@@ -49,6 +61,7 @@ def test_a_plain_machine_passes_without_warnings(as_root: None) -> None:
     ("changes", "error"),
     [
         ({"security": Security(cap_add=("FLY",))}, UsageError),
+        ({"hostname": "x" * 65}, UsageError),
         ({"security": Security(seccomp="/nowhere/profile.json")}, NotFound),
         ({"security": Security(seccomp="/etc/passwd")}, IntegrityError),
         ({"ulimits": (Ulimit("files", 1, 1),)}, UsageError),

@@ -21,8 +21,12 @@ AT_EMPTY_PATH = 0x1000
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
+_prctl = libc.prctl  # declared once: a start makes a hundred calls for the bounding set
+_prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
+
+
 def prctl(option: int, argument: int) -> int:
-    result: int = libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), *(ctypes.c_ulong(0),) * 3)
+    result: int = _prctl(option, argument, 0, 0, 0)
     if result < 0:
         raise fail("prctl")
     return result

@@ -15,6 +15,7 @@ closing (it was killed) ends both.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -68,6 +69,7 @@ class Failure(Exception):
 
 def run(plan: Plan) -> None:
     """Runs in the forked child and never returns."""
+    gc.disable()  # a collection would write to, and so copy, every page that we share with the supervisor
     try:
         _prepare(plan)
     except BaseException as error:

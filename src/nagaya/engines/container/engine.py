@@ -25,6 +25,16 @@ SYSCTL_PREFIXES = ("kernel.shm", "kernel.msg", "fs.mqueue.")
 SYSCTLS = ("kernel.sem", "kernel.domainname", "kernel.hostname")
 
 
+OLDEST_KERNEL = (5, 12)
+HOSTNAME_MAX = 64  # sethostname(2)
+
+
+def _version(release: str) -> tuple[int, int]:
+    """The kernel's version out of uname(2): "6.1.0-18-amd64" is (6, 1)."""
+    major, minor = release.split(".")[:2]
+    return int(major), int("".join(letter for letter in minor if letter.isdigit()) or 0)
+
+
 def agent_path() -> str:
     """The agent's program: NAGAYA_AGENT, or the one that the package was built with."""
     override = os.environ.get("NAGAYA_AGENT")
@@ -56,10 +66,18 @@ class ContainerEngine:
                 hint="run the command as root, for example with sudo",
                 finding=f"effective user id {os.geteuid()}",
             )
+        release = os.uname().release
+        if _version(release) < OLDEST_KERNEL:
+            raise Unsupported(
+                f"containers need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, and this is {release}",
+                finding="mount_setattr(2) came with that version",
+            )
         if not os.access(agent_path(), os.X_OK):
             raise Unsupported(
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
             )
+        if len(os.fsencode(spec.hostname)) > HOSTNAME_MAX:
+            raise UsageError(f"the host name '{spec.hostname}' is longer than {HOSTNAME_MAX} bytes")
         mask = policy.capability_mask(spec.security)
         if spec.security.seccomp not in ("default", "unconfined"):
             seccomp_profile.load_profile(spec.security.seccomp, mask)
@@ -215,8 +233,6 @@ def _open_userns(machine_id: str, stack: ExitStack) -> tuple[int, int]:
 
 
 def _plan_mounts(request: BootRequest, *, userns: bool) -> tuple[mounts.MountStep, ...]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        mountinfo = file.read()
     steps = mounts.plan_mounts(
         request.mounts,
         cgroups=_cgroup_mounts(),
@@ -227,7 +243,9 @@ def _plan_mounts(request: BootRequest, *, userns: bool) -> tuple[mounts.MountSte
     if userns and request.spec.devices:
         devices = request.spec.devices
         steps += tuple(mounts.MountStep("", device.host_path, device.path, is_file=True) for device in devices)
-    mounts.require_propagation(steps, mountinfo)
+    if any(mount.propagation.removeprefix("r") != "private" for mount in request.mounts):
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts.require_propagation(steps, file.read())
     return steps
 
 

@@ -7,9 +7,9 @@ where both have the same, else 4,096 ranges from 0x70000000 on, which no distrib
 from __future__ import annotations
 
 import os
-import signal
 
 from nagaya.errors import HostError
+from nagaya.kernel import unix
 from nagaya.kernel.namespaces import CLONE_NEWUSER, unshare
 
 IDS = 65536
@@ -43,18 +43,13 @@ def open_userns(machine_id: str) -> tuple[int, int]:
     base = find_base(machine_id, _read("/etc/subuid"))
     if base != find_base(machine_id, _read("/etc/subgid")):  # half a range is nobody's: take one of ours
         base = find_base(machine_id, "")
-    ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
+    ours, theirs = unix.socket_pair()
     pid = os.fork()
     if pid == 0:
-        try:
-            unshare(CLONE_NEWUSER)
-            os.write(ready_write, b"1")
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(ready_write)
+        _hold(theirs)
+    os.close(theirs)
     try:
-        if os.read(ready_read, 1) != b"1":
+        if os.read(ours, 1) != b"1":
             raise HostError(
                 "this host does not allow user namespaces",
                 hint="see /proc/sys/user/max_user_namespaces",
@@ -65,6 +60,18 @@ def open_userns(machine_id: str) -> tuple[int, int]:
                 file.write(f"0 {base} {IDS}\n")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC), base
     finally:
-        os.close(ready_read)
-        os.kill(pid, signal.SIGKILL)  # our own child, not yet reaped: the pid is still its
+        os.close(ours)
         os.waitpid(pid, 0)
+
+
+def _hold(channel: int) -> None:
+    """In a child: be in a new user namespace until the other end closes, as it also does when our parent is killed."""
+    try:
+        # Nothing of the supervisor's, and least its locks, may live on in here.
+        os.closerange(3, channel)
+        os.closerange(channel + 1, (1 << 31) - 1)
+        unshare(CLONE_NEWUSER)
+        os.write(channel, b"1")
+        os.read(channel, 1)
+    finally:
+        os._exit(0)
