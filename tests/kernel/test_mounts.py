@@ -223,7 +223,7 @@ def test_masking_needs_the_real_null_device(root: Path) -> None:
 def layers(tmp_path: Path, count: int) -> tuple[str, ...]:
     made = []
     for number in range(count):
-        layer = tmp_path / "layers" / f"{number:03}"
+        layer = tmp_path / "layers" / f"{number:064x}"  # as long as a digest
         layer.mkdir(parents=True)
         (layer / "which").write_text(str(number))
         (layer / f"only-{number}").write_text("")
