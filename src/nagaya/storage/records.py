@@ -79,7 +79,7 @@ def load(path: str, cls: type[T]) -> T:
         os.close(fd)
     try:
         data = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: nested beyond reason
         raise IntegrityError(
             f"{path}: not valid JSON", hint="the file was damaged; remove the machine with 'nagaya rm -f'"
         ) from None
