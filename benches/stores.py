@@ -54,7 +54,9 @@ def open_stores() -> Iterator[Stores]:
             subprocess.run(load, check=True, capture_output=True)
         yield Stores(directory, ours, podman, rootfs)
     finally:
-        subprocess.run([*ours, "rm", "-f", "-a"], capture_output=True, check=False)
+        left = subprocess.run([*ours, "ps", "-aq"], capture_output=True, text=True, check=False).stdout.split()
+        if left:
+            subprocess.run([*ours, "rm", "-f", *left], stdout=subprocess.DEVNULL, check=False)
         if podman:
             subprocess.run([*podman, "rm", "-f", "-a", "-t", "0"], capture_output=True, check=False)
             subprocess.run(["umount", f"{directory}/podman/overlay"], capture_output=True, check=False)

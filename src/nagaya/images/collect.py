@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from nagaya.errors import Conflict, HostError, NagayaError
 from nagaya.images.image import Image
@@ -18,15 +19,15 @@ from nagaya.images.store import ImageStore, Pruned
 from nagaya.storage.tree import remove_tree
 
 
-def remove(store: ImageStore, reference: str, *, force: bool, in_use: frozenset[str]) -> list[str]:
+def remove(store: ImageStore, reference: str, *, force: bool, in_use: Callable[[], frozenset[str]]) -> list[str]:
     """See `ImageStore.remove`."""
     image = store.get(reference)
     lines: list[str] = []
-    with store.naming() as names:
+    with store.claims(shared=False), store.naming() as names:
         mine = sorted(name for name, image_id in names.items() if image_id == image.id)
         going = _going(image, mine, reference, force=force)
         last = len(going) == len(mine)
-        used = image.id in in_use
+        used = image.id in in_use()
         if last and used and not force:
             raise Conflict(
                 f"image '{reference}' is used by a machine",
@@ -73,15 +74,16 @@ def _going(image: Image, mine: list[str], reference: str, *, force: bool) -> lis
     return mine
 
 
-def prune(store: ImageStore, *, all: bool, in_use: frozenset[str]) -> Pruned:
+def prune(store: ImageStore, *, all: bool, in_use: Callable[[], frozenset[str]]) -> Pruned:
     """See `ImageStore.prune`."""
     removed: list[str] = []
     with Lock(f"{store.root}/lock"):
-        with store.naming() as names:
+        with store.claims(shared=False), store.naming() as names:
             named = set(names.values())
+            used = in_use()
             for image_id in store.index.ids():
                 damaged = store.index.load(image_id) is None
-                if damaged or (image_id not in in_use and (all or image_id not in named)):
+                if damaged or (image_id not in used and (all or image_id not in named)):
                     store.index.remove(image_id)
                     removed.append(image_id)
             gone = [name for name, image_id in names.items() if image_id in removed or not _exists(store, image_id)]

@@ -279,18 +279,18 @@ class ImageStore:
         self.on_event("tag", image.id, name)
 
     def remove(
-        self, reference: str, *, force: bool = False, in_use: frozenset[str] = frozenset()
+        self, reference: str, *, force: bool = False, in_use: Callable[[], frozenset[str]] = frozenset
     ) -> builtins_list[str]:
         """Take a name away, and delete the image with its last one. Answers lines, "untagged: X", "deleted: sha256:…".
 
-        Raises `Conflict` when a machine uses it (`in_use`: image ids), or for an id with several names; with `force`
+        Raises `Conflict` when a machine uses it (`in_use` answers their image ids, once no new machine can claim one), or for an id with several names; with `force`
         these names go, but what a machine uses stays.
         """
         from nagaya.images import collect
 
         return collect.remove(self, reference, force=force, in_use=in_use)
 
-    def prune(self, *, all: bool = False, in_use: frozenset[str] = frozenset()) -> Pruned:
+    def prune(self, *, all: bool = False, in_use: Callable[[], frozenset[str]] = frozenset) -> Pruned:
         """Delete images without a name (with `all` every one that no machine uses), and what no image needs.
 
         Waits until nobody is adding to the store.
@@ -321,6 +321,14 @@ class ImageStore:
         from nagaya.images.locks import Lock
 
         with Lock(f"{self.root}/lock", shared=True):
+            yield
+
+    @contextmanager
+    def claims(self, *, shared: bool) -> Iterator[None]:
+        """Between a machine's choice of an image and its record (shared), no image is taken away (exclusive)."""
+        from nagaya.images.locks import Lock
+
+        with Lock(f"{self.root}/claims.lock", shared=shared):
             yield
 
     @contextmanager

@@ -104,7 +104,7 @@ class Machine:
         try:
             if fresh is None:
                 require("start", self._settled().phase, self.name)
-            fd = launch(self.paths, self.id, attach=attach, size=(rows, columns))
+            fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns))
             connection = Connection(fd)
             try:
                 answer = connection.answer()
@@ -170,9 +170,10 @@ class Machine:
                 self._ask_end("kill", signal=9)
                 if not os.path.exists(self.directory):
                     return  # created with --rm: its supervisor has removed it
+            self._reload()  # its name, should it have been given another since
+            if volumes or self.spec.auto_remove:
+                rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge
             machines.discard(self.paths, self.id, self.name)
-        if volumes or self.spec.auto_remove:
-            rootfs.remove_anonymous_volumes(self.paths, self.spec)
         self._record("destroy")
 
     def rename(self, name: str) -> None:
@@ -365,7 +366,7 @@ class Machine:
     def _settled(self) -> MachineState:
         """The true state, while we hold the command lock ourselves."""
         try:
-            state = machines.load_state(self.paths, self.id)
+            state = repair.read_state(self.paths, self.id)
             if state.phase in ALIVE and not machines.is_alive(self.paths, self.id):
                 repaired = repair.repair(self.paths, self.spec)
                 if repaired is None:

@@ -20,6 +20,7 @@ builtins_list = list  # `Machines.list` hides the type's name from annotations i
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.progress import Progress
+    from nagaya.images.store import Image
 
 SHORTEST_PREFIX = 1
 
@@ -44,6 +45,20 @@ class Machines:
         image = self._store.images.ensure(
             options.image, platform=options.platform, pull=options.pull, insecure=options.insecure, progress=progress
         )
+        with self._store.images.claims(shared=True):
+            if self._store.images.find(image.id) is None:
+                raise Conflict(f"image '{options.image}' has just been removed", hint="try again")
+            spec, lock = self._make(options, image, starting=starting)
+        events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
+        machine = Machine(self._paths, spec, store=self._store)
+        if starting:
+            machine.hold(lock)
+        else:
+            lock.release()
+        return machine
+
+    def _make(self, options: CreateOptions, image: Image, *, starting: bool) -> tuple[MachineSpec, FileLock]:
+        """The machine on disk, with its command lock held. Leaves nothing when it raises."""
         machine_id = os.urandom(16).hex()
         spec = plan_machine(options, image, machine_id=machine_id, name=options.name)
         lower = self._store.images.layer_directories(image)
@@ -61,13 +76,7 @@ class Machines:
             rootfs.remove_anonymous_volumes(self._paths, spec)
             lock.release()
             raise
-        events.record(self._paths.events, "machine", "create", machine_id, spec.name, image=spec.image)
-        machine = Machine(self._paths, spec, store=self._store)
-        if starting:
-            machine.hold(lock)
-        else:
-            lock.release()
-        return machine
+        return spec, lock
 
     def get(self, name: str) -> Machine:
         """By name, id, or a prefix of an id that only one machine has."""
@@ -79,17 +88,34 @@ class Machines:
         return Machine(self._paths, spec, store=self._store)
 
     def list(self) -> list[Machine]:
-        """All machines, newest first. Repairs what a kill left half done."""
+        """All machines, newest first; those with a damaged record are in `damaged`. Repairs what a kill left half done."""
         repair.sweep(self._paths)
         found = []
         for machine_id in machines.ids(self._paths):
             try:
                 spec = machines.load_spec(self._paths, machine_id)
-            except FileNotFoundError:
+            except (FileNotFoundError, IntegrityError):
                 continue
             if repair.settle(self._paths, spec) is not None:
                 found.append(Machine(self._paths, spec, store=self._store))
         return sorted(found, key=lambda machine: machine.spec.created_ns, reverse=True)
+
+    def damaged(self) -> builtins_list[IntegrityError]:
+        """What is wrong with each machine whose record cannot be read."""
+        found = []
+        for machine_id in machines.ids(self._paths):
+            try:
+                machines.load_spec(self._paths, machine_id)
+            except FileNotFoundError:
+                continue
+            except IntegrityError as problem:
+                found.append(problem)
+        return found
+
+    def remove_damaged(self, name: str) -> None:
+        """Remove a machine that `get` finds damaged: end it, and free what it holds but its volumes."""
+        machine_id = machines.find_by_name(self._paths, name) or self._find_by_id(name)
+        repair.remove_damaged(self._paths, machine_id)
 
     def prune(self) -> builtins_list[str]:
         """Remove all machines that do not run, and the default network if none is left; answers the machines' ids."""
@@ -108,7 +134,7 @@ class Machines:
         return removed
 
     def image_ids(self) -> frozenset[str]:
-        """Images that a machine needs."""
+        """Images that a machine needs. Raises `IntegrityError` when one does not tell."""
         used: set[str] = set()
         for machine_id in machines.ids(self._paths):
             try:
@@ -118,15 +144,8 @@ class Machines:
         return frozenset(used)
 
     def volume_names(self) -> frozenset[str]:
-        """Volumes that a machine uses."""
-        used: set[str] = set()
-        for machine_id in machines.ids(self._paths):
-            try:
-                spec = machines.load_spec(self._paths, machine_id)
-            except FileNotFoundError:
-                continue
-            used.update(mount.source for mount in spec.mounts if mount.kind == "volume")
-        return frozenset(used)
+        """Volumes that a machine uses. Raises `IntegrityError` when one does not tell."""
+        return machines.volumes_in_use(self._paths)
 
     # -- inside
 
@@ -149,6 +168,9 @@ class Machines:
     def _refuse_taken(self, name: str) -> None:
         """A taken name is known before an image is pulled for nothing. The claim itself comes later, and decides."""
         owner = machines.find_by_name(self._paths, name)
+        if owner:
+            repair.sweep(self._paths)  # its creator, or its remover, may have been killed half-way
+            owner = machines.find_by_name(self._paths, name)
         if owner:
             spec = self._spec_or_none(owner)
             if spec is not None and repair.settle(self._paths, spec) is None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import NagayaError
+from nagaya.errors import IntegrityError, NagayaError, NotFound
 from nagaya.model.spec import MachineSpec
-from nagaya.model.state import ALIVE, CREATED, EXITED, STARTING, MachineState
+from nagaya.model.state import ALIVE, CREATED, EXITED, RUNNING, STARTING, MachineState
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths
@@ -23,7 +23,7 @@ KILLED = 128 + 9
 def settle(paths: Paths, spec: MachineSpec) -> MachineState | None:
     """The machine's true state, repaired if need be; None when it turned out to be removed."""
     try:
-        state = machines.load_state(paths, spec.id)
+        state = read_state(paths, spec.id)
         if state.phase not in ALIVE or machines.is_alive(paths, spec.id):
             return state
         lock = machines.command_lock(paths, spec.id)
@@ -41,12 +41,20 @@ def _while_changing(paths: Paths, machine_id: str, state: MachineState) -> Machi
     """Another command is at work on it: `run` before its supervisor holds the lock, or `rm`. Show, do not touch."""
     if state.phase == STARTING:
         return state
-    return machines.load_state(paths, machine_id)
+    return read_state(paths, machine_id)
+
+
+def read_state(paths: Paths, machine_id: str) -> MachineState:
+    """The machine's state record. A damaged one is that of a machine that ran: its liveness lock tells the rest."""
+    try:
+        return machines.load_state(paths, machine_id)
+    except IntegrityError:
+        return MachineState(phase=RUNNING, started_ns=1, error="its state record was damaged")
 
 
 def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
     """Under the command lock: nobody else starts, stops or removes the machine now."""
-    state = machines.load_state(paths, spec.id)
+    state = read_state(paths, spec.id)
     if state.phase not in ALIVE:
         return state
     lock = machines.liveness_lock(paths, spec.id)
@@ -56,14 +64,14 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
         reclaim(paths, spec)
         started = bool(state.started_ns)
         if spec.auto_remove:
-            machines.discard(paths, spec.id, spec.name)
             rootfs.remove_anonymous_volumes(paths, spec)
+            machines.discard(paths, spec.id, spec.name)
             events.record(paths.events, "machine", "destroy", spec.id, spec.name, image=spec.image)
             return None
         state = state._replace(
             phase=EXITED if started else CREATED,
             exit_code=KILLED if started else -1,
-            error="its supervisor was killed" if started else "its start was cut off",
+            error=state.error or ("its supervisor was killed" if started else "its start was cut off"),
             finished_ns=time.time_ns(),
             pid=0,
             address="",
@@ -87,8 +95,30 @@ def reclaim(paths: Paths, spec: MachineSpec) -> None:
     machines.remove_runtime(paths, spec.id)
 
 
+def remove_damaged(paths: Paths, machine_id: str) -> None:
+    """Remove a machine whose record cannot be read, with whatever is left of it. Its volumes are not known, and stay."""
+    from nagaya.engines import TYPES, open_engine  # lazy: only for what is broken
+    from nagaya.net import attach
+
+    command, liveness = machines.command_lock(paths, machine_id), machines.liveness_lock(paths, machine_id)
+    try:
+        command.acquire()
+    except FileNotFoundError:
+        raise NotFound(f"machine {machine_id[:12]} has been removed") from None
+    with command:
+        for type_ in TYPES:
+            open_engine(type_).reclaim(machine_id)
+        with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
+            attach.reclaim_machine(paths.root, machine_id)
+            names = machines.names_of(paths, machine_id)
+            machines.discard(paths, machine_id, "")
+            for name in names:
+                machines.release_name(paths, name, machine_id)
+    events.record(paths.events, "machine", "destroy", machine_id, names[0] if names else "")
+
+
 def sweep(paths: Paths) -> None:
-    """Finish what was cut off while it had no record yet, or none any more: half-made directories, removals."""
+    """Finish what was cut off while it had no record yet, or none any more: half-made directories, removals, names."""
     machines.sweep_trash(paths)
     for machine_id in machines.ids(paths):
         directory = paths.machine(machine_id)
@@ -103,28 +133,39 @@ def sweep(paths: Paths) -> None:
             continue
         try:
             if not os.path.exists(f"{directory}/state.json"):
-                machines.discard(paths, machine_id, _name_of(paths, machine_id))
+                _discard_half_made(paths, machine_id)
         finally:
             lock.release()
     _sweep_names(paths)
 
 
-def _name_of(paths: Paths, machine_id: str) -> str:
+def _discard_half_made(paths: Paths, machine_id: str) -> None:
+    """Its creator was killed before the machine had a state; what it had made for it by then goes with it."""
     try:
-        return machines.load_spec(paths, machine_id).name
-    except (NagayaError, OSError):
-        return ""
+        spec = machines.load_spec(paths, machine_id)
+    except (NagayaError, FileNotFoundError):
+        pass  # before it had a record
+    else:
+        rootfs.remove_anonymous_volumes(paths, spec)
+    machines.discard(paths, machine_id, "")
 
 
 def _sweep_names(paths: Paths) -> None:
-    try:
-        names = os.listdir(paths.names)
-    except FileNotFoundError:
-        return
-    for name in names:
+    """Give back the names of machines that are gone, and the other one of a machine whose rename was cut off."""
+    for name, machine_id in machines.all_names(paths):
         try:
-            machine_id = os.readlink(f"{paths.names}/{name}")
-        except OSError:
-            continue
-        if not os.path.exists(paths.machine(machine_id)):
+            if not os.path.exists(paths.machine(machine_id)):
+                machines.release_name(paths, name, machine_id)
+            elif machines.load_spec(paths, machine_id).name != name:
+                _settle_name(paths, name, machine_id)
+        except (FileNotFoundError, IntegrityError):
+            continue  # it is being made, or is broken: it keeps its name until somebody removes it
+
+
+def _settle_name(paths: Paths, name: str, machine_id: str) -> None:
+    lock = machines.command_lock(paths, machine_id)
+    if not lock.acquire(wait=False):
+        return  # it is being renamed right now
+    with lock:
+        if machines.load_spec(paths, machine_id).name != name:
             machines.release_name(paths, name, machine_id)

@@ -19,8 +19,8 @@ ALIVE = (STARTING, RUNNING, PAUSED, RESTARTING)  # phases that a held lock must 
 # command -> phases in which it is accepted
 ACCEPTS: dict[str, tuple[str, ...]] = {
     "start": (CREATED, EXITED),
-    "stop": (RUNNING, PAUSED, RESTARTING),
-    "kill": (RUNNING, PAUSED, RESTARTING),
+    "stop": (STARTING, RUNNING, PAUSED, RESTARTING),
+    "kill": (STARTING, RUNNING, PAUSED, RESTARTING),
     "pause": (RUNNING,),
     "unpause": (PAUSED,),
     "exec": (RUNNING,),

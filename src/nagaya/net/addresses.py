@@ -41,7 +41,7 @@ USABLE = 65534 - 1  # numbers 2 … 65534: without network, gateway and broadcas
 
 def used_subnets(route_table: str) -> set[int]:
     """Second bytes of the 10.x networks in /proc/net/route's text. A route that covers all of 10/8 takes none."""
-    used = set()
+    used: set[int] = set()
     for line in route_table.splitlines()[1:]:
         fields = line.split()
         if len(fields) < 8:

@@ -50,6 +50,13 @@ class FileLock:
         self.fd = fd
         return True
 
+    @classmethod
+    def inherited(cls, path: str, fd: int) -> Self:
+        """A lock that whoever started this process took: the kernel gives it up when the last copy of `fd` closes."""
+        lock = cls(path)
+        lock.fd = fd
+        return lock
+
     def release(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)

@@ -64,7 +64,6 @@ class LogWriter:
             self.lost = error.strerror or str(error)
 
     def _rotate(self) -> None:
-        os.close(self._fd)
         for number in range(self._limits.files - 1, 0, -1):
             older = f"{self._path}.{number}"
             newer = f"{self._path}.{number - 1}" if number > 1 else self._path
@@ -74,8 +73,10 @@ class LogWriter:
                 pass
         if self._limits.files == 1:
             os.unlink(self._path)
-        self._fd = self._open()
-        self._size = 0
+        # Opened before the old one is closed: were this to fail, a closed number would soon be another file's.
+        fd = self._open()
+        os.close(self._fd)
+        self._fd, self._size = fd, 0
 
     def close(self) -> None:
         os.close(self._fd)

@@ -29,9 +29,15 @@ def ids(paths: Paths) -> list[str]:
 
 def load_spec(paths: Paths, machine_id: str) -> MachineSpec:
     """Raises `FileNotFoundError` for a machine that is not there (or only half made), `IntegrityError`."""
-    spec = records.load(f"{paths.machine(machine_id)}/spec.json", MachineSpec)
+    hint = f"remove it with 'nagaya rm -f {machine_id[:12]}'"
+    try:
+        spec = records.load(f"{paths.machine(machine_id)}/spec.json", MachineSpec)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"the record of machine {machine_id[:12]} is damaged: {error.message}", hint=hint
+        ) from None
     if spec.id != machine_id:
-        raise IntegrityError(f"machine {machine_id} holds the record of another ({spec.id})")
+        raise IntegrityError(f"machine {machine_id[:12]} holds the record of another ({spec.id[:12]})", hint=hint)
     return spec
 
 
@@ -75,21 +81,16 @@ def claim_name(paths: Paths, name: str, machine_id: str) -> None:
     """
     make_directory(paths.names)
     link = f"{paths.names}/{name}"
-    try:
-        os.symlink(machine_id, link)
-        return
-    except FileExistsError:
-        pass
     with FileLock(f"{paths.root}/names.lock"):
-        owner = os.readlink(link) if os.path.lexists(link) else ""
-        if owner and owner != machine_id and os.path.exists(paths.machine(owner)):
-            raise name_taken(name, owner)
-        if owner:
-            os.unlink(link)
         try:
             os.symlink(machine_id, link)
+            return
         except FileExistsError:
-            raise Conflict(f"the name '{name}' has just been taken", hint="choose another --name") from None
+            owner = os.readlink(link)
+        if owner != machine_id and os.path.exists(paths.machine(owner)):
+            raise name_taken(name, owner)
+        os.unlink(link)
+        os.symlink(machine_id, link)
 
 
 def name_taken(name: str, owner: str) -> Conflict:
@@ -104,8 +105,9 @@ def release_name(paths: Paths, name: str, machine_id: str) -> None:
     """Give a name back, if it is still this machine's."""
     link = f"{paths.names}/{name}"
     try:
-        if os.readlink(link) == machine_id:
-            os.unlink(link)
+        with FileLock(f"{paths.root}/names.lock"):  # or a claim could take the link over between our two steps
+            if os.readlink(link) == machine_id:
+                os.unlink(link)
     except FileNotFoundError:
         pass
 
@@ -135,6 +137,40 @@ def discard(paths: Paths, machine_id: str, name: str) -> None:
         release_name(paths, name, machine_id)
     remove_tree(paths.runtime(machine_id))
     remove_tree(trash)
+
+
+def names_of(paths: Paths, machine_id: str) -> list[str]:
+    """All names that lead to a machine: one, or more after a rename that was cut off."""
+    return [name for name, owner in all_names(paths) if owner == machine_id]
+
+
+def all_names(paths: Paths) -> list[tuple[str, str]]:
+    """(name, id) of every name that is taken."""
+    found = []
+    try:
+        names = os.listdir(paths.names)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        try:
+            found.append((name, os.readlink(f"{paths.names}/{name}")))
+        except OSError:
+            continue  # given back while we look
+    return found
+
+
+def volumes_in_use(paths: Paths, *, without: str = "") -> frozenset[str]:
+    """Names of the volumes that machines use, those of the machine `without` left out. Raises `IntegrityError`."""
+    used: set[str] = set()
+    for machine_id in ids(paths):
+        if machine_id == without:
+            continue
+        try:
+            spec = load_spec(paths, machine_id)
+        except FileNotFoundError:
+            continue
+        used.update(mount.source for mount in spec.mounts if mount.kind == "volume")
+    return frozenset(used)
 
 
 def remove_runtime(paths: Paths, machine_id: str) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nagaya.errors import IntegrityError, NagayaError, NotFound, UsageError
 from nagaya.model.spec import MachineSpec
-from nagaya.storage import records
+from nagaya.storage import machines, records
 from nagaya.storage.paths import Paths
 from nagaya.storage.plan import MountPlan, RootfsPlan
 
@@ -108,7 +108,7 @@ def _hides_lower(layer: str, target: str) -> bool:
 
 
 def remove_anonymous_volumes(paths: Paths, spec: MachineSpec) -> None:
-    """Remove the volumes that were made for this machine alone."""
+    """Remove the volumes that were made for this machine alone. Call it while the machine's record is still there."""
     names = [mount.source for mount in spec.mounts if mount.anonymous]
     if not names:
         return
@@ -117,6 +117,6 @@ def remove_anonymous_volumes(paths: Paths, spec: MachineSpec) -> None:
     volumes = Volumes(paths.root)
     for name in names:
         try:
-            volumes.remove(name, force=True)
+            volumes.remove(name, force=True, in_use=machines.volumes_in_use(paths, without=spec.id))
         except NagayaError:
             continue  # gone already, or somebody else uses it by its name: theirs now

@@ -14,44 +14,53 @@ from nagaya.storage import machines
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.supervisor.supervisor import Supervisor
 
-def run(paths: Paths, machine_id: str, launcher_fd: int, *, attach: bool, size: tuple[int, int]) -> int:
-    """Serve one machine until it has ended. Errors before that go to the launcher; answers the exit status."""
-    _cut_loose(launcher_fd)
-    lock = machines.liveness_lock(paths, machine_id)
+
+def run(
+    paths: Paths, machine_id: str, launcher_fd: int, command_fd: int, *, attach: bool, size: tuple[int, int]
+) -> int:
+    """Serve one machine until it has ended. Errors before that go to the launcher; answers the exit status.
+
+    `command_fd` holds the machine's command lock, which was taken for this start.
+    """
+    _cut_loose(launcher_fd, command_fd)
+    command = FileLock.inherited(f"{paths.machine(machine_id)}/command.lock", command_fd)
     try:
-        spec = machines.load_spec(paths, machine_id)
-        if not lock.acquire(wait=False):
-            raise Conflict(
-                f"machine '{spec.name}' is already running", hint=f"'nagaya attach {spec.name}' shows its output"
-            )
-        return _serve(paths, spec, lock, launcher_fd, attach=attach, size=size)
+        supervisor = _take_over(paths, machine_id, launcher_fd, command, attach=attach, size=size)
     except NagayaError as problem:
         return _report(launcher_fd, problem)
     except FileNotFoundError:
         return _report(launcher_fd, Conflict("the machine was removed before it could start"))
     except OSError as error:
         return _report(launcher_fd, HostError.from_os(error, "cannot supervise the machine"))
-
-
-def _serve(
-    paths: Paths, spec: MachineSpec, lock: FileLock, launcher_fd: int, *, attach: bool, size: tuple[int, int]
-) -> int:
-    from nagaya.supervisor.supervisor import Supervisor
-
-    supervisor = Supervisor(paths, spec, launcher_fd, lock=lock, attach=attach, size=size)
-    supervisor.watch_signals()
-    try:
+    try:  # from here on the launcher's socket is the supervisor's own
         supervisor.serve()
-    except Exception:
-        _leave_note(paths, spec)
-        supervisor.engine.kill()
-        raise
+    except Exception as error:
+        _leave_note(paths, supervisor.spec)
+        supervisor.abandon(error)
+        return 1
     return 0
 
 
-def _cut_loose(launcher_fd: int) -> None:
-    """Own session, no terminal, no descriptor but the launch socket, default signals, root directory."""
+def _take_over(
+    paths: Paths, machine_id: str, launcher_fd: int, command: FileLock, *, attach: bool, size: tuple[int, int]
+) -> Supervisor:
+    from nagaya.supervisor.supervisor import Supervisor
+
+    spec = machines.load_spec(paths, machine_id)
+    lock = machines.liveness_lock(paths, machine_id)
+    # Whoever holds it is about to let go: its machine has ended by its record, or we would not have been started.
+    lock.acquire()
+    supervisor = Supervisor(paths, spec, launcher_fd, lock=lock, command=command, attach=attach, size=size)
+    supervisor.watch_signals()
+    return supervisor
+
+
+def _cut_loose(launcher_fd: int, command_fd: int) -> None:
+    """Own session, no terminal, no descriptor but the two that were meant for us, default signals, root directory."""
     try:
         os.setsid()
     except PermissionError:
@@ -59,8 +68,10 @@ def _cut_loose(launcher_fd: int) -> None:
     os.chdir("/")
     os.umask(0o022)
     # A forked supervisor inherits its launcher's lock files: the locks would be held until *we* end.
-    os.closerange(3, launcher_fd)
-    os.closerange(launcher_fd + 1, (1 << 31) - 1)
+    low, high = sorted((launcher_fd, command_fd))
+    os.closerange(3, low)
+    os.closerange(low + 1, high)
+    os.closerange(high + 1, (1 << 31) - 1)
     null = os.open("/dev/null", os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)

@@ -1,16 +1,20 @@
 """Starting a supervisor: from the CLI by fork (no second interpreter), from anywhere else by executing one.
 
 Either way the launcher gets one connected socket, whose first frame says that the machine runs (REPLY) or why it
-does not (ERROR), and which then carries the program's streams when asked to.
+does not (ERROR), and which then carries the program's streams when asked to. And either way the supervisor shares the
+launcher's command lock until it has recorded that the machine starts: a launcher that is killed in between leaves no
+moment in which somebody could start the machine a second time, or remove it under its supervisor.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 
 from nagaya.errors import HostError
 from nagaya.kernel import unix
+from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths
 
 _may_fork = False
@@ -22,14 +26,14 @@ def allow_fork() -> None:
     _may_fork = True
 
 
-def launch(paths: Paths, machine_id: str, *, attach: bool, size: tuple[int, int]) -> int:
-    """Start the supervisor of a machine; answers the launcher's end of the socket."""
+def launch(paths: Paths, machine_id: str, *, command: FileLock, attach: bool, size: tuple[int, int]) -> int:
+    """Start the supervisor of a machine whose command lock we hold; answers the launcher's end of the socket."""
     ours, theirs = unix.socket_pair()
     try:
         if _may_fork and not _has_threads():
-            _fork(paths, machine_id, ours, theirs, attach=attach, size=size)
+            _fork(paths, machine_id, ours, theirs, command.fd, attach=attach, size=size)
         else:
-            _execute(paths, machine_id, theirs, attach=attach, size=size)
+            _execute(paths, machine_id, theirs, command.fd, attach=attach, size=size)
     except OSError as error:
         os.close(ours)
         raise HostError.from_os(error, "cannot start a supervisor process") from None
@@ -43,7 +47,9 @@ def _has_threads() -> bool:
     return threading is not None and threading.active_count() > 1
 
 
-def _fork(paths: Paths, machine_id: str, ours: int, theirs: int, *, attach: bool, size: tuple[int, int]) -> None:
+def _fork(
+    paths: Paths, machine_id: str, ours: int, theirs: int, command: int, *, attach: bool, size: tuple[int, int]
+) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork():
@@ -53,12 +59,12 @@ def _fork(paths: Paths, machine_id: str, ours: int, theirs: int, *, attach: bool
         os.close(ours)
         from nagaya.supervisor.entry import run  # lazy: only the child needs it
 
-        status = run(paths, machine_id, theirs, attach=attach, size=size)
+        status = run(paths, machine_id, theirs, command, attach=attach, size=size)
     finally:
         os._exit(status)  # never unwind into the CLI's own frames
 
 
-def _execute(paths: Paths, machine_id: str, theirs: int, *, attach: bool, size: tuple[int, int]) -> None:
+def _execute(paths: Paths, machine_id: str, theirs: int, command: int, *, attach: bool, size: tuple[int, int]) -> None:
     """Execute `python -m nagaya.supervisor`; the intermediate exits at once, so no zombie is left to the caller."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment = {
@@ -67,13 +73,14 @@ def _execute(paths: Paths, machine_id: str, theirs: int, *, attach: bool, size: 
     }
     argv = [sys.executable, "-m", "nagaya.supervisor", paths.root, paths.run, machine_id]
     argv += ["1" if attach else "0", str(size[0]), str(size[1])]
-    # The socket becomes the child's descriptor 3; a dup2 onto itself would keep close-on-exec, so it never is 3 here.
-    source = os.dup(theirs) if theirs == 3 else theirs
-    pid = os.posix_spawn(
-        sys.executable, argv, environment, file_actions=[(os.POSIX_SPAWN_DUP2, source, 3)], setsid=True
-    )
-    _, status = os.waitpid(pid, 0)
-    if source != theirs:
-        os.close(source)
+    # They become the child's 3 and 4; a dup2 onto itself would keep close-on-exec, and onto each other lose one.
+    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs, command)]
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(sources, start=3)]
+        pid = os.posix_spawn(sys.executable, argv, environment, file_actions=actions, setsid=True)
+        _, status = os.waitpid(pid, 0)
+    finally:
+        for source in sources:
+            os.close(source)
     if status:
         raise OSError(0, f"the supervisor's interpreter ended with status {os.waitstatus_to_exitcode(status)}")

@@ -37,7 +37,10 @@ STABLE_AFTER_S = 10.0
 
 
 class Supervisor:
-    """`serve` returns when the machine has ended for good. The caller holds the liveness lock."""
+    """`serve` returns when the machine has ended for good.
+
+    The caller holds the liveness lock and, until the start is recorded, the command lock; both are released here.
+    """
 
     def __init__(
         self,
@@ -46,12 +49,14 @@ class Supervisor:
         launcher_fd: int,
         *,
         lock: FileLock,
+        command: FileLock,
         attach: bool,
         size: tuple[int, int],
     ) -> None:
         self.paths = paths
         self.spec = spec
         self._lock = lock
+        self._command = command
         self.loop = Loop()
         self.engine = open_engine(spec.type)
         self.state = machines.load_state(paths, spec.id)
@@ -69,9 +74,9 @@ class Supervisor:
         self._problem: NagayaError | None = None
         self._backoff_s = BACKOFF_FIRST_S
         self._timers: dict[str, Timer] = {}
-        self._launcher: Client | None = self._accept(launcher_fd)
         self._listener = -1
         self._over = False
+        self._launcher: Client | None = self._accept(launcher_fd)
 
     def serve(self) -> None:
         make_directory(self.paths.runtime(self.spec.id))
@@ -100,6 +105,7 @@ class Supervisor:
         self.set_state(
             phase=STARTING, error="", exit_code=-1, warnings=(), pid=0, stop_requested=False, oom_killed=False
         )
+        self._command.release()  # whoever gets it now finds a machine that starts, and this lock held
         try:
             booted = self._boot()
         except NagayaError as problem:
@@ -115,7 +121,12 @@ class Supervisor:
         if process.tty and self._size != (0, 0):
             process = process._replace(rows=self._size[0], columns=self._size[1])
         attached = self.main.clients if self.main is not None else []
-        main = self.programs.spawn(process, booted.policy, main=True, log=self._log)
+        try:
+            main = self.programs.spawn(process, booted.policy, main=True, log=self._log)
+        except NagayaError as problem:  # a command line or an environment that fits no frame
+            self._problem, self._exit_status = problem, 125
+            self.engine.kill()
+            return
         main.on_started, main.on_failed, main.on_exited = self._started, self._spawn_failed, self._main_exited
         for client in attached:
             main.join(client, stdin=client.wants_stdin)
@@ -206,11 +217,16 @@ class Supervisor:
             self._cancel_timer(name)
         status = self._exit_status
         oom = "oom" in self.engine.capabilities and self.engine.oom_killed()  # type: ignore[attr-defined]
-        self._stack.close()
         if status is None:
             status = KILLED
             if self._problem is None and not self.state.stop_requested:
                 self._problem = LaunchError("the machine's init was killed from outside")
+        try:
+            self._stack.close()
+        except NagayaError as problem:  # something of it stays on the host: its status is told all the same
+            self._problem = self._problem or problem
+        except OSError as error:
+            self._problem = self._problem or HostError.from_os(error, "cannot clean up after the machine")
         self.state = self.state._replace(oom_killed=oom)
         if self._launcher is None and self._should_restart(status):
             self._restart_later(status)
@@ -251,20 +267,31 @@ class Supervisor:
             os.close(self._listener)
             self._listener = -1
         if self.spec.auto_remove:
+            rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge of them
             machines.discard(self.paths, self.spec.id, self.spec.name)
-            rootfs.remove_anonymous_volumes(self.paths, self.spec)
             self.record("destroy")
         else:
             machines.remove_runtime(self.paths, self.spec.id)
-        requests.tell_end(self, list(self._clients), status, problem)
-        self._leave_when_told()
-
-    def _leave_when_told(self) -> None:
-        """Stay until slow readers have read (their program's output is in our queues), but no longer as the machine."""
+        # Before anybody is told: who hears that it has ended may start it again at once.
         self._lock.release()
+        # Stay until slow readers have read (their program's output is in our queues), but no longer as the machine.
         self._over = True
+        requests.tell_end(self, list(self._clients), status, problem)
         if not self._clients:
             self.loop.stop()
+
+    def abandon(self, error: Exception) -> None:
+        """End the machine without a word in the store, which may be what failed: the next command mends what is left."""
+        self.engine.kill()
+        launcher = self.take_launcher()
+        if launcher is None:
+            return
+        if isinstance(error, NagayaError):
+            launcher.fail(error)
+        elif isinstance(error, OSError):
+            launcher.fail(HostError.from_os(error, "cannot supervise the machine"))
+        else:
+            launcher.fail(LaunchError(f"the machine's supervisor broke ({type(error).__name__})"))
 
     # -- clients
 

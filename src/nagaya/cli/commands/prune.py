@@ -52,7 +52,7 @@ def prune_volumes(context: Context, parsed: Parsed) -> int:
 
 
 def _images(context: Context, *, whole: bool) -> Report:
-    pruned = context.host.images.prune(all=whole, in_use=context.host.machines.image_ids())
+    pruned = context.host.images.prune(all=whole, in_use=context.host.machines.image_ids)
     return {"images": list(pruned.removed), "image_bytes_freed": pruned.bytes_freed}
 
 

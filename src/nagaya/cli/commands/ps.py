@@ -46,6 +46,10 @@ def ps(context: Context, parsed: Parsed) -> int:
         ],
         ids=lambda: [machine.id if no_trunc else views.short_id(machine.id) for machine, _ in found],
     )
+    for problem in context.host.machines.damaged():
+        from nagaya.cli.failures import report  # lazy: rare
+
+        report(problem, debug=context.debug)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nagaya.cli.context import Context
 from nagaya.cli.each import each_machine, each_name
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
-from nagaya.errors import NotFound
+from nagaya.errors import IntegrityError, NotFound
 
 
 def rm(context: Context, parsed: Parsed) -> int:
@@ -17,6 +17,8 @@ def rm(context: Context, parsed: Parsed) -> int:
     def remove(name: str) -> None:
         try:
             context.host.machines.get(name).remove(force=True, volumes=volumes)
+        except IntegrityError:
+            context.host.machines.remove_damaged(name)
         except NotFound as error:
             from nagaya.cli.failures import say  # lazy: rare
 

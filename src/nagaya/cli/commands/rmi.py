@@ -11,7 +11,7 @@ from nagaya.errors import NotFound
 def rmi(context: Context, parsed: Parsed) -> int:
     """Remove each, and print what was untagged and deleted. With -f a missing image is no failure."""
     force = parsed.switch("force")
-    in_use = context.host.machines.image_ids()
+    in_use = context.host.machines.image_ids
 
     def remove(name: str) -> None:
         try:

@@ -41,27 +41,43 @@ def mount_overlay(plan: RootfsPlan, target: str) -> int:
 
     Always writable: mount targets may have to be made first. A read-only root becomes one when they are there.
 
-    Many layers do not fit mount(2)'s one page: relative to their common directory they do up to about 100; beyond
-    that, fsconfig's `lowerdir+` (Linux 6.5) takes them one by one.
+    Many layers do not fit mount(2)'s one page of options: relative to their common directory about 60 do, named by
+    descriptors about 200. Beyond that it takes fsconfig's `lowerdir+` (Linux 6.5).
     """
     common = os.path.commonpath([os.path.dirname(layer) for layer in plan.lower])
     short = tuple(os.path.relpath(layer, common) for layer in plan.lower)
-    text = options(short, plan.upper, plan.work)
-    if len(os.fsencode(text)) < OPTIONS_MAX:
+    if _fits(options(short, plan.upper, plan.work)):
         before = os.open(".", os.O_PATH | os.O_CLOEXEC)
         try:
             os.chdir(common)
-            kernel.mount("overlay", target, "overlay", 0, text)
+            kernel.mount("overlay", target, "overlay", 0, options(short, plan.upper, plan.work))
         finally:
             os.fchdir(before)
             os.close(before)
     else:
-        tree = build_overlay(plan.lower, plan.upper, plan.work)
-        there = os.open(target, os.O_PATH | os.O_CLOEXEC)
-        kernel.move_mount(tree, there)
-        os.close(there)
-        os.close(tree)
+        _mount_many(plan, target)
     return os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _fits(text: str) -> bool:
+    return len(os.fsencode(text)) < OPTIONS_MAX
+
+
+def _mount_many(plan: RootfsPlan, target: str) -> None:
+    layers = [os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for layer in plan.lower]
+    try:
+        text = options(tuple(f"/proc/self/fd/{fd}" for fd in layers), plan.upper, plan.work)
+        if _fits(text):
+            kernel.mount("overlay", target, "overlay", 0, text)
+            return
+    finally:
+        for fd in layers:
+            os.close(fd)
+    tree = build_overlay(plan.lower, plan.upper, plan.work)
+    there = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    kernel.move_mount(tree, there)
+    os.close(there)
+    os.close(tree)
 
 
 def build_overlay(lower: tuple[str, ...], upper: str, work: str) -> int:

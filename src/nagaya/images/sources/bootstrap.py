@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import BinaryIO, cast
+import time
+from collections.abc import Iterator
+from typing import IO, BinaryIO, cast
 
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
 from nagaya.images.content import Blobs
@@ -11,9 +13,14 @@ from nagaya.images.manifest import Descriptor, format_time, host_platform
 from nagaya.images.pack import compress_blob, pack_layer
 from nagaya.images.progress import Progress
 from nagaya.images.references import Reference
-from nagaya.images.sources.apt_sources import find_debian_sources, rewrite_suite
+from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, find_release_date, rewrite_suite
 from nagaya.images.sources.copy import put_image
 from nagaya.images.streams import TarStream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+    import threading
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NUMBERS = {"10": "buster", "11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
@@ -51,22 +58,29 @@ def _put(
     command: str,
     made_by: str,
     labels: dict[str, str],
-    made_ns: int = 0,
+    created_s: int,
 ) -> Descriptor:
     import json
-    import time
 
-    system, _, architecture = host_platform().partition("/")
-    created = format_time(made_ns or time.time_ns())
-    config = {
+    system, architecture, *variant = host_platform().split("/")
+    created = format_time(created_s * 1_000_000_000)
+    config: dict[str, object] = {
         "created": created,
         "os": system,
-        "architecture": architecture.partition("/")[0],
+        "architecture": architecture,
         "config": {"Cmd": [command], "Env": [PATH], "Labels": labels},
         "rootfs": {"type": "layers", "diff_ids": [diff_id]},
         "history": [{"created": created, "created_by": made_by}],
     }
+    if variant:
+        config["variant"] = variant[0]
     return put_image(blobs, json.dumps(config, separators=(",", ":")).encode(), (layer,))
+
+
+def _set_epoch() -> int:
+    """SOURCE_DATE_EPOCH as the environment has it (reproducible-builds.org), 0 when it has none."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
 
 
 def _refuse_platform(platform: str, what: str) -> None:
@@ -88,32 +102,50 @@ class DebianSource:
     def fetch(self, blobs: Blobs, *, platform: str, progress: Progress) -> Descriptor:
         """See `Source.fetch`. Takes 10 to 30 seconds, most of it downloads and dpkg."""
         _refuse_platform(platform, "debian")
-        lines = rewrite_suite(find_debian_sources(), self._suite)
+        sources = find_debian_sources()
+        lines = rewrite_suite(sources, self._suite)
         if not lines:
             raise Unsupported(
                 "this machine's apt has no Debian sources to make a Debian from",
                 hint="add a 'deb' line to /etc/apt/sources.list, or pull the image from a registry",
                 finding="/etc/apt/sources.list and /etc/apt/sources.list.d were read",
             )
-        command = ["mmdebstrap", "--variant=minbase", "--format=tar"]
+        # No file is to be younger than the archive was: the same packages then make the same image on every day.
+        epoch_s = _set_epoch() or find_release_date(self._suite) or int(time.time())
+        command = ["mmdebstrap", "--variant=minbase", "--format=tar", *HOST_PARTS]
         if self._slim:
             command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "info", "locale")]
+            command += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
+        command += [f"--aptopt={option}" for option in find_proxies()]
         command += [self._suite, "-", *lines]
-        layer, diff_id = _run(command, blobs, progress, label=self.label)
+        layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s)
         labels = {"org.opencontainers.image.title": "debian", "org.opencontainers.image.version": self._suite}
         made_by = f"mmdebstrap --variant=minbase {self._suite}"
-        return _put(blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels)
+        return _put(
+            blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels, created_s=epoch_s
+        )  # fmt: skip
 
 
-def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str) -> tuple[Descriptor, str]:
-    """Run mmdebstrap and take the tar from its standard output: (layer, diff id)."""
+# mmdebstrap leaves in what it copied from this host, and the device nodes that every engine makes anew.
+HOST_PARTS = (
+    "--skip=output/dev",
+    '--customize-hook=cd "$1/etc" && rm -f resolv.conf hostname && : > resolv.conf && : > hostname',
+)
+
+
+def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int) -> tuple[Descriptor, str]:
+    """Run mmdebstrap and take the tar from its standard output: (layer, diff id). Nothing stays when it fails."""
     import subprocess  # lazy: 8 ms
     import threading
 
-    key = "mmdebstrap"
-    progress.start(key, label, 0)
+    progress.start("mmdebstrap", label, 0)
     tail: list[str] = []
-    environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {
+        **os.environ,
+        "LC_ALL": "C.UTF-8",
+        "DEBIAN_FRONTEND": "noninteractive",
+        "SOURCE_DATE_EPOCH": str(epoch_s),
+    }
     environment.pop("TMPDIR", None)  # a place that only we may enter would stop apt's own user
     try:
         process = subprocess.Popen(
@@ -133,34 +165,47 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str) ->
     assert process.stderr is not None
     listener = threading.Thread(target=_listen, args=(process.stderr, tail, progress), name="mmdebstrap", daemon=True)
     listener.start()
-    layer, problem, diff_id = None, None, ""
     try:
-        with TarStream(cast(BinaryIO, process.stdout)) as chunks:
-            chunks.on_chunk(lambda done: progress.advance(key, done))
-            layer = compress_blob(blobs, iter(chunks))
+        with process.stdout, TarStream(cast(BinaryIO, process.stdout)) as chunks:
+            chunks.on_chunk(lambda done: progress.advance("mmdebstrap", done))
+            layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
             diff_id = chunks.diff_id
-    except HostError:
-        raise
-    except Exception as error:
-        problem = error  # an empty stream: what mmdebstrap said is the reason
     finally:
-        if problem is not None or layer is None:
-            process.terminate()
-        process.wait()
-        listener.join(5)
-    if process.returncode or layer is None:
-        if layer is not None:
-            blobs.remove(layer.digest)
-        said = [line for line in tail if line.startswith(("E:", "W:"))] or tail
+        _end(process)
+        listener.join()
+    progress.finish("mmdebstrap")
+    return layer, diff_id
+
+
+def _checked(
+    chunks: TarStream, process: subprocess.Popen[bytes], listener: threading.Thread, command: list[str], tail: list[str]
+) -> Iterator[bytes]:
+    """The chunks; an exception in the place of their end when mmdebstrap failed, so that no blob comes of them."""
+    yield from chunks
+    status = process.wait()
+    listener.join()
+    if status or not chunks.size:
+        said = [line for line in tail if line.startswith("E:")] or tail
         raise LaunchError(
-            f"mmdebstrap failed: {said[-1] if said else problem or 'it gave no reason'}",
+            f"mmdebstrap failed: {said[-1] if said else f'status {status}, and no reason given'}",
             hint="check that 'apt-get update' works on this machine",
-            command=" ".join(command[:4]),
-            status=process.returncode,
+            command=" ".join(command[:3]),
+            status=status,
             log_tail="\n".join(tail[-20:]),
         )
-    progress.finish(key)
-    return layer, diff_id
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """After an interruption: mmdebstrap removes its directory when it is asked to end, which takes a while."""
+    import subprocess
+
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _die_with_parent() -> None:
@@ -170,8 +215,13 @@ def _die_with_parent() -> None:
     prctl(PR_SET_PDEATHSIG, 15)
 
 
-def _listen(stream: object, tail: list[str], progress: Progress) -> None:
-    for raw in stream:  # type: ignore[attr-defined]
+def _listen(stream: IO[bytes], tail: list[str], progress: Progress) -> None:
+    with stream:
+        _follow(stream, tail, progress)
+
+
+def _follow(stream: IO[bytes], tail: list[str], progress: Progress) -> None:
+    for raw in stream:
         line = raw.decode(errors="replace").strip()
         if not line:
             continue
@@ -195,7 +245,8 @@ class BusyboxSource:
             with tempfile.TemporaryDirectory(prefix="nagaya-busybox-") as work:
                 program = "/bin/busybox" if is_static("/bin/busybox") else _download(work, progress)
                 root = f"{work}/root"
-                _make_tree(root, program)
+                epoch_s = _set_epoch() or int(os.stat(program).st_mtime)
+                _make_tree(root, program, epoch_s)
                 packed = pack_layer(blobs, root, overlay=False, progress=progress)
         except OSError as error:
             raise HostError.from_os(error, "cannot make the busybox image") from None
@@ -206,7 +257,7 @@ class BusyboxSource:
             command="sh",
             made_by="busybox-static",
             labels={"org.opencontainers.image.title": "busybox"},
-            made_ns=os.stat(program).st_mtime_ns,
+            created_s=epoch_s,
         )
 
 
@@ -264,35 +315,47 @@ _FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/usr/sbin:/bin/false\n"
     "www-data:x:33:33:www-data:/var/www:/bin/false\nnobody:x:65534:65534:nobody:/home:/bin/false\n",
     "etc/group": "root:x:0:\ndaemon:x:1:\ntty:x:5:\nwww-data:x:33:\nusers:x:100:\nnogroup:x:65534:\n",
+    "etc/shadow": "root:*:::::::\ndaemon:*:::::::\nwww-data:*:::::::\nnobody:*:::::::\n",
     "etc/hosts": "127.0.0.1\tlocalhost\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
 _DIRECTORIES = {
-    "bin": 0o755, "dev": 0o755, "etc": 0o755, "home": 0o755, "proc": 0o755, "root": 0o700, "run": 0o755, "sys": 0o755,
+    ".": 0o755, "bin": 0o755, "dev": 0o755, "etc": 0o755, "home": 0o755, "proc": 0o755, "root": 0o700, "run": 0o755, "sys": 0o755,
     "tmp": 0o1777, "usr/bin": 0o755, "usr/sbin": 0o755, "var/log": 0o755, "var/spool/mail": 0o755, "var/tmp": 0o1777,
     "var/www": 0o755,
 }  # fmt: skip
 
 
-def _make_tree(root: str, program: str) -> None:
+def _make_tree(root: str, program: str, epoch_s: int) -> None:
     import shutil
-    import subprocess
 
     for name, mode in _DIRECTORIES.items():
-        os.makedirs(f"{root}/{name}")
+        os.makedirs(f"{root}/{name}", exist_ok=True)
         os.chmod(f"{root}/{name}", mode)
     for name, text in _FILES.items():
         with open(f"{root}/{name}", "w", encoding="ascii") as file:
             file.write(text)
+    os.chmod(f"{root}/etc/shadow", 0o600)
     shutil.copyfile(program, f"{root}/bin/busybox")
     os.chmod(f"{root}/bin/busybox", 0o755)
-    listed = subprocess.run([program, "--list"], capture_output=True, check=True, stdin=subprocess.DEVNULL)
-    for name in listed.stdout.decode().split():
+    for name in _list_programs(program):
         if "/" not in name and name != "busybox":
             os.link(f"{root}/bin/busybox", f"{root}/bin/{name}")
-    # The same program makes the same image, to the digest: a second pull brings nothing new.
-    made_ns = os.stat(program).st_mtime_ns
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            os.utime(f"{directory}/{name}", ns=(made_ns, made_ns))
-        os.utime(directory, ns=(made_ns, made_ns))
+    os.link(f"{root}/bin/busybox", f"{root}/usr/bin/env")  # where scripts look for it
+    for directory, _, names in os.walk(root, topdown=False):
+        for name in names:
+            os.utime(f"{directory}/{name}", (epoch_s, epoch_s))
+        os.utime(directory, (epoch_s, epoch_s))
+
+
+def _list_programs(program: str) -> list[str]:
+    import subprocess
+
+    listed = subprocess.run([program, "--list"], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    names = listed.stdout.decode(errors="replace").split()
+    if listed.returncode or "sh" not in names:
+        raise LaunchError(
+            f"{program} does not list its programs", hint="apt install busybox-static",
+            command=f"{program} --list", status=listed.returncode,
+        )  # fmt: skip
+    return names
