@@ -26,6 +26,8 @@ PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NUMBERS = {"10": "buster", "11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
 SUITES = (*NUMBERS.values(), "sid", "unstable", "testing", "stable", "oldstable")
 SLIM = "-slim"
+INSTALLED = "/bin/busybox"
+PT_INTERP = 3
 
 
 def find_bootstrap(reference: Reference) -> DebianSource | BusyboxSource | None:
@@ -102,8 +104,7 @@ class DebianSource:
     def fetch(self, blobs: Blobs, *, platform: str, progress: Progress) -> Descriptor:
         """See `Source.fetch`. Takes 10 to 30 seconds, most of it downloads and dpkg."""
         _refuse_platform(platform, "debian")
-        sources = find_debian_sources()
-        lines = rewrite_suite(sources, self._suite)
+        lines = rewrite_suite(find_debian_sources(), self._suite)
         if not lines:
             raise Unsupported(
                 "this machine's apt has no Debian sources to make a Debian from",
@@ -121,16 +122,11 @@ class DebianSource:
         layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s)
         labels = {"org.opencontainers.image.title": "debian", "org.opencontainers.image.version": self._suite}
         made_by = f"mmdebstrap --variant=minbase {self._suite}"
-        return _put(
-            blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels, created_s=epoch_s
-        )  # fmt: skip
+        return _put(blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels, created_s=epoch_s)
 
 
-# mmdebstrap leaves in what it copied from this host, and the device nodes that every engine makes anew.
-HOST_PARTS = (
-    "--skip=output/dev",
-    '--customize-hook=cd "$1/etc" && rm -f resolv.conf hostname && : > resolv.conf && : > hostname',
-)
+# mmdebstrap leaves in what it copied from this host.
+HOST_PARTS = ('--customize-hook=cd "$1/etc" && rm -f resolv.conf hostname && : > resolv.conf && : > hostname',)
 
 
 def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int) -> tuple[Descriptor, str]:
@@ -168,7 +164,11 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, ep
     try:
         with process.stdout, TarStream(cast(BinaryIO, process.stdout)) as chunks:
             chunks.on_chunk(lambda done: progress.advance("mmdebstrap", done))
-            layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
+            try:
+                layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
+            except BaseException:
+                _end(process)  # before the stream is left, which waits for its end
+                raise
             diff_id = chunks.diff_id
     finally:
         _end(process)
@@ -243,7 +243,7 @@ class BusyboxSource:
         _refuse_platform(platform, "busybox")
         try:
             with tempfile.TemporaryDirectory(prefix="nagaya-busybox-") as work:
-                program = "/bin/busybox" if is_static("/bin/busybox") else _download(work, progress)
+                program = INSTALLED if is_static(INSTALLED) else _download(work, progress)
                 root = f"{work}/root"
                 epoch_s = _set_epoch() or int(os.stat(program).st_mtime)
                 _make_tree(root, program, epoch_s)
@@ -274,9 +274,11 @@ def is_static(path: str) -> bool:
             size, count = unpack_from("<HH", head, 54)
             file.seek(offset)
             table = file.read(size * count)
-    except OSError:
+    except (OSError, OverflowError):  # an offset beyond what a file can have
         return False
-    return all(unpack_from("<I", table, at * size)[0] != 3 for at in range(count) if len(table) >= (at + 1) * size)
+    if not count or size < 4 or len(table) < size * count:
+        return False
+    return all(unpack_from("<I", table, at * size)[0] != PT_INTERP for at in range(count))
 
 
 def _download(work: str, progress: Progress) -> str:
