@@ -83,6 +83,16 @@ def plan_machine(options: CreateOptions, image: Image, *, machine_id: str, name:
     return spec
 
 
+def name_volumes(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
+    """The mounts with every anonymous volume named. Makes nothing."""
+    return tuple(
+        mount._replace(source=os.urandom(16).hex(), anonymous=True)
+        if mount.kind == "volume" and not mount.source
+        else mount
+        for mount in mounts
+    )
+
+
 def check_options(options: CreateOptions) -> None:
     """What can be said without the image. Raises `UsageError`."""
     _check_texts(options)

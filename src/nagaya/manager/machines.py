@@ -6,7 +6,7 @@ import os
 
 from nagaya.errors import Conflict, IntegrityError, NotFound
 from nagaya.manager import repair
-from nagaya.manager.creating import check_options, plan_machine
+from nagaya.manager.creating import check_options, name_volumes, plan_machine
 from nagaya.manager.machine import Machine, Store
 from nagaya.manager.naming import check_name, generate_name
 from nagaya.manager.options import CreateOptions
@@ -65,15 +65,15 @@ class Machines:
         lock = self._make_directory(machine_id)
         try:
             spec = self._claim_name(spec)
-            spec = self._make_volumes(spec, lower)
-            directory = self._paths.machine(machine_id)
-            rootfs.store_layers(directory, lower)
+            spec = spec._replace(mounts=name_volumes(spec.mounts))
+            rootfs.store_layers(self._paths.machine(machine_id), lower)
             machines.store_spec(self._paths, spec)
+            self._make_volumes(spec, lower)  # the record, which names them, is there: a kill leaves none behind
             state = MachineState(phase=STARTING if starting else CREATED)
             machines.store_state(self._paths, machine_id, state)
         except BaseException:
-            machines.discard(self._paths, machine_id, spec.name)
             rootfs.remove_anonymous_volumes(self._paths, spec)
+            machines.discard(self._paths, machine_id, spec.name)
             lock.release()
             raise
         return spec, lock
@@ -205,10 +205,8 @@ class Machines:
             return spec._replace(name=name)
         raise Conflict("no free machine name was found", hint="give one with --name")
 
-    def _make_volumes(self, spec: MachineSpec, lower: tuple[str, ...]) -> MachineSpec:
-        """Make the volumes that are not there yet, and fill new ones with what the image has at their place."""
-        if not any(mount.kind == "volume" for mount in spec.mounts):
-            return spec
-        from nagaya.manager.volumes import make_volumes  # lazy: most machines have none
+    def _make_volumes(self, spec: MachineSpec, lower: tuple[str, ...]) -> None:
+        if any(mount.kind == "volume" for mount in spec.mounts):
+            from nagaya.manager.volumes import make_volumes  # lazy: most machines have none
 
-        return spec._replace(mounts=make_volumes(self._paths, spec.mounts, lower))
+            make_volumes(self._paths, spec.mounts, lower)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from nagaya.model.spec import Mount
 from nagaya.storage.paths import Paths
 from nagaya.storage.rootfs import find_in_layers
 from nagaya.storage.volumes import Volumes
 
 
-def make_volumes(paths: Paths, mounts: tuple[Mount, ...], lower: tuple[str, ...]) -> tuple[Mount, ...]:
-    """The mounts with every volume existing, anonymous ones named, and new ones holding what the image has there."""
+def make_volumes(paths: Paths, mounts: tuple[Mount, ...], lower: tuple[str, ...]) -> None:
+    """Make every volume that is not there yet, and fill the empty ones with what the image has at their place."""
     volumes = Volumes(paths.root)
-    made = []
     for mount in mounts:
-        if mount.kind == "volume":
-            name = mount.source or os.urandom(16).hex()
-            mount = mount._replace(source=name, anonymous=mount.anonymous or not mount.source)
-            volume = volumes.ensure(name)
-            if "nocopy" not in mount.options:
-                sources = find_in_layers(lower, mount.target)
-                if sources:
-                    volumes.populate(volume, sources)
-        made.append(mount)
-    return tuple(made)
+        if mount.kind != "volume":
+            continue
+        volume = volumes.ensure(mount.source)
+        sources = () if "nocopy" in mount.options else find_in_layers(lower, mount.target)
+        if sources:
+            volumes.populate(volume, sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from nagaya.errors import Conflict, IntegrityError
@@ -53,7 +54,14 @@ def load_state(paths: Paths, machine_id: str) -> MachineState:
 
 
 def store_state(paths: Paths, machine_id: str, state: MachineState) -> None:
-    records.store(f"{paths.machine(machine_id)}/state.json", state)
+    """Also on a full disk: a machine that filled it must still be able to end, and to be removed."""
+    path = f"{paths.machine(machine_id)}/state.json"
+    try:
+        records.store(path, state)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not os.path.exists(path):
+            raise
+        records.overwrite(path, state)
 
 
 def command_lock(paths: Paths, machine_id: str) -> FileLock:
