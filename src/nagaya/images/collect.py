@@ -45,13 +45,18 @@ def remove(store: ImageStore, reference: str, *, force: bool, in_use: Callable[[
         store.on_event("untag", image.id, name)
     if delete:
         store.on_event("delete", image.id, going[0] if going else "")
-        lock = Lock(f"{store.root}/lock")
-        if lock.acquire(wait=False):
-            try:
-                _collect(store, partial=False)
-            finally:
-                lock.release()
+        sweep(store)
     return lines
+
+
+def sweep(store: ImageStore, *, partial: bool = False) -> None:
+    """Delete what no image needs, unless somebody is adding to the store just now: then it waits for the next time."""
+    lock = Lock(f"{store.root}/lock")
+    if lock.acquire(wait=False):
+        try:
+            _collect(store, partial=partial)
+        finally:
+            lock.release()
 
 
 def _going(image: Image, mine: list[str], reference: str, *, force: bool) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from nagaya.errors import Conflict, NotFound, UsageError
+from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.image import Image as Image
 from nagaya.images.image import ImageConfig as ImageConfig
 from nagaya.images.index import Index, Record, to_image
@@ -187,9 +187,10 @@ class ImageStore:
             raise NotFound(f"image '{reference}' in the store is not for {platform}", hint="try it with --pull missing")
         from nagaya.images import pulling  # lazy: 10 ms
 
-        return pulling.pull(
-            self, reference, platform=platform, insecure=insecure, progress=progress, missing=pull == "missing"
-        )
+        with self._sweeping_refused():
+            return pulling.pull(
+                self, reference, platform=platform, insecure=insecure, progress=progress, missing=pull == "missing"
+            )
 
     def pull(
         self, reference: str, *, platform: str = "", insecure: bool = False, progress: Progress | None = None
@@ -201,13 +202,15 @@ class ImageStore:
         """
         from nagaya.images import pulling
 
-        return pulling.pull(self, reference, platform=platform, insecure=insecure, progress=progress)
+        with self._sweeping_refused():
+            return pulling.pull(self, reference, platform=platform, insecure=insecure, progress=progress)
 
     def load(self, path: str, *, progress: Progress | None = None) -> builtins_list[Image]:
         """All images of an archive or layout, "-" for standard input; its format is detected."""
         from nagaya.images import moving
 
-        return moving.load(self, path, progress=progress)
+        with self._sweeping_refused():
+            return moving.load(self, path, progress=progress)
 
     def import_rootfs(
         self,
@@ -224,7 +227,8 @@ class ImageStore:
         """
         from nagaya.images import making
 
-        return making.import_rootfs(self, source, reference, changes=changes, message=message, progress=progress)
+        with self._sweeping_refused():
+            return making.import_rootfs(self, source, reference, changes=changes, message=message, progress=progress)
 
     def commit(
         self,
@@ -247,6 +251,20 @@ class ImageStore:
         return making.commit(
             self, base, upper, reference, author=author, message=message, changes=changes, progress=progress
         )
+
+    @contextmanager
+    def _sweeping_refused(self) -> Iterator[None]:
+        """What is malformed, or finds no room, leaves nothing behind; a broken connection leaves its blobs for the next."""
+        try:
+            yield
+        except (IntegrityError, HostError) as refusal:
+            from nagaya.images import collect
+
+            try:
+                collect.sweep(self, partial=isinstance(refusal, HostError))
+            except HostError:
+                pass  # a store that cannot even be locked: the refusal has said why
+            raise
 
     # -- taking out
 
