@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.cli import credentials, main, registry_check
+from nagaya.cli import main
 from nagaya.errors import IntegrityError, LaunchError, NotFound, RemoteError, UsageError
+from nagaya.images.sources import registry_login
+from nagaya.images.sources.registry_auth import find_credentials
 
 GOOD = "Basic " + base64.b64encode(b"me:secret").decode()
 
@@ -42,13 +44,15 @@ class _Answer(BaseHTTPRequestHandler):
         if self.path == "/v2/" and server.challenge == "redirect":
             self.send_response(302)
             self.send_header("Location", f"http://{server.host}/elsewhere")
-        elif given == GOOD or not server.challenge:
+        elif given in (GOOD, "Bearer t") or not server.challenge:
             self.send_response(200)
         else:
             self.send_response(401)
             self.send_header("WWW-Authenticate", server.challenge)
-        self.send_header("Content-Length", "0")
+        body = b'{"token": "t"}' if self.path.startswith("/token") else b""
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
         return
@@ -94,7 +98,7 @@ def test_login_checks_and_keeps(
     assert json.loads(file.read_text()) == {"auths": {registry.host: {"auth": GOOD.removeprefix("Basic ")}}}
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert "secret" not in capsys.readouterr().out
-    paths = {path.partition("?")[0] for path, given in registry.asked if given}
+    paths = {path.partition("?")[0] for path, given in registry.asked if given.startswith("Basic")}
     assert paths == ({"/v2/"} if kind == "basic" else {"/token"})
     assert main(["logout", registry.host]) == 0
     assert json.loads(file.read_text()) == {"auths": {}}
@@ -104,7 +108,7 @@ def test_login_checks_and_keeps(
 def test_what_else_is_in_the_file_stays(file: Path) -> None:
     file.parent.mkdir()
     file.write_text('{"psFormat": "x", "auths": {"a": {"auth": "b"}}}')
-    credentials.keep("registry.example/team", "u", "p")
+    registry_login.keep("registry.example/team", "u", "p")
     config = json.loads(file.read_text())
     assert config["psFormat"] == "x"
     assert set(config["auths"]) == {"a", "registry.example"}
@@ -115,15 +119,30 @@ def test_a_link_stays_a_link(file: Path, tmp_path: Path) -> None:
     file.parent.mkdir()
     (tmp_path / "real.json").write_text("{}")
     file.symlink_to(tmp_path / "real.json")
-    credentials.keep("x.example", "u", "p")
+    registry_login.keep("x.example", "u", "p")
     assert file.is_symlink()
     assert "x.example" in (tmp_path / "real.json").read_text()
 
 
 def test_the_containers_file_comes_first(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
-    assert credentials.keep("docker.io", "u", "p") == (str(tmp_path / "auth.json"), True)
+    assert registry_login.keep("docker.io", "u", "p") == (str(tmp_path / "auth.json"), True)
     assert list(json.loads((tmp_path / "auth.json").read_text())["auths"]) == ["https://index.docker.io/v1/"]
+
+
+def test_it_is_kept_where_a_pull_would_find_it(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """podman's file is read before Docker's: a stale entry there would hide the new one."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    podmans = tmp_path / "containers" / "auth.json"
+    podmans.parent.mkdir()
+    podmans.write_text('{"auths": {"x.example": {"auth": "b2xkOm9sZA=="}, "docker.io": {}, "y.example/team": {}}}')
+    assert registry_login.keep("x.example", "me", "secret").place == str(podmans)
+    assert find_credentials("x.example", "app") == ("me", "secret", "")
+    assert registry_login.keep("docker.io", "me", "secret").place == str(podmans)
+    assert find_credentials("docker.io", "library/debian") == ("me", "secret", "")
+    assert registry_login.keep("y.example", "me", "secret").place == str(file)
+    assert registry_login.forget("https://x.example/").place == str(podmans)
+    assert set(json.loads(podmans.read_text())["auths"]) == {"https://index.docker.io/v1/", "y.example/team"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{"])
@@ -131,7 +150,7 @@ def test_a_damaged_file_is_left_alone(file: Path, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)
     with pytest.raises(IntegrityError):
-        credentials.keep("x.example", "u", "p")
+        registry_login.keep("x.example", "u", "p")
     assert file.read_text() == text
 
 
@@ -144,39 +163,39 @@ def test_a_credential_helper_gets_the_secret(file: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     file.parent.mkdir()
     file.write_text('{"credHelpers": {"x.example": "fake"}}')
-    assert credentials.keep("x.example", "u", "p") == ("docker-credential-fake", False)
+    assert registry_login.keep("x.example", "u", "p") == ("docker-credential-fake", False)
     said = (tmp_path / "said").read_text().partition("\n")
     assert (said[0], json.loads(said[2])["Secret"]) == ("store", "p")
     with pytest.raises(LaunchError) as caught:
-        credentials.forget("x.example")
+        registry_login.forget("x.example")
     assert caught.value.log_tail == "no"
     file.write_text('{"credsStore": "missing"}')
     with pytest.raises(NotFound, match="docker-credential-missing"):
-        credentials.keep("x.example", "u", "p")
+        registry_login.keep("x.example", "u", "p")
     file.write_text('{"credsStore": "../../bin/sh"}')
     with pytest.raises(IntegrityError):
-        credentials.keep("x.example", "u", "p")
+        registry_login.keep("x.example", "u", "p")
 
 
 def test_a_password_goes_nowhere_without_tls(registry: Registry) -> None:
     with pytest.raises(UsageError, match="for registries on loopback"):
-        registry_check.check("registry.example", "u", "p", insecure=True)
+        registry_login.check("registry.example", "u", "p", insecure=True)
     registry.challenge = 'Bearer realm="http://token.example/x"'
     with pytest.raises(RemoteError, match="without TLS"):
-        registry_check.check(registry.host, "u", "p", insecure=True)
+        registry_login.check(registry.host, "u", "p", insecure=True)
     assert [given for _, given in registry.asked] == [""]
 
 
 def test_a_redirection_is_not_followed(registry: Registry) -> None:
     registry.challenge = "redirect"
     with pytest.raises(RemoteError, match="status 302"):
-        registry_check.check(registry.host, "u", "p", insecure=True)
+        registry_login.check(registry.host, "u", "p", insecure=True)
     assert [path for path, _ in registry.asked] == ["/v2/"]
 
 
 def test_a_registry_that_is_not_there(registry: Registry) -> None:
     with pytest.raises(RemoteError, match="cannot reach registry"):
-        registry_check.check("127.0.0.1:1", "u", "p", insecure=True)
+        registry_login.check("127.0.0.1:1", "u", "p", insecure=True)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from nagaya.cli import credentials
 from nagaya.cli.context import Context
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.errors import UsageError
 
+HUB = "docker.io"
+
 
 def login(context: Context, parsed: Parsed) -> int:
     """Ask for what was not given, let the registry check it, and keep it."""
-    registry = parsed.words[0] if parsed.words else credentials.HUB
+    from nagaya.images.sources import registry_login  # lazy: this command only
+
+    registry = parsed.words[0] if parsed.words else HUB
     if parsed.switch("password-stdin") and parsed.given("password"):
         raise UsageError("--password and --password-stdin exclude each other", hint="use --password-stdin")
     user = parsed.text("username") or _ask_user(parsed)
@@ -22,8 +25,8 @@ def login(context: Context, parsed: Parsed) -> int:
         password = parsed.text("password") or _ask_password(user)
     if not user or not password or ":" in user:
         raise UsageError("a user name (without ':') and a password are needed", hint="nagaya login -u USER REGISTRY")
-    credentials.check(registry, user, password, insecure=parsed.switch("insecure"))
-    kept = credentials.keep(registry, user, password)
+    registry_login.check(registry, user, password, insecure=parsed.switch("insecure"))
+    kept = registry_login.keep(registry, user, password)
     print(f"Login succeeded, kept in {kept.place}")
     if kept.plain:
         print("  It is not encrypted there; only you can read the file.", file=sys.stderr)
@@ -32,8 +35,10 @@ def login(context: Context, parsed: Parsed) -> int:
 
 def logout(context: Context, parsed: Parsed) -> int:
     """Forget what `login` kept."""
-    registry = parsed.words[0] if parsed.words else credentials.HUB
-    kept = credentials.forget(registry)
+    from nagaya.images.sources import registry_login  # lazy: this command only
+
+    registry = parsed.words[0] if parsed.words else HUB
+    kept = registry_login.forget(registry)
     print(f"Removed the credentials for {registry} from {kept.place}")
     return 0
 

@@ -64,7 +64,7 @@ def _look_in(config: dict[str, Any], host: str, repository: str) -> Credentials 
             return _ask_helper(helpers[name], name)
     auths = config.get("auths")
     if isinstance(auths, dict):
-        entries = {_normal_key(str(key)): value for key, value in auths.items()}
+        entries = {normal_key(str(key)): value for key, value in auths.items()}
         for key in _keys(hosts, repository):
             found = _decode(entries.get(key))
             if found is not None:
@@ -74,7 +74,7 @@ def _look_in(config: dict[str, Any], host: str, repository: str) -> Credentials 
     return None
 
 
-def _normal_key(key: str) -> str:
+def normal_key(key: str) -> str:
     """ "https://index.docker.io/v1/" and "host/team/" as "index.docker.io" and "host/team"."""
     for scheme in ("https://", "http://"):
         if key.startswith(scheme):
@@ -99,7 +99,7 @@ def _decode(entry: Any) -> Credentials | None:
         user, mark, password = base64.b64decode(entry.get("auth") or "").decode().partition(":")
     except (ValueError, TypeError):
         return None
-    if not mark:
+    if not mark:  # as old files have it
         user, password = str(entry.get("username") or ""), str(entry.get("password") or "")
     return Credentials(user, password.rstrip("\0")) if user else None
 

@@ -20,6 +20,10 @@ TOKEN_MAX = 64 << 10
 ANSWER_MAX = 1 << 20
 
 
+class Refused(RemoteError):
+    """The token server does not want these credentials."""
+
+
 class Authorizer:
     """The `Authorization` header for one repository of one registry; `header` is "" until it was challenged."""
 
@@ -120,7 +124,7 @@ def _fetch_token(
         raise RemoteError(f"cannot reach '{where}', the token server of '{host}': {explain(error)}") from None
     if status in (401, 403):
         who = "the user name or the password" if credentials is not None else "an access without a log-in"
-        raise RemoteError(f"registry '{host}' refuses {who}", hint=f"log in with 'nagaya login {host}'")
+        raise Refused(f"registry '{host}' refuses {who}", hint=f"log in with 'nagaya login {host}'")
     if status != 200:
         raise RemoteError(f"the token server of '{host}' answered with status {status}", hint="try again later")
     return _parse_token(raw, host)

@@ -11,7 +11,8 @@ import urllib3
 
 from nagaya.errors import NotFound, RemoteError, UsageError
 from nagaya.images.sources.connections import CERTIFICATES, Connections, explain, is_loopback, split_url
-from nagaya.images.sources.tokens import Authorizer
+from nagaya.images.sources.registry_auth import Credentials
+from nagaya.images.sources.tokens import Authorizer, answer_challenge
 
 REDIRECTS_MAX = 5
 ANSWER_MAX = 8 << 20
@@ -112,6 +113,36 @@ class Transport:
                 if hasattr(body, "seek"):
                     body.seek(0)
         raise AssertionError("the last attempt raises or returns")
+
+    def ping(self, credentials: Credentials) -> int:
+        """The status of /v2/ with these credentials, not those that are kept; no redirect is followed.
+
+        Raises `RemoteError`, and its child `Refused` when the registry's token server says no.
+        """
+        try:
+            response = self._send_ping("")
+            if response.status == 401:
+                challenge = response.headers.get("WWW-Authenticate", "")
+                self.discard(response)
+                header = answer_challenge(
+                    challenge,
+                    self.endpoint.host,
+                    scopes=(),
+                    credentials=credentials,
+                    connections=self._connections,
+                )
+                response = self._send_ping(header)
+        except _Passing as passing:
+            raise passing.error from None
+        self.discard(response)
+        return response.status
+
+    def _send_ping(self, authorization: str) -> urllib3.BaseHTTPResponse:
+        for _ in range(2):
+            response = self._send("GET", f"{self.base}/v2/", {}, None, authorization)
+            if response is not None:
+                return response
+        raise AssertionError("it turns to TLS once")
 
     def read(self, response: urllib3.BaseHTTPResponse) -> bytes:
         """The whole body of a small answer."""
