@@ -30,14 +30,14 @@ def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plain_user_is_told_to_become_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(Unsupported) as caught:
-        ContainerEngine().check(SPEC)
+        ContainerEngine().check_host()
     assert "sudo" in caught.value.hint and "1000" in caught.value.finding
 
 
 def test_a_missing_agent(as_root: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAGAYA_AGENT", "/nowhere/nagaya-agent")
     with pytest.raises(Unsupported, match="/nowhere/nagaya-agent") as caught:
-        ContainerEngine().check(SPEC)
+        ContainerEngine().check_host()
     assert "make agent" in caught.value.hint
 
 
@@ -47,10 +47,10 @@ def test_a_missing_agent(as_root: None, monkeypatch: pytest.MonkeyPatch) -> None
 def test_old_kernels(as_root: None, monkeypatch: pytest.MonkeyPatch, release: str, good: bool) -> None:
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "n", release, "v", "x86_64")))
     if good:
-        ContainerEngine().check(SPEC)
+        ContainerEngine().check_host()
         return
     with pytest.raises(Unsupported, match=r"5\.12"):
-        ContainerEngine().check(SPEC)
+        ContainerEngine().check_host()
 
 
 def test_a_plain_machine_passes_without_warnings(as_root: None) -> None:

@@ -61,6 +61,9 @@ class Engine(Protocol):
         Raises `HostError`, `Unsupported`, `UsageError`; on a raise nothing is left behind.
         """
 
+    def check_host(self) -> None:
+        """Raise `Unsupported` when this user on this host could boot nothing at all: known before an image is pulled."""
+
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise `UsageError` or `Unsupported` for what this engine could not boot; answers warnings. Changes nothing."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from nagaya.engines import open_engine
 from nagaya.errors import Conflict, IntegrityError, NotFound
 from nagaya.manager import repair
-from nagaya.manager.creating import check_options, name_volumes, plan_machine
+from nagaya.manager.creating import check_options, default_type, name_volumes, plan_machine
 from nagaya.manager.machine import Machine, Store
 from nagaya.manager.naming import check_name, generate_name
 from nagaya.manager.options import CreateOptions
@@ -42,6 +43,7 @@ class Machines:
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
+        open_engine(options.type or default_type()).check_host()
         image = self._store.images.ensure(
             options.image, platform=options.platform, pull=options.pull, insecure=options.insecure, progress=progress
         )

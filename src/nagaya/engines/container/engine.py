@@ -58,8 +58,8 @@ class ContainerEngine:
 
     # -- before a boot
 
-    def check(self, spec: MachineSpec) -> list[str]:
-        """Raise for what could not be booted; answers warnings. Changes nothing."""
+    def check_host(self) -> None:
+        """See `Engine.check_host`."""
         if os.geteuid() != 0:
             raise Unsupported(
                 "containers need root on this host so far",
@@ -76,6 +76,9 @@ class ContainerEngine:
             raise Unsupported(
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
             )
+
+    def check(self, spec: MachineSpec) -> list[str]:
+        """Raise for what could not be booted; answers warnings. Changes nothing."""
         if len(os.fsencode(spec.hostname)) > HOSTNAME_MAX:
             raise UsageError(f"the host name '{spec.hostname}' is longer than {HOSTNAME_MAX} bytes")
         mask = policy.capability_mask(spec.security)
