@@ -111,7 +111,7 @@ def processes_with(text: bytes) -> list[int]:
 
 def _processes(scratch: str) -> list[str]:
     mark = os.environ.get(MARK, "")
-    pids = set(processes_with(os.fsencode(scratch)))
+    pids = set(processes_with(os.fsencode(scratch) + b"/"))
     if mark:
         pids.update(processes_with(f"{MARK}={mark}".encode()))
     lines = []

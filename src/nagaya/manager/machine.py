@@ -126,12 +126,14 @@ class Machine:
                 return
             seconds = self.spec.stop_timeout_s if timeout_s is None else timeout_s
             self._ask_end("stop", timeout_ms=int(seconds * 1000))
+            self._mend()
 
     def kill(self, signal: int = 9) -> None:
         """Send a signal to its program; SIGKILL ends the machine and waits for that."""
         require("kill", self.state.phase, self.name)
         if signal == 9:
             self._ask_end("kill", signal=9)
+            repair.settle(self.paths, self.spec)
         else:
             self._ask("kill", signal=signal)
 
@@ -168,7 +170,10 @@ class Machine:
                 if not force:
                     require("remove", state.phase, self.name)
                 self._ask_end("kill", signal=9)
-                if not os.path.exists(self.directory):
+                self._mend()
+                try:
+                    self._settled()  # killed before it had cleaned up, its supervisor left the host's part to us
+                except NotFound:
                     return  # created with --rm: its supervisor has removed it
             self._reload()  # its name, should it have been given another since
             if volumes or self.spec.auto_remove:
@@ -392,6 +397,11 @@ class Machine:
         except (Conflict, RemoteError):
             if os.path.exists(self.directory) and machines.is_alive(self.paths, self.id):
                 raise
+
+    def _mend(self) -> None:
+        """Behind `_ask_end`, under the command lock: a supervisor that was killed instead of ending left things behind."""
+        if os.path.exists(self.directory):
+            self._settled()
 
     def _stream(self, connection: Connection, request: bytes) -> Attachment:
         try:
