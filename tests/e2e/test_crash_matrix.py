@@ -112,7 +112,7 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def _check_truth(cli: Cli) -> None:
+def _check_truth(cli: Cli, verb: str) -> None:
     """What `ps` shows is so: whoever runs has a process and answers, whoever has ended has none."""
     deadline = time.monotonic() + 3
     while True:
@@ -135,7 +135,8 @@ def _check_truth(cli: Cli) -> None:
             assert row["pid"] == 0, row
             assert not _supervisors_soon_gone(cli.root), row
             again = cli("start", row["id"])  # whatever happened, it can be used again
-            assert again.code == 0, (row, again)
+            gone = verb == "run --rm" and cli.machines() == []  # its end was being written down as we looked
+            assert again.code == 0 or gone, (row, again)
 
 
 def _supervisors_soon_gone(root: str) -> list[int]:
@@ -175,7 +176,7 @@ def test_crash_matrix(own_cli: Cli) -> None:
         _prepare(own_cli, verb)
         try:
             hits[victim] += bool(_strike(own_cli, verb, victim, delay_s))
-            _check_truth(own_cli)
+            _check_truth(own_cli, verb)
             _check_clean(own_cli, before, scratch)
         except AssertionError as error:
             error.add_note(f"seed {seed}, round {number}: {verb}, {victim} killed after {delay_s * 1000:.1f} ms")
