@@ -86,7 +86,11 @@ def no_thread_stays() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + 3
-    while left := [t.name for t in threading.enumerate() if t not in before and "process_request" not in t.name]:
+    while left := [
+        t.name
+        for t in threading.enumerate()
+        if t not in before and t.name != "connect" and "process_request" not in t.name
+    ]:
         assert time.monotonic() < deadline, f"threads that stayed: {left}"
         time.sleep(0.01)
 
@@ -439,6 +443,24 @@ def test_a_name_that_does_not_resolve_is_told_at_once(root: Path, monkeypatch: p
     assert "registry.invalid" in caught.value.message
     for noise in ("HTTPSConnectionPool", "Max retries", "object at 0x", "Errno"):
         assert noise not in caught.value.message
+
+
+@pytest.mark.timeout(30)
+def test_a_host_that_swallows_everything_is_given_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall that drops: sixteen addresses, one after the other, must not take sixteen times as long."""
+    monkeypatch.setattr("nagaya.images.sources.connections.REACH_S", 0.4)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for filler in (first, second):  # a full backlog drops the next ones
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", full.getsockname())
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [address] * 16)
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match="no connection in time"):
+            fetch_from("registry.example/app", root)
+        assert time.monotonic() - began < 2
 
 
 def test_plain_http_needs_insecure(registry: Registry, root: Path) -> None:

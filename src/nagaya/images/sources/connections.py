@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from weakref import WeakSet
@@ -15,6 +16,7 @@ import urllib3
 from nagaya.errors import RemoteError, UsageError
 
 CONNECT_S, READ_S = 5.0, 30.0
+REACH_S = 7.0  # name, all its addresses and TLS together: a big registry has sixteen addresses
 BLOCK = 128 << 10
 CERTIFICATES = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 
@@ -123,7 +125,7 @@ def _noting(pool: Any, note: Any, *, silent: bool = False) -> Any:
 
     class Connection(pool.ConnectionCls):  # type: ignore[misc]
         def connect(self) -> None:
-            super().connect()
+            _within(REACH_S, super().connect, self)
             if silent:
                 self.is_verified = True  # --insecure was asked for: urllib3 would warn on the terminal
             note(self)
@@ -132,6 +134,30 @@ def _noting(pool: Any, note: Any, *, silent: bool = False) -> Any:
         ConnectionCls = Connection
 
     return Pool
+
+
+def _within(seconds: float, connect: Callable[[], None], connection: Any) -> None:
+    """Connect, or raise `ConnectTimeoutError`. In a thread, because nothing else ends a resolver that waits."""
+    ended: list[BaseException | None] = []
+    late = threading.Event()
+
+    def work() -> None:
+        try:
+            connect()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+        if late.is_set():
+            connection.close()
+
+    worker = threading.Thread(target=work, name="connect", daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if not ended:
+        late.set()
+        raise urllib3.exceptions.ConnectTimeoutError(connection, "no connection in time")
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _open_proxy(proxy: str, options: dict[str, Any]) -> Any:
@@ -184,7 +210,7 @@ def explain(error: BaseException) -> str:
             reason = getattr(part, "reason", "") or str(part)
             return str(reason).lower().replace("_", " ")
         if isinstance(part, urllib3.exceptions.ConnectTimeoutError):
-            return f"no connection within {CONNECT_S:.0f} s"
+            return "no connection in time"
         if isinstance(part, TimeoutError | urllib3.exceptions.ReadTimeoutError):
             return f"no answer within {READ_S:.0f} s"
         if isinstance(part, urllib3.exceptions.IncompleteRead):
