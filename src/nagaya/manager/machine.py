@@ -171,10 +171,8 @@ class Machine:
                     require("remove", state.phase, self.name)
                 self._ask_end("kill", signal=9)
                 self._mend()
-                try:
-                    self._settled()  # killed before it had cleaned up, its supervisor left the host's part to us
-                except NotFound:
-                    return  # created with --rm: its supervisor has removed it
+                if not os.path.exists(self.directory):
+                    return  # created with --rm: it is removed by now
             self._reload()  # its name, should it have been given another since
             if volumes or self.spec.auto_remove:
                 rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge
@@ -400,8 +398,10 @@ class Machine:
 
     def _mend(self) -> None:
         """Behind `_ask_end`, under the command lock: a supervisor that was killed instead of ending left things behind."""
-        if os.path.exists(self.directory):
+        try:
             self._settled()
+        except NotFound:
+            return  # it was created with --rm: its supervisor, or the repair just now, has removed it
 
     def _stream(self, connection: Connection, request: bytes) -> Attachment:
         try:
