@@ -184,6 +184,21 @@ def test_an_error_and_a_death_raise() -> None:
     attachment.close()
 
 
+def test_output_that_overtakes_the_reply_is_kept_in_order() -> None:
+    ours, theirs = unix.socket_pair()
+    os.write(theirs, encode(control.STDOUT, 0, b"1") + encode(control.STDERR, 0, b"2"))
+    os.write(theirs, control.reply(pid=7) + encode(control.STDOUT, 0, b"3") + control.exited(0))
+    connection = Connection(ours)
+    assert connection.answer() == {"pid": 7}
+    with Attachment(connection) as attachment:
+        assert attachment.pending()
+        events = attachment.receive()
+        while not isinstance(events[-1], Exited):
+            events += attachment.receive()
+    assert events == [Output(1, b"1"), Output(2, b"2"), Output(1, b"3"), Exited(0, "")]
+    os.close(theirs)
+
+
 def test_communicate_feeds_by_credit_and_collects() -> None:
     attachment, theirs = _attachment()
     payload = os.urandom(700_000)

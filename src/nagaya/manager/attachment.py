@@ -45,7 +45,24 @@ class Connection:
                 return  # the supervisor closed: reading tells why
 
     def answer(self) -> dict[str, object]:
-        """Wait for the REPLY. Raises the error that the supervisor sent, `RemoteError` when it died."""
+        """Wait for the REPLY. Raises the error that the supervisor sent, `RemoteError` when it died.
+
+        A quick program's first output may come before the word that it has started: it is kept for `rest`.
+        """
+        early: list[Frame] = []
+        while True:
+            frame = self._next_frame()
+            if frame.type not in (control.STDOUT, control.STDERR):
+                break
+            early.append(frame)
+        if frame.type == control.ERROR:
+            raise control.parse_error(frame)
+        if frame.type != control.REPLY:
+            raise RemoteError(f"control protocol: frame {frame.type} instead of a reply")
+        self._frames = early + self._frames
+        return control.parse_json(frame)
+
+    def _next_frame(self) -> Frame:
         while not self._frames:
             try:
                 data = os.read(self.fd, CHUNK)
@@ -54,12 +71,7 @@ class Connection:
             if not data:
                 raise RemoteError("the machine's supervisor ended without an answer", hint="see 'nagaya ps -a'")
             self._frames += self._decoder.feed(data)
-        frame = self._frames.pop(0)
-        if frame.type == control.ERROR:
-            raise control.parse_error(frame)
-        if frame.type != control.REPLY:
-            raise RemoteError(f"control protocol: frame {frame.type} instead of a reply")
-        return control.parse_json(frame)
+        return self._frames.pop(0)
 
     def rest(self) -> tuple[Decoder, list[Frame]]:
         """The decoder and the frames that came behind the reply, for who goes on with the connection."""
