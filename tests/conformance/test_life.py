@@ -380,6 +380,6 @@ def test_commands_on_one_machine_take_turns(create: Start) -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert machine.state.phase in ("running", "exited")
-    assert all("running" in message for message in refused)
+    assert all("is running: cannot start it" in message for message in refused)
     machine.stop(timeout_s=0)
     assert machine.state.phase == "exited"

@@ -100,7 +100,7 @@ class FakeHost:
             FakeMachine(self.calls, "stuck", "c" * 32),
         ]
         self.machines = self
-        self.damaged: Any = lambda: []
+        self.damaged: Any = list
         self.volumes = SimpleNamespace(
             list=lambda: [Volume("data", "/v/data", 1)],
             create=lambda name, labels: Volume(name or "made-up", "/v", 1, labels),

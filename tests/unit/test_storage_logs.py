@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,3 +96,24 @@ def test_times() -> None:
     assert parse_time(b"1970-01-01T00:00:01.000000002Z") == 1_000_000_002
     assert parse_time(b"1970-01-01T00:00:01Z") == -1
     assert parse_line(b"1970-01-01T00:00:00.000000000Z stderr P a b") is not None
+
+
+def test_a_rotation_that_fails_goes_on_in_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptor stays ours: a closed number would soon be another file's, and the log would be written there."""
+    writer = LogWriter(str(tmp_path), LogLimits(max_bytes=1024, files=3))
+
+    def refuse() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "_open", refuse)
+    for number in range(100):
+        writer.write(1, b"line %d\n" % number)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    writer.write(1, b"last\n")
+    assert os.fstat(other).st_size == 0
+    os.close(other)
+    assert writer.lost == "No space left on device"
+    monkeypatch.undo()
+    writer.write(1, b"again\n")
+    writer.close()
+    assert (tmp_path / "log").exists()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nagaya.errors import Conflict, IntegrityError, UsageError
-from nagaya.model.state import ACCEPTS, PHASES, require
+from nagaya.model.state import ACCEPTS, PHASES, MachineState, require
 from nagaya.storage import machines, records
 from nagaya.storage.paths import Paths, find_paths
 from nagaya.storage.tree import remove_tree
@@ -125,3 +128,48 @@ def test_a_store_of_its_own_has_run_time_files_of_its_own(monkeypatch: pytest.Mo
     assert find_paths() == Paths("/z", "/z/run")
     with pytest.raises(UsageError):
         find_paths("a\0b")
+
+
+def _take_turns(paths: Paths, machine_id: str, seconds: float) -> int:
+    """Claim, look, and remove as a machine that ends does: directory first, then the name. How often it was ours."""
+    directory, held = paths.machine(machine_id), 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            machines.claim_name(paths, "x", machine_id)
+        except Conflict:
+            continue
+        for _ in range(20):
+            if machines.find_by_name(paths, "x") != machine_id:
+                return -1
+        held += 1
+        os.rename(directory, f"{directory}.gone")
+        machines.release_name(paths, "x", machine_id)
+        os.rename(f"{directory}.gone", directory)
+    return held
+
+
+def test_a_name_never_changes_hands_under_its_owner(paths: Paths) -> None:
+    """Claims that take over a dead owner's link, and that owner's own release, meet in every order."""
+    owners = (A, B, "c" * 32, "d" * 32)
+    for machine_id in owners:
+        os.makedirs(paths.machine(machine_id), exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(len(owners)) as pool:
+        counts = pool.starmap(_take_turns, [(paths, machine_id, 0.4) for machine_id in owners])
+    assert min(counts) >= 0 and sum(counts) > 100
+
+
+def test_a_state_finds_room_on_a_full_disk(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    long = MachineState(phase="running", error="a long sentence " * 20)
+    machines.store_state(paths, A, long)
+    monkeypatch.setattr(records, "write_file", refuse)
+    for state in (MachineState(phase="exited", exit_code=7), long):
+        machines.store_state(paths, A, state)
+        assert machines.load_state(paths, A) == state
+    with pytest.raises(OSError, match="No space"):  # there is none to write over
+        machines.store_state(paths, B, long)
+    assert os.listdir(paths.machine(B)) == []

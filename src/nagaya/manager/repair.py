@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import IntegrityError, NagayaError, NotFound
+from nagaya.errors import IntegrityError, NagayaError, NotFound, Unsupported
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, EXITED, RUNNING, STARTING, MachineState
 from nagaya.storage import events, machines, rootfs
@@ -107,7 +107,11 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
         raise NotFound(f"machine {machine_id[:12]} has been removed") from None
     with command:
         for type_ in TYPES:
-            open_engine(type_).reclaim(machine_id)
+            try:
+                engine = open_engine(type_)
+            except Unsupported:
+                continue  # it cannot have been of a type that this version does not have
+            engine.reclaim(machine_id)
         with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
             attach.reclaim_machine(paths.root, machine_id)
             names = machines.names_of(paths, machine_id)

@@ -12,8 +12,9 @@ import os
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from nagaya.errors import IntegrityError
+from nagaya.errors import IntegrityError, UsageError
 
+MAX_BYTES = 4 << 20
 T = TypeVar("T")
 _hints: dict[type, dict[str, Any]] = {}
 
@@ -75,7 +76,7 @@ def load(path: str, cls: type[T]) -> T:
     """Read and check a record. Raises `FileNotFoundError`, or `IntegrityError` for anything malformed."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        raw = os.read(fd, 4 << 20)
+        raw = os.read(fd, MAX_BYTES)
     finally:
         os.close(fd)
     try:
@@ -88,8 +89,17 @@ def load(path: str, cls: type[T]) -> T:
 
 
 def store(path: str, value: object, *, durable: bool = False) -> None:
-    """Replace the record at `path`. `durable` waits until it would survive a power cut (fsync: milliseconds)."""
-    write_file(path, json.dumps(to_data(value), separators=(",", ":")).encode(), durable=durable)
+    """Replace the record at `path`. `durable` waits until it would survive a power cut (fsync: milliseconds).
+
+    Raises `UsageError` for one that `load` would not read to its end.
+    """
+    data = json.dumps(to_data(value), separators=(",", ":")).encode()
+    if len(data) > MAX_BYTES:
+        raise UsageError(
+            f"a record of {len(data) >> 20} MiB is more than a machine may have",
+            hint="pass large values to the program in a file, or on its standard input",
+        )
+    write_file(path, data, durable=durable)
 
 
 def overwrite(path: str, value: object) -> None:
