@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.e2e.command import Cli, Ran
 
-EXPECTED = (0, 1, 125)
+EXPECTED = (0, 1, 2, 125)
 
 
 def check_sentence(ran: Ran) -> None:
