@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -314,43 +313,35 @@ def await_gone(pid: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.timeout(30)
-def test_ctrl_c_lets_mmdebstrap_clean_up(programs: Path, root: Path, tmp_path: Path) -> None:
+PULL = """
+from nagaya.images.content import Blobs
+from nagaya.images.progress import Silent
+from nagaya.images.sources import apt_sources, bootstrap
+bootstrap.find_debian_sources = lambda: [apt_sources.AptSource("http://x", ("bookworm",), ("main",))]
+bootstrap.DebianSource("bookworm").fetch(Blobs({root!r}), platform="", progress=Silent())
+"""
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_pull_that_ends_takes_mmdebstrap_with_it(
+    programs: Path, root: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """By Ctrl-C, or killed: either way mmdebstrap is asked to end, so that it can remove its directory."""
     program(programs, "mmdebstrap", HANG.format(place=tmp_path))
-
-    def interrupt() -> None:
-        await_file(tmp_path / "pid")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        DebianSource("bookworm").fetch(Blobs(str(root)), platform="", progress=Silent())
-    thread.join()
-    await_gone(int((tmp_path / "pid").read_text()))
-    assert not (tmp_path / "work").exists()
-    assert stored_digests(root) == set()
-    assert partial_files(root) == []
-
-
-@pytest.mark.timeout(30)
-def test_a_killed_pull_takes_mmdebstrap_with_it(programs: Path, root: Path, tmp_path: Path) -> None:
-    program(programs, "mmdebstrap", HANG.format(place=tmp_path))
-    text = (
-        "from nagaya.images.content import Blobs\n"
-        "from nagaya.images.progress import Silent\n"
-        "from nagaya.images.sources import apt_sources, bootstrap\n"
-        "bootstrap.find_debian_sources = lambda: [apt_sources.AptSource('http://x', ('bookworm',), ('main',))]\n"
-        f"bootstrap.DebianSource('bookworm').fetch(Blobs({str(root)!r}), platform='', progress=Silent())\n"
-    )
-    puller = subprocess.Popen([sys.executable, "-c", text])
+    puller = subprocess.Popen([sys.executable, "-c", PULL.format(root=str(root))], stderr=subprocess.DEVNULL)
     try:
         await_file(tmp_path / "pid")
+        puller.send_signal(number)
+        assert puller.wait(20) == -number
     finally:
         puller.kill()
         puller.wait()
     await_gone(int((tmp_path / "pid").read_text()))
     assert not (tmp_path / "work").exists()
+    assert stored_digests(root) == set()
+    if number == signal.SIGINT:
+        assert partial_files(root) == []
 
 
 # -- busybox
