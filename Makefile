@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 
 # iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
 RUN_PACKAGES := busybox-static gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
-TEST_PACKAGES := $(RUN_PACKAGES) apache2-utils attr docker-registry iproute2 libseccomp-dev openssl podman procps runc \
+TEST_PACKAGES := $(RUN_PACKAGES) apache2-utils attr curl docker-registry iproute2 libseccomp-dev openssl podman procps runc \
 	skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
 

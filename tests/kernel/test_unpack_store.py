@@ -396,10 +396,11 @@ def test_plain_user_is_told(tmp_path: Path) -> None:
     make_layout(tmp_path, {"a": b"a"})
     scratch = tempfile.mkdtemp(prefix="nagaya-test-")  # pytest's own directories are closed to others
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[3]); from nagaya.images import moving, pulling, sources, making, collect\n"
-        "from nagaya.images import layers, unpack, streams; from nagaya.images.store import ImageStore; import nagaya.errors\n"
-        "from nagaya.images.sources import layout; import nagaya.storage.records, nagaya.storage.tree, hashlib, threading\n"
-        "import calendar, nagaya.kernel.libc\n"
+        "import importlib, os, pkgutil, sys; sys.path.insert(0, sys.argv[3]); import nagaya.images, nagaya.kernel, nagaya.storage\n"
+        # All of it now: the checkout may lie where a plain user cannot read, such as /root.
+        "for package in (nagaya.images, nagaya.kernel, nagaya.storage):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'): importlib.import_module(module.name)\n"
+        "import calendar, hashlib, threading; from nagaya.images.store import ImageStore; import nagaya.errors\n"
         "os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
         "try: ImageStore(sys.argv[1] + '/images').pull(sys.argv[2])\n"
         "except nagaya.errors.HostError as error: print(error.message, '|', error.hint)\n"

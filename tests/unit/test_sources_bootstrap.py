@@ -308,9 +308,17 @@ def await_file(path: Path) -> None:
 
 def await_gone(pid: int) -> None:
     deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}"):
+    while _runs(pid):
         assert time.monotonic() < deadline, f"{pid} is still there"
         time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """A zombie does not: it is an orphan, and not every container has a PID 1 that reaps."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 PULL = """

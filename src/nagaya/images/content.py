@@ -287,6 +287,10 @@ class NewBlob:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise HostError.from_os(error, "cannot store a blob") from None
+        except KeyboardInterrupt:  # raised as open returns: the file is there, and no one else will hear of it
+            if os.path.lexists(self._path):
+                os.unlink(self._path)
+            raise
         return self
 
     def write(self, data: bytes | memoryview) -> None:
