@@ -5,7 +5,6 @@ The real mmdebstrap takes half a minute and a network: tests/e2e runs it.
 
 from __future__ import annotations
 
-import os
 import signal
 import struct
 import subprocess
