@@ -156,3 +156,10 @@ def from_wire(data: object) -> NagayaError:
         if type(sent) is type(now):
             setattr(made, name, sent)
     return made
+
+
+class GuestFault(Exception):
+    """A guest did what no correct driver does. `str(fault)` is one sentence for the log.
+
+    Not a `NagayaError`: no user asked for anything wrong. It stops one device of one machine, and goes no further.
+    """

@@ -1,0 +1,70 @@
+"""What a virtio device is to its transport, and what it gets from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from nagaya.memory import GuestMemory
+from nagaya.virtio.loop import Loop
+from nagaya.virtio.queue import Queue
+
+# Device types: virtio 1.2, section 5.
+NET = 1
+BLOCK = 2
+CONSOLE = 3
+ENTROPY = 4
+BALLOON = 5
+VSOCK = 19
+FILE_SYSTEM = 26
+
+# Features of every device: section 6. These are the transport's to offer, not the device's.
+RING_INDIRECT_DESC = 1 << 28
+RING_EVENT_IDX = 1 << 29
+VERSION_1 = 1 << 32
+
+
+class Activated(NamedTuple):
+    """What a device has from the driver's DRIVER_OK until the next reset."""
+
+    memory: GuestMemory
+    queues: tuple[Queue | None, ...]
+    """By number; None for one that the driver left off."""
+    features: int
+    """What both sides agreed on."""
+    loop: Loop
+    config_changed: Callable[[], None]
+    """Tells the driver that the configuration space is not what it was. Any thread."""
+
+
+class Device(Protocol):
+    """One virtio device. All but the configuration space is used on the loop's thread only, so it needs no lock."""
+
+    name: str
+    """For logs and statistics: blk0, net0."""
+    device_id: int
+    features: int
+    """Offered bits, without the transport's."""
+    queue_sizes: tuple[int, ...]
+    """The largest size of each queue; powers of two."""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Bytes of the configuration space; fewer at its end. vCPU threads."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote; what may not be written stays. vCPU threads."""
+
+    def activate(self, live: Activated) -> None:
+        """The driver is ready. Raises `GuestFault` when it agreed to what cannot be."""
+
+    def kicked(self, queue: int) -> None:
+        """A queue has work. After a `GuestFault` the transport asks the driver for a reset, and calls no more."""
+
+    def reset(self) -> None:
+        """Let go of `live` at once, requests in flight included; ready for `activate` again."""
+
+    def close(self) -> None:
+        """Give back what the host lent. Nothing is called after it."""
+
+    def counters(self) -> dict[str, int]:
+        """Requests, bytes, errors since the start. Any thread."""
