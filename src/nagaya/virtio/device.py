@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
@@ -24,6 +25,10 @@ RING_EVENT_IDX = 1 << 29
 VERSION_1 = 1 << 32
 
 
+def _raise(fault: GuestFault) -> None:
+    raise fault
+
+
 class Activated(NamedTuple):
     """What a device has from the driver's DRIVER_OK until the next reset."""
 
@@ -35,6 +40,8 @@ class Activated(NamedTuple):
     loop: Loop
     config_changed: Callable[[], None]
     """Tells the driver that the configuration space is not what it was. Any thread."""
+    fault: Callable[[GuestFault], None] = _raise
+    """For a fault found outside of `activate` and `kicked`: does what the transport does when those raise it."""
 
 
 class Device(Protocol):
