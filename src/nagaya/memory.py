@@ -37,7 +37,7 @@ class GuestMemory:
         """Map the file `fd`, which then belongs to this object. Raises `OSError`."""
         self.fd = fd
         self.size_bytes = size_bytes
-        self._map = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_NORESERVE)
+        self._map = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
         self._anchor = c_char.from_buffer(self._map)
         hva, view = addressof(self._anchor), memoryview(self._map)
         low = min(size_bytes, LOW_END_GPA)

@@ -1,0 +1,122 @@
+"""One virtual machine's descriptor: memory slots, the interrupt controllers that live in KVM, and what is wired to them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from nagaya.errors import HostError, Unsupported
+from nagaya.kernel import kvm
+from nagaya.memory import GuestMemory
+
+DEVICE = "/dev/kvm"
+# KVM on Intel keeps four pages of its own in the guest's physical memory: here, just below the firmware's place, as in QEMU.
+_IDENTITY_MAP_GPA = 0xFFFB_C000
+_TSS_GPA = 0xFFFB_D000
+
+
+def open_kvm() -> int:
+    """/dev/kvm, open. Raises `Unsupported`, saying why this user on this host has no KVM."""
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _explain(error) from None
+    version = kvm.ioctl("KVM_GET_API_VERSION", fd, kvm.KVM_GET_API_VERSION)
+    if version != kvm.API_VERSION:
+        os.close(fd)
+        raise Unsupported(
+            f"{DEVICE} speaks version {version} of the KVM API", hint="Linux has had version 12 since 2.6.22",
+            finding="KVM_GET_API_VERSION",
+        )  # fmt: skip
+    return fd
+
+
+def _explain(error: OSError) -> Unsupported:
+    finding = f"opening {DEVICE}: {error.strerror}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Unsupported(
+            f"this user may not use {DEVICE}",
+            hint="join its group: usermod -aG kvm USER, then log in anew",
+            finding=finding,
+        )
+    if error.errno == errno.ENOENT:
+        return Unsupported(
+            "this host has no KVM", finding=finding,
+            hint="load kvm_intel or kvm_amd, turn on virtualization in the firmware, or use --type emulated",
+        )  # fmt: skip
+    return Unsupported(f"this host's KVM cannot be used: {error.strerror}", hint="use --type emulated", finding=finding)
+
+
+class Vm:
+    """A KVM virtual machine without vCPUs yet. Raises `Unsupported`, `HostError`; `close` it."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.kvm_fd = open_kvm()
+        self.fd = -1
+        try:
+            self.fd = kvm.ioctl("KVM_CREATE_VM", self.kvm_fd, kvm.KVM_CREATE_VM)
+            self.most_vcpus = self.extension(kvm.KVM_CAP_MAX_VCPUS) or 1
+            self.run_bytes = kvm.ioctl("KVM_GET_VCPU_MMAP_SIZE", self.kvm_fd, kvm.KVM_GET_VCPU_MMAP_SIZE)
+            for slot, region in enumerate(memory.regions):
+                self._set_slot(slot, region.gpa, region.size_bytes, region.hva)
+            kvm.ioctl("KVM_SET_TSS_ADDR", self.fd, kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
+            address = ctypes.c_uint64(_IDENTITY_MAP_GPA)
+            kvm.ioctl("KVM_SET_IDENTITY_MAP_ADDR", self.fd, kvm.KVM_SET_IDENTITY_MAP_ADDR, address)
+        except OSError as error:
+            self.close()
+            raise HostError.from_os(error, "cannot create a virtual machine") from None
+
+    def extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 = not there; else 1, or what the capability counts."""
+        return kvm.ioctl("KVM_CHECK_EXTENSION", self.fd, kvm.KVM_CHECK_EXTENSION, capability)
+
+    def enable(self, capability: int, argument: int) -> None:
+        """KVM_ENABLE_CAP. Raises `OSError`."""
+        request = kvm.kvm_enable_cap(cap=capability)
+        request.args[0] = argument
+        kvm.ioctl("KVM_ENABLE_CAP", self.fd, kvm.KVM_ENABLE_CAP, request)
+
+    def create_interrupt_controllers(self, *, timer: bool) -> None:
+        """Local APICs, an I/O APIC and the old PICs, in KVM; `timer`: the PIT too, which a kernel without ACPI calibrates by.
+
+        Before the first vCPU.
+        """
+        kvm.ioctl("KVM_CREATE_IRQCHIP", self.fd, kvm.KVM_CREATE_IRQCHIP)
+        if timer:
+            # With the dummy speaker port 0x61 too: kernels wait on its bit 5 when they measure the TSC.
+            config = kvm.kvm_pit_config(flags=kvm.KVM_PIT_SPEAKER_DUMMY)
+            kvm.ioctl("KVM_CREATE_PIT2", self.fd, kvm.KVM_CREATE_PIT2, config)
+
+    def set_line(self, gsi: int, level: int) -> None:
+        """Raise or lower an interrupt line."""
+        kvm.ioctl("KVM_IRQ_LINE", self.fd, kvm.KVM_IRQ_LINE, kvm.kvm_irq_level(irq=gsi, level=level))
+
+    def create_interrupt(self, gsi: int) -> int:
+        """An eventfd: each write to it is an edge on `gsi`, raised by the kernel alone. It belongs to the caller."""
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        kvm.ioctl("KVM_IRQFD", self.fd, kvm.KVM_IRQFD, kvm.kvm_irqfd(fd=fd, gsi=gsi))
+        return fd
+
+    def bind_kick(self, fd: int, gpa: int, value: int) -> None:
+        """A 32-bit guest write of `value` to `gpa` signals the eventfd `fd`, without an exit to this process."""
+        request = kvm.kvm_ioeventfd(datamatch=value, addr=gpa, len=4, fd=fd, flags=kvm.KVM_IOEVENTFD_FLAG_DATAMATCH)
+        kvm.ioctl("KVM_IOEVENTFD", self.fd, kvm.KVM_IOEVENTFD, request)
+
+    def create_vcpu(self, index: int) -> int:
+        """The descriptor of a new vCPU, whose local APIC's id is `index`."""
+        return kvm.ioctl("KVM_CREATE_VCPU", self.fd, kvm.KVM_CREATE_VCPU, index)
+
+    def close(self) -> None:
+        """Close both descriptors. The machine is gone when its vCPUs' are closed too."""
+        for fd in (self.fd, self.kvm_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.kvm_fd = -1
+
+    def _set_slot(self, slot: int, gpa: int, size_bytes: int, hva: int) -> None:
+        region = kvm.kvm_userspace_memory_region(
+            slot=slot, guest_phys_addr=gpa, memory_size=size_bytes, userspace_addr=hva
+        )
+        kvm.ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, kvm.KVM_SET_USER_MEMORY_REGION, region)
