@@ -56,10 +56,14 @@ def accept(listener: int) -> int:
     return made
 
 
-def connect(directory: str, name: str) -> int:
-    """Connect to `directory/name`. Raises `FileNotFoundError` or `ConnectionRefusedError` when nobody listens."""
+def connect(directory: str, name: str, *, blocking: bool = True) -> int:
+    """Connect to `directory/name`. Raises `FileNotFoundError` or `ConnectionRefusedError` when nobody listens.
+
+    Without `blocking`, the descriptor does not block either, and a full queue of connections raises `BlockingIOError`.
+    """
     where = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     made = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    made.setblocking(blocking)
     try:
         made.connect(_short(where, name))
     except BaseException:
