@@ -78,6 +78,10 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "prune": "prune:PRUNE_VOLUMES",
         },
     ),
+    "kernel": (
+        "Build, list and remove the kernels that machines boot",
+        {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
+    ),
 }  # fmt: skip
 GROUP_SUMMARIES = {
     "machine prune": "Remove machines that do not run",
@@ -89,6 +93,10 @@ GROUP_SUMMARIES = {
     "volume inspect": "Show everything about volumes",
     "volume rm": "Remove volumes",
     "volume prune": "Remove volumes that no machine uses",
+    "kernel build": "Build a guest kernel from this host's source package",
+    "kernel ls": "List guest kernels",
+    "kernel path": "Show where a guest kernel is",
+    "kernel rm": "Remove guest kernels",
 }
 _ALIASES = {"list": "ls", "remove": "rm"}  # second words that Docker's users also know
 _TOP_ALIASES = {"ls": "ps", "list": "ps"}

@@ -64,7 +64,12 @@ def render_reference() -> str:
             usage = catalog.load(place).usage.replace("|", "\\|")
             lines.append(f"| `{f'nagaya {name} {usage}'.rstrip()}` | {about} |")
         lines.append("")
-    lines += ["## Groups", "", "The same commands under one word, as Docker's users also write them:", ""]
+    lines += [
+        "## Groups",
+        "",
+        "The same commands under one word, as Docker's users also write them, and what volumes and kernels have:",
+        "",
+    ]
     for group, (_, words) in catalog.GROUPS.items():
         lines.append(f"- `nagaya {group}` " + " ".join(words))
     command = catalog.load(catalog.MACHINES["run"][0])

@@ -56,6 +56,7 @@ _IMAGE_COMMANDS = (
     "image save", "image history", "image inspect", "machine run", "machine create",
 )  # fmt: skip
 _VOLUME_COMMANDS = ("volume rm", "volume inspect")
+_KERNEL_COMMANDS = ("kernel rm", "kernel path")
 _FLAG_VALUES = {
     "network": ("bridge", "host", "none"),
     "pull": ("always", "missing", "never"),
@@ -136,6 +137,10 @@ def _names(context: Context, command: str) -> list[str]:
             return sorted(_SCRIPTS)
         if command in _VOLUME_COMMANDS:
             return [volume.name for volume in context.host.volumes.list()]
+        if command in _KERNEL_COMMANDS:
+            from nagaya.kernels.cache import list_kernels
+
+            return [kernel.id for kernel in list_kernels()]
         names: list[str] = []
         if command in _IMAGE_COMMANDS or command == "inspect":
             names += [name for image in context.host.images.list() for name in image.names]
