@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from nagaya.engines.container import policy
-from nagaya.kernel import bpf, capabilities, inotify, libc, mount, namespaces, process, seccomp
+from nagaya.kernel import bpf, capabilities, inotify, libc, mount, namespaces, process, seccomp, tun
 
 HEADERS = """
 #define _GNU_SOURCE
@@ -31,6 +31,8 @@ HEADERS = """
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/fs.h>
+#include <linux/if.h>
+#include <linux/if_tun.h>
 #include <linux/keyctl.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
@@ -60,6 +62,7 @@ RENAMED: dict[ModuleType, dict[str, str]] = {
         "ANY": "",
     },
     inotify: {},
+    tun: {},
 }
 # umount2(2)'s flags are in the C library's header, which cannot be included together with the kernel's.
 OTHER_HEADERS = "#include <stdio.h>\n#include <sys/mount.h>\n"
