@@ -105,7 +105,7 @@ class FileSystem:
 
     def _ring(self, number: int, queue: Queue) -> Ring:
         return Ring(
-            index=number,
+            number=number,
             size=queue.size,
             descriptors=queue.descriptors,
             available=queue.available,

@@ -52,7 +52,7 @@ _PATIENCE_S = 10.0
 class Ring(NamedTuple):
     """One queue for the daemon. Addresses are the guest's; the eventfds stay the caller's."""
 
-    index: int
+    number: int
     size: int
     descriptors: int
     available: int
@@ -110,7 +110,7 @@ class VhostUser:
             self._start_ring(memory, ring)
 
     def _start_ring(self, memory: GuestMemory, ring: Ring) -> None:
-        index = ring.index
+        index = ring.number
         self._tell(SET_VRING_NUM, _VRING_STATE.pack(index, ring.size))
         self._tell(SET_VRING_BASE, _VRING_STATE.pack(index, ring.next_available))
         addresses = (memory.hva(gpa, 1) for gpa in (ring.descriptors, ring.used, ring.available))
