@@ -102,6 +102,9 @@ class Loop:
             os.eventfd_write(self._wake_fd, 1)
             thread.join()
             self._thread = None
+        with self._lock:  # devices closed later on still ask to have their descriptors forgotten
+            self._callbacks.clear()
+            self._registered.clear()
         if not self._epoll.closed:
             self._epoll.close()
             os.close(self._wake_fd)

@@ -1,6 +1,6 @@
 """virtio-net (virtio 1.2, section 5.1): one pair of queues, over a link that is a tap device or a socket.
 
-vhost-net is not used: virtio-mmio's interrupt status register is ours, and the kernel's back end would not set it.
+The kernel's own back end, vhost-net, is not used: no host that this is tested on has it.
 """
 
 from __future__ import annotations
