@@ -3,8 +3,8 @@
 The host's side is what Firecracker made customary. Where the device's socket is PATH:
 
 - a program of the host connects to PATH and writes "CONNECT 1024\\n" to reach the guest's port 1024; it reads
-  "OK 1073741824\\n" (its own port) once the guest has accepted, or the end of file when it has not; before the guest has its driver
-  ready, it waits;
+  "OK 1073741824\\n" (its own port) once the guest has accepted, or the end of file when it has not. Before the guest's
+  driver is ready, it waits;
 - a program of the guest that connects to port 80 of CID 2 reaches the socket PATH_80.
 """
 
