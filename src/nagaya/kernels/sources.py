@@ -19,7 +19,7 @@ _HEADERS = {"gelf.h": "libelf-dev"}  # the kernel's own objtool reads ELF
 
 # What no guest can use is not unpacked: it is most of a Linux. Kconfig files and Makefiles stay, everything reads those.
 _LEFT_OUT = (
-    *(f"arch/{name}/*" for name in (
+    *(f"arch/{name}/*.{kind}" for kind in ("[chS]", "dts", "dtsi", "pl", "tbl") for name in (
         "alpha", "arc", "arm", "arm64", "csky", "hexagon", "ia64", "loongarch", "m68k", "microblaze", "mips", "nios2",
         "openrisc", "parisc", "powerpc", "riscv", "s390", "sh", "sparc", "xtensa",
     )),
