@@ -8,17 +8,18 @@ PY := $(VENV)/bin/python
 
 # iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
 RUN_PACKAGES := busybox-static gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
-TEST_PACKAGES := $(RUN_PACKAGES) apache2-utils attr curl docker-registry iproute2 libseccomp-dev openssl podman procps runc \
-	skopeo strace tmux
+KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make xz-utils
+TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) apache2-utils attr curl docker-registry e2fsprogs iproute2 \
+	libseccomp-dev openssl podman procps qemu-system-x86 runc skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
 
-.PHONY: demo test check bench agent bytecode clean lint unit
+.PHONY: demo test check bench agent bytecode clean kernel lint unit
 .NOTPARALLEL:
 
 demo: .cache/packages-run $(VENV)/installed agent bytecode
 	@tools/demo
 
-test: .cache/packages-test $(VENV)/installed agent bytecode lint
+test: .cache/packages-test $(VENV)/installed agent bytecode lint kernel
 	$(PY) -m pytest $(if $(CI),--require=all)
 
 # What a developer runs by habit: under a minute.
@@ -39,6 +40,10 @@ agent: src/nagaya/_guest/nagaya-agent
 
 src/nagaya/_guest/nagaya-agent: $(wildcard guest/*.c guest/*.h) guest/Makefile
 	$(MAKE) -s -C guest install DEST=../src/nagaya/_guest
+
+# Five minutes on two CPUs, once: it lies in the user's cache.
+kernel: .cache/packages-kernel $(VENV)/installed
+	@$(VENV)/bin/nagaya kernel build
 
 # One apt run, and only for what is missing.
 .cache/packages-%: Makefile

@@ -13,6 +13,7 @@ from nagaya.errors import NotFound, UsageError
 from nagaya.kernels import cache, sources
 from nagaya.kernels.cache import Record
 from nagaya.storage import records
+from nagaya.storage.lock import FileLock
 
 ONE, TWO, OTHER = "1" * 16, "12" * 8, "f" * 16
 
@@ -84,6 +85,16 @@ def test_removal(place: Path) -> None:
     cache.remove_kernel(kernel)
     assert os.listdir(place) == []
     cache.remove_kernel(kernel)  # somebody else was quicker
+
+
+def test_what_builds_leave_goes_unless_one_goes_on(place: Path) -> None:
+    cache.remove_build()  # nothing was ever built
+    (place / "build" / "linux").mkdir(parents=True)
+    with FileLock(str(place / "lock")):
+        cache.remove_build()
+        assert (place / "build").exists()
+    cache.remove_build()
+    assert os.listdir(place) == ["lock"]
 
 
 # -- the command

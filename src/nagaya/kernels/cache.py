@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.storage import records
+from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree
 
 ID_DIGITS = 16
@@ -110,3 +111,17 @@ def remove_kernel(kernel: Kernel) -> None:
         return  # somebody else was quicker
     except OSError as error:
         raise HostError.from_os(error, f"cannot remove the kernel {kernel.id}") from None
+
+
+def remove_build() -> None:
+    """Take away what `--keep` or a build that failed has left; nothing when a build goes on."""
+    directory = cache_directory()
+    lock = FileLock(os.path.join(directory, "lock"))
+    try:
+        if lock.acquire(wait=False):
+            with lock:
+                remove_tree(os.path.join(directory, "build"))
+    except FileNotFoundError:
+        return  # nothing was ever built
+    except OSError as error:
+        raise HostError.from_os(error, "cannot remove the last build's files") from None

@@ -108,7 +108,7 @@ def path(context: Context, parsed: Parsed) -> int:
 
 
 def rm(context: Context, parsed: Parsed) -> int:
-    """Remove kernels. With --all every one."""
+    """Remove kernels. With --all every one, and what the last build has left."""
     if parsed.switch("all") == bool(parsed.words):
         raise UsageError("name kernels to remove, or give --all", hint="'nagaya kernel ls' lists them")
 
@@ -117,8 +117,10 @@ def rm(context: Context, parsed: Parsed) -> int:
         cache.remove_kernel(kernel)
         print(kernel.id)
 
-    names = tuple(kernel.id for kernel in cache.list_kernels()) if parsed.switch("all") else parsed.words
-    return each_name(context, names, remove)
+    if not parsed.switch("all"):
+        return each_name(context, parsed.words, remove)
+    cache.remove_build()
+    return each_name(context, [kernel.id for kernel in cache.list_kernels()], remove)
 
 
 BUILD = Command(
@@ -151,6 +153,6 @@ RM = Command(
     rm,
     usage="KERNEL [KERNEL...]",
     words=(0, MANY),
-    flags=(Flag("-a --all", "Remove every one"),),
+    flags=(Flag("-a --all", "Remove every one, and what is left of builds"),),
     examples=(("nagaya kernel rm 3f2a", ""), ("nagaya kernel rm --all", "")),
 )
