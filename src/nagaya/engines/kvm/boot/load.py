@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from nagaya.engines.kvm.boot.elf import MAGIC, parse_elf
 from nagaya.engines.kvm.boot.image import BootImage, Handover
 from nagaya.engines.kvm.boot.linux import plan_linux
-from nagaya.errors import HostError, NagayaError, NotFound, UsageError
+from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.memory import Region
 
 Protocol = Literal["auto", "linux", "pvh"]
+
+# Kernels in other CPUs' own formats, and what people name by mistake: where, what, and who.
+_IMAGES = (
+    (0x38, b"ARM\x64", "aarch64"),
+    (0x38, b"RSC\x05", "riscv"),
+    (0x24, b"\x18\x28\x6f\x01", "arm"),
+)
+_STRANGERS = (
+    (0, b"\x1f\x8b", "compressed with gzip"),
+    (0, b"\xfd7zXZ\0", "compressed with xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    (0, b"\x02\x21\x4c\x18", "compressed with lz4"),
+    (0, b"070701", "an initial RAM disk"),
+    (4, b"zimg", "an EFI program that decompresses a kernel"),
+    (0x8001, b"CD001", "a CD image"),
+    (0, b"QFI\xfb", "a qcow2 disk"),
+    (0x1FE, b"\x55\xaa", "a disk"),
+    (0, b"#!", "a script"),
+)
 
 
 def load_kernel(
@@ -33,19 +53,73 @@ def load_kernel(
     """
     content = map_file(path, "kernel")
     disk = map_file(initrd, "initial RAM disk") if initrd is not None else b""
-    handover = Handover(memory, command_line, disk, rsdp_gpa, rng_seed)
-    try:
-        return _plan(content, handover, protocol)
-    except NagayaError as error:
-        error.message = f"cannot start {path}: {error.message}"
-        error.args = (error.message,)
-        raise
+    with _about(path):
+        return _plan(content, Handover(memory, command_line, disk, rsdp_gpa, rng_seed), protocol)
+
+
+def extract_vmlinux(path: str) -> memoryview:
+    """The ELF kernel in a bzImage, or all of a vmlinux: for a cache of what takes time to decompress.
+
+    Raises as `load_kernel`; `Unsupported` too for what only the kernel itself can decompress.
+    """
+    with _about(path):
+        return _extract(map_file(path, "kernel"))
 
 
 def _plan(content: memoryview, handover: Handover, protocol: Protocol) -> BootImage:
     if content[:4] != MAGIC:
-        raise UsageError("it is not a kernel", hint="name a vmlinux or bzImage file")
-    return plan_linux(parse_elf(content), content, handover)
+        try:
+            content = _extract(content)
+        except Unsupported:
+            from nagaya.engines.kvm.boot import bzimage
+
+            if protocol == "pvh" or not bzimage.is_bzimage(content):
+                raise
+            # Slower, but it has what it needs with it.
+            return bzimage.plan_bzimage(bzimage.parse_bzimage(content), content, handover)
+    kernel = parse_elf(content)
+    if protocol == "linux" or (protocol == "auto" and (kernel.is_linux or kernel.pvh_entry is None)):
+        return plan_linux(kernel, content, handover)
+    from nagaya.engines.kvm.boot.pvh import plan_pvh  # lazy: Linux is what nearly everybody starts
+
+    return plan_pvh(kernel, content, handover)
+
+
+def _extract(content: memoryview) -> memoryview:
+    if content[:4] == MAGIC:
+        return content
+    from nagaya.engines.kvm.boot import bzimage  # lazy: a vmlinux needs none of it
+
+    if not bzimage.is_bzimage(content):
+        raise _name_stranger(content)
+    kernel = bzimage.extract_payload(bzimage.parse_bzimage(content), content)
+    if kernel[:4] != MAGIC:
+        raise Unsupported("the kernel in it is not an ELF file", hint="name a vmlinux file")
+    return kernel
+
+
+def _name_stranger(content: memoryview) -> NagayaError:
+    """What to say of a file that is no kernel for this machine."""
+    for at, magic, cpu in _IMAGES:
+        if content[at : at + len(magic)] == magic:
+            return Unsupported(
+                f"the kernel is for another CPU: {cpu}", hint="a machine of this type runs x86-64 kernels only"
+            )
+    for at, magic, what in _STRANGERS:
+        if content[at : at + len(magic)] == magic:
+            return UsageError(f"it is {what} and not a kernel", hint="name a vmlinux or bzImage file")
+    return UsageError("it is not a kernel", hint="name a vmlinux or bzImage file")
+
+
+@contextmanager
+def _about(path: str) -> Iterator[None]:
+    """Name the file in errors of those who only see what is in it."""
+    try:
+        yield
+    except NagayaError as error:
+        error.message = f"cannot start {path}: {error.message}"
+        error.args = (error.message,)
+        raise
 
 
 def map_file(path: str, what: str) -> memoryview:
