@@ -51,9 +51,9 @@ class BzImage(NamedTuple):
     """The memory from `load_gpa` on that decompressor and kernel work in."""
 
 
-def is_bzimage(content: memoryview) -> bool:
-    """Whether it has the setup header's marks."""
-    return content[_MAGIC_AT : _MAGIC_AT + 4] == _MAGIC and content[_BOOT_FLAG_AT : _BOOT_FLAG_AT + 2] == _BOOT_FLAG
+def is_bzimage(start: bytes) -> bool:
+    """Whether a file begins with a setup header."""
+    return start[_MAGIC_AT : _MAGIC_AT + 4] == _MAGIC and start[_BOOT_FLAG_AT : _BOOT_FLAG_AT + 2] == _BOOT_FLAG
 
 
 def parse_bzimage(content: memoryview) -> BzImage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -15,6 +16,9 @@ from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageEr
 from nagaya.memory import Region
 
 Protocol = Literal["auto", "linux", "pvh"]
+
+_START_BYTES = 0x8100  # what the table below looks at
+_MOST_BZIMAGE_BYTES = 512 << 20
 
 # Kernels in other CPUs' own formats, and what people name by mistake: where, what, and who.
 _IMAGES = (
@@ -51,8 +55,9 @@ def load_kernel(
     `auto` is Linux's protocol for a Linux, PVH for anything else that has its entry. The image holds views of the mapped
     files; write it and let go of it. Raises `UsageError`, `Unsupported`, `NotFound`, `IntegrityError`, `HostError`.
     """
-    content = map_file(path, "kernel")
-    disk = map_file(initrd, "initial RAM disk") if initrd is not None else b""
+    with _about(path):
+        content = _read_kernel(path)
+    disk = _map_initrd(initrd) if initrd is not None else b""
     with _about(path):
         return _plan(content, Handover(memory, command_line, disk, rsdp_gpa, rng_seed), protocol)
 
@@ -63,50 +68,69 @@ def extract_vmlinux(path: str) -> memoryview:
     Raises as `load_kernel`; `Unsupported` too for what only the kernel itself can decompress.
     """
     with _about(path):
-        return _extract(map_file(path, "kernel"))
+        return _extract(_read_kernel(path))
 
 
 def _plan(content: memoryview, handover: Handover, protocol: Protocol) -> BootImage:
-    if content[:4] != MAGIC:
-        try:
-            content = _extract(content)
-        except Unsupported:
-            from nagaya.engines.kvm.boot import bzimage
+    try:
+        elf = _extract(content)
+    except Unsupported:
+        if protocol == "pvh":
+            raise
+        from nagaya.engines.kvm.boot import bzimage
 
-            if protocol == "pvh" or not bzimage.is_bzimage(content):
-                raise
-            # Slower, but it has what it needs with it.
-            return bzimage.plan_bzimage(bzimage.parse_bzimage(content), content, handover)
-    kernel = parse_elf(content)
+        # Slower, but it has what it needs with it.
+        return bzimage.plan_bzimage(bzimage.parse_bzimage(content), content, handover)
+    kernel = parse_elf(elf)
     if protocol == "linux" or (protocol == "auto" and (kernel.is_linux or kernel.pvh_entry is None)):
-        return plan_linux(kernel, content, handover)
+        return plan_linux(kernel, elf, handover)
     from nagaya.engines.kvm.boot.pvh import plan_pvh  # lazy: Linux is what nearly everybody starts
 
-    return plan_pvh(kernel, content, handover)
+    return plan_pvh(kernel, elf, handover)
 
 
 def _extract(content: memoryview) -> memoryview:
+    """The ELF kernel in what `_read_kernel` gave."""
     if content[:4] == MAGIC:
         return content
-    from nagaya.engines.kvm.boot import bzimage  # lazy: a vmlinux needs none of it
+    from nagaya.engines.kvm.boot import bzimage
 
-    if not bzimage.is_bzimage(content):
-        raise _name_stranger(content)
     kernel = bzimage.extract_payload(bzimage.parse_bzimage(content), content)
     if kernel[:4] != MAGIC:
         raise Unsupported("the kernel in it is not an ELF file", hint="name a vmlinux file")
     return kernel
 
 
-def _name_stranger(content: memoryview) -> NagayaError:
+def _read_kernel(path: str) -> memoryview:
+    """All of a vmlinux, mapped and not read yet, or of a bzImage."""
+    with _opened(path, "kernel") as (fd, size_bytes):
+        start = os.pread(fd, _START_BYTES, 0)
+        if start[:4] == MAGIC:
+            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+        from nagaya.engines.kvm.boot import bzimage  # lazy: a vmlinux needs none of it
+
+        if not bzimage.is_bzimage(start):
+            raise _name_stranger(start)
+        if size_bytes > _MOST_BZIMAGE_BYTES:
+            raise UsageError(f"a bzImage of {size_bytes >> 20} MiB cannot be")
+        # A copy: decompressing takes a while, and who shortens a mapped file meanwhile ends its reader (SIGBUS).
+        return memoryview(b"".join(iter(lambda: os.read(fd, size_bytes), b"")))
+
+
+def _map_initrd(path: str) -> memoryview:
+    with _opened(path, "initial RAM disk") as (fd, _):
+        return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+
+
+def _name_stranger(start: bytes) -> NagayaError:
     """What to say of a file that is no kernel for this machine."""
     for at, magic, cpu in _IMAGES:
-        if content[at : at + len(magic)] == magic:
+        if start[at : at + len(magic)] == magic:
             return Unsupported(
                 f"the kernel is for another CPU: {cpu}", hint="a machine of this type runs x86-64 kernels only"
             )
     for at, magic, what in _STRANGERS:
-        if content[at : at + len(magic)] == magic:
+        if start[at : at + len(magic)] == magic:
             return UsageError(f"it is {what} and not a kernel", hint="name a vmlinux or bzImage file")
     return UsageError("it is not a kernel", hint="name a vmlinux or bzImage file")
 
@@ -122,19 +146,22 @@ def _about(path: str) -> Iterator[None]:
         raise
 
 
-def map_file(path: str, what: str) -> memoryview:
-    """All of a file, without reading it yet. Raises `NotFound`, `HostError`, `UsageError`."""
+@contextmanager
+def _opened(path: str, what: str) -> Iterator[tuple[int, int]]:
+    """The descriptor and size of a file that is not empty, for as long as the block lasts."""
+    fd = -1
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for a named pipe's other end
-        try:
-            if not os.fstat(fd).st_size:
-                raise UsageError(f"{path} is empty", hint=f"name a {what}'s file")
-            return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-        finally:
-            os.close(fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            raise UsageError(
+                f"{path} is {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}", hint=f"name a {what}'s file"
+            )
+        yield fd, status.st_size
     except FileNotFoundError:
         raise NotFound(f"there is no {what} {path}") from None
     except OSError as error:
         raise HostError.from_os(error, f"cannot read the {what} {path}") from None
-    except ValueError:
-        raise UsageError(f"{path} is not a {what}'s file") from None
+    finally:
+        if fd >= 0:
+            os.close(fd)
