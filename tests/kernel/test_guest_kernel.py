@@ -45,7 +45,7 @@ def boot(vmlinux: str, initramfs: str, *devices: str, append: str = "quiet") -> 
     """Everything that the guest wrote on its console until it restarted."""
     words = [word for device in devices for word in device.split()]
     command = [
-        "qemu-system-x86_64", "-M", "microvm,acpi=off,rtc=off,isa-serial=off", "-accel", "tcg", "-cpu", "max", "-m", "256",
+        "qemu-system-x86_64", "-M", "microvm,acpi=off,isa-serial=off", "-accel", "tcg", "-cpu", "max", "-m", "256",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", vmlinux, "-initrd", initramfs,
         "-device", "virtio-serial-device", "-chardev", "stdio,id=console", "-device", "virtconsole,chardev=console", *words,
         "-append", f"console=hvc0 reboot=t panic=-1 {append}",
@@ -100,7 +100,7 @@ def test_it_is_what_qemu_loads(vmlinux: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "type", ["proc", "sysfs", "cgroup2", "tmpfs", "devpts", "mqueue", "binfmt_misc", "overlay", "ext4"]
+    "type", ["devtmpfs", "proc", "sysfs", "cgroup2", "tmpfs", "devpts", "mqueue", "binfmt_misc", "overlay", "ext4"]
 )
 def test_mounts(guest: Guest, type: str) -> None:
     assert guest.results[f"mount-{type}"] == 0
@@ -110,7 +110,7 @@ def test_mounts(guest: Guest, type: str) -> None:
     "path",
     [
         "/dev/hvc0", "/dev/hwrng", "/dev/vsock", "/dev/net/tun", "/dev/fuse", "/dev/loop-control", "/sys/class/net/eth0",
-        "/dev/vda", "/disk/made",
+        "/sys/bus/virtio/drivers/virtio_balloon/virtio4", "/dev/vda", "/disk/made",
     ],
 )  # fmt: skip
 def test_devices(guest: Guest, path: str) -> None:
