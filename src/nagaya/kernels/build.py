@@ -211,7 +211,7 @@ class _Work:
             match = _STEP.match(line)
             if match is not None:
                 self.steps += 1
-                self.progress.count(self.steps, max(expected, self.steps), match[1])
+                self.progress.count(self.steps, max(expected, self.steps), match[1].removeprefix(f"{self.tree}/"))
 
         self._run([*self._make(), f"-j{jobs}", "vmlinux"], what="make vmlinux", show=show)
 
