@@ -35,10 +35,13 @@ EXIT_NAMES = {
 
 
 class Ending(NamedTuple):
-    """Why a vCPU cannot go on: `kind` for programs, `reason` for people."""
+    """Why a machine ended, or a vCPU cannot go on: `kind` for programs, `reason` for people."""
 
     kind: str
+    """power-off, reset, exit, stopped; triple-fault, internal-error, entry-failed, halted, crash, failed."""
     reason: str
+    status: int = 0
+    """What the guest wrote to the exit port."""
 
 
 class Quirks(Protocol):

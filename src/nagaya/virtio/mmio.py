@@ -1,0 +1,279 @@
+"""The virtio-mmio transport, modern (virtio 1.2, section 4.2): registers on one side, a device on the other.
+
+vCPU threads read and write the registers. Whatever concerns the device itself happens on its loop's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+
+from nagaya.errors import GuestFault
+from nagaya.memory import GuestMemory
+from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated, Device
+from nagaya.virtio.loop import Loop
+from nagaya.virtio.queue import Queue
+
+SIZE_BYTES = 0x200
+MAGIC = 0x7472_6976  # "virt"
+VERSION = 2
+VENDOR = 0x4147_414E  # "NAGA"
+CONFIG = 0x100
+
+# Section 4.2.2, table 4.1.
+MAGIC_VALUE, DEVICE_VERSION, DEVICE_ID, VENDOR_ID = 0x00, 0x04, 0x08, 0x0C
+DEVICE_FEATURES, DEVICE_FEATURES_SEL, DRIVER_FEATURES, DRIVER_FEATURES_SEL = 0x10, 0x14, 0x20, 0x24
+QUEUE_SEL, QUEUE_NUM_MAX, QUEUE_NUM, QUEUE_READY, QUEUE_NOTIFY = 0x30, 0x34, 0x38, 0x44, 0x50
+INTERRUPT_STATUS, INTERRUPT_ACK, STATUS = 0x60, 0x64, 0x70
+QUEUE_DESC_LOW, QUEUE_DESC_HIGH = 0x80, 0x84
+QUEUE_DRIVER_LOW, QUEUE_DRIVER_HIGH = 0x90, 0x94
+QUEUE_DEVICE_LOW, QUEUE_DEVICE_HIGH = 0xA0, 0xA4
+SHM_SEL, SHM_LEN_LOW, SHM_LEN_HIGH, SHM_BASE_LOW, SHM_BASE_HIGH = 0xAC, 0xB0, 0xB4, 0xB8, 0xBC
+QUEUE_RESET, CONFIG_GENERATION = 0xC0, 0xFC
+
+# Device status: section 2.1.
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DEVICE_NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
+USED_BUFFER, CONFIG_CHANGE = 1, 2
+_ALL_ONES = 0xFFFF_FFFF
+_HALVES = {
+    QUEUE_DESC_LOW: (0, 0), QUEUE_DESC_HIGH: (0, 32), QUEUE_DRIVER_LOW: (1, 0), QUEUE_DRIVER_HIGH: (1, 32),
+    QUEUE_DEVICE_LOW: (2, 0), QUEUE_DEVICE_HIGH: (2, 32),
+}  # fmt: skip
+
+
+class _QueueRegisters:
+    """What the driver says of one queue before it is made."""
+
+    def __init__(self, most: int) -> None:
+        self.size = most
+        self.ready = False
+        self.addresses = [0, 0, 0]
+        """Descriptor table, available ring, used ring."""
+
+
+class MmioTransport:
+    """One device's registers: `SIZE_BYTES` of addresses. A wrong access of the guest's is ignored, never raised."""
+
+    def __init__(self, device: Device, memory: GuestMemory, loop: Loop, *, interrupt_fd: int) -> None:
+        """`interrupt_fd`: an eventfd, each write to which is an edge on the device's interrupt line."""
+        self.device = device
+        self.fault = ""
+        """What the guest did wrong last; the device stands still from then until the driver resets it."""
+        self.faults = 0
+        self.kicks = 0
+        self.interrupts = 0
+        self._memory = memory
+        self._loop = loop
+        self._interrupt_fd = interrupt_fd
+        self._offered = device.features | VERSION_1 | RING_EVENT_IDX | RING_INDIRECT_DESC
+        self.kick_fds = tuple(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes)
+        """One for each queue; a write is the driver's notification."""
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._generation = 0
+        self._active = False
+        self._clear()
+
+    def _clear(self) -> None:
+        """Registers as after a reset."""
+        self._status = 0
+        self._features = 0
+        self._feature_words = [0, 0]
+        self._selected = {DEVICE_FEATURES_SEL: 0, DRIVER_FEATURES_SEL: 0, QUEUE_SEL: 0, SHM_SEL: 0}
+        self._registers = [_QueueRegisters(most) for most in self.device.queue_sizes]
+
+    # -- registers, on vCPU threads
+
+    def read(self, offset: int, size: int) -> bytes:
+        """See `MemoryDevice`."""
+        if offset >= CONFIG:
+            data = self.device.read_config(offset - CONFIG, size)
+            return data[:size].ljust(size, b"\0")
+        if size != 4 or offset % 4:  # section 4.2.2.2: only 32-bit accesses
+            return bytes(size)
+        return (self._read(offset) & _ALL_ONES).to_bytes(4, "little")
+
+    def _read(self, offset: int) -> int:
+        constant = _CONSTANTS.get(offset)
+        if constant is not None:
+            return constant
+        if offset == DEVICE_ID:
+            return self.device.device_id
+        if offset == DEVICE_FEATURES:
+            word = self._selected[DEVICE_FEATURES_SEL]
+            return self._offered >> 32 * word if word < 2 else 0
+        if offset == INTERRUPT_STATUS:
+            return self._pending
+        if offset == STATUS:
+            return self._status
+        if offset == CONFIG_GENERATION:
+            return self._generation
+        registers = self._queue_registers()
+        if offset == QUEUE_NUM_MAX:
+            return self.device.queue_sizes[self._selected[QUEUE_SEL]] if registers else 0
+        if offset == QUEUE_READY:
+            return int(registers.ready) if registers else 0
+        return 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        """See `MemoryDevice`."""
+        if offset >= CONFIG:
+            self.device.write_config(offset - CONFIG, data)
+            return
+        if len(data) != 4 or offset % 4:
+            return
+        value = int.from_bytes(data, "little")
+        if offset == QUEUE_NOTIFY:  # only where no ioeventfd took it
+            if value < len(self.kick_fds):
+                os.eventfd_write(self.kick_fds[value], 1)
+        elif offset == INTERRUPT_ACK:
+            with self._lock:
+                self._pending &= ~value
+        elif offset == STATUS:
+            self._loop.call(partial(self._set_status, value))
+        elif offset in self._selected:
+            self._selected[offset] = value
+        elif offset == DRIVER_FEATURES:
+            self._write_features(value)
+        else:
+            self._write_queue(offset, value)
+
+    def _write_features(self, value: int) -> None:
+        word = self._selected[DRIVER_FEATURES_SEL]
+        if word < 2 and not self._status & FEATURES_OK:
+            self._feature_words[word] = value
+
+    def _queue_registers(self) -> _QueueRegisters | None:
+        number = self._selected[QUEUE_SEL]
+        return self._registers[number] if number < len(self._registers) else None
+
+    def _write_queue(self, offset: int, value: int) -> None:
+        registers = self._queue_registers()
+        if registers is None or self._status & DRIVER_OK:
+            return
+        if offset == QUEUE_READY:
+            registers.ready = bool(value & 1)
+        elif registers.ready:  # its place cannot change under it
+            return
+        elif offset == QUEUE_NUM:
+            registers.size = value
+        elif offset in _HALVES:
+            which, shift = _HALVES[offset]
+            kept = registers.addresses[which] & _ALL_ONES << (32 - shift)
+            registers.addresses[which] = kept | value << shift
+
+    # -- the device, on its loop's thread
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset()
+            return
+        new = value & ~self._status
+        self._status |= value & ~DEVICE_NEEDS_RESET  # which is the device's to set
+        if new & FEATURES_OK:
+            features = self._feature_words[0] | self._feature_words[1] << 32
+            if features & ~self._offered or not features & VERSION_1:
+                self._status &= ~FEATURES_OK  # section 3.1.1: the driver reads it back, and sees that it may not
+            else:
+                self._features = features
+        if new & DRIVER_OK and self._status & FEATURES_OK and not self._active:
+            self._activate()
+
+    def _activate(self) -> None:
+        try:
+            queues = tuple(self._make_queue(number) for number in range(len(self._registers)))
+            self._active = True
+            for number, fd in enumerate(self.kick_fds):
+                if queues[number] is not None:
+                    self._loop.watch(fd, partial(self._kicked, number))
+            self.device.activate(
+                Activated(self._memory, queues, self._features, self._loop, self._config_changed, self._fail)
+            )
+        except GuestFault as fault:
+            self._fail(fault)
+
+    def _make_queue(self, number: int) -> Queue | None:
+        registers = self._registers[number]
+        if not registers.ready:
+            return None
+        most = self.device.queue_sizes[number]
+        if registers.size > most:
+            raise GuestFault(f"queue {number} has {registers.size} entries; at most {most} are offered")
+        descriptors, available, used = registers.addresses
+        return Queue(
+            self._memory, index=number, size=registers.size, descriptors=descriptors, available=available, used=used,
+            event_index=bool(self._features & RING_EVENT_IDX), indirect=bool(self._features & RING_INDIRECT_DESC),
+            interrupt=partial(self._interrupt, USED_BUFFER),
+        )  # fmt: skip
+
+    def _kicked(self, number: int) -> None:
+        try:
+            os.eventfd_read(self.kick_fds[number])
+        except BlockingIOError:
+            return
+        self.kicks += 1
+        if self._active:
+            try:
+                self.device.kicked(number)
+            except GuestFault as fault:
+                self._fail(fault)
+
+    def _fail(self, fault: GuestFault) -> None:
+        """Stop the device and ask the driver for a reset (section 2.1.2)."""
+        self.fault = str(fault)
+        self.faults += 1
+        self._stop()
+        self._status |= DEVICE_NEEDS_RESET
+        if self._status & DRIVER_OK:
+            self._interrupt(CONFIG_CHANGE)
+
+    def _stop(self) -> None:
+        for fd in self.kick_fds:
+            self._loop.unwatch(fd)
+        if self._active:
+            self._active = False
+            self.device.reset()
+
+    def _reset(self) -> None:
+        self._stop()
+        with self._lock:
+            self._pending = 0
+        self._clear()
+
+    # -- towards the driver, on any thread
+
+    def _interrupt(self, cause: int) -> None:
+        with self._lock:
+            self._pending |= cause
+        self.interrupts += 1
+        os.eventfd_write(self._interrupt_fd, 1)
+
+    def _config_changed(self) -> None:
+        self._generation = (self._generation + 1) & _ALL_ONES
+        self._interrupt(CONFIG_CHANGE)
+
+    # -- life
+
+    def reset(self) -> None:
+        """As if the driver had asked for it: what a machine's reset does to its devices."""
+        self._loop.call(self._reset)
+
+    def close(self) -> None:
+        """Reset the device and close the kicks. The device, the loop and the interrupt are the caller's."""
+        self.reset()
+        for fd in self.kick_fds:
+            os.close(fd)
+        self.kick_fds = ()
+
+    def counters(self) -> dict[str, int]:
+        """The device's, and the transport's own."""
+        mine = {"kicks": self.kicks, "interrupts": self.interrupts, "faults": self.faults}
+        return {**self.device.counters(), **mine}
+
+
+_CONSTANTS = {
+    MAGIC_VALUE: MAGIC, DEVICE_VERSION: VERSION, VENDOR_ID: VENDOR,
+    # No shared memory: a length of -1 says that the region does not exist (section 4.2.2).
+    SHM_LEN_LOW: _ALL_ONES, SHM_LEN_HIGH: _ALL_ONES, SHM_BASE_LOW: _ALL_ONES, SHM_BASE_HIGH: _ALL_ONES,
+}  # fmt: skip
