@@ -47,13 +47,21 @@ class Activated(NamedTuple):
 class Device(Protocol):
     """One virtio device. All but the configuration space is used on the loop's thread only, so it needs no lock."""
 
-    name: str
-    """For logs and statistics: blk0, net0."""
-    device_id: int
-    features: int
-    """Offered bits, without the transport's."""
-    queue_sizes: tuple[int, ...]
-    """The largest size of each queue; powers of two."""
+    @property
+    def name(self) -> str:
+        """For logs and statistics: blk0, net0."""
+
+    @property
+    def device_id(self) -> int:
+        """Virtio 1.2, section 5."""
+
+    @property
+    def features(self) -> int:
+        """Offered bits, without the transport's."""
+
+    @property
+    def queue_sizes(self) -> tuple[int, ...]:
+        """The largest size of each queue; powers of two."""
 
     def read_config(self, offset: int, size: int) -> bytes:
         """Bytes of the configuration space; fewer at its end. vCPU threads."""

@@ -10,6 +10,7 @@ import threading
 from struct import Struct
 from typing import NamedTuple, Protocol
 
+from nagaya.engines.kvm.boot.image import EntryState, SegmentRegister
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError
@@ -26,6 +27,7 @@ _MSR = Struct("=IIQ")
 _MSR_AT = _EXIT + kvm.kvm_run_msr.reason.offset
 _VALUES = {1: Struct("=B"), 2: Struct("=H"), 4: Struct("=I")}
 _MOST_REASONS = 64
+_FLAGS_AT_ENTRY = 1 << 1  # the bit that is always set; interrupts are off
 
 EXIT_NAMES = {
     getattr(kvm, name): name.removeprefix("KVM_EXIT_").lower().replace("_", "-")
@@ -110,6 +112,27 @@ class Vcpu:
         request = kvm.kvm_translation(linear_address=address)
         kvm.ioctl("KVM_TRANSLATE", self.fd, kvm.KVM_TRANSLATE, request)
         return request.physical_address if request.valid else None
+
+    def enter(self, state: EntryState) -> None:
+        """Set the registers with which a boot protocol enters a kernel."""
+        special = self.sregs()
+        _copy_segment(special.cs, state.code)
+        for segment in (special.ds, special.es, special.fs, special.gs, special.ss):
+            _copy_segment(segment, state.data)
+        _copy_segment(special.tr, state.task)
+        special.gdt.base, special.gdt.limit = state.gdt_gpa, state.gdt_limit
+        special.idt.base, special.idt.limit = 0, 0
+        special.cr0, special.cr3, special.cr4, special.efer = state.cr0, state.cr3, state.cr4, state.efer
+        self.set_sregs(special)
+        self.set_regs(kvm.kvm_regs(rip=state.rip, rsp=state.rsp, rsi=state.rsi, rbx=state.rbx, rflags=_FLAGS_AT_ENTRY))
+
+    def tell_paused(self) -> None:
+        """Let the guest know that time went on without it, so that its watchdogs do not take that for a hang."""
+        try:
+            kvm.ioctl("KVM_KVMCLOCK_CTRL", self.fd, kvm.KVM_KVMCLOCK_CTRL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a guest without kvm-clock
+                raise
 
     # -- running
 
@@ -218,3 +241,9 @@ class Vcpu:
         self.page.close()
         os.close(self.fd)
         self.fd = -1
+
+
+def _copy_segment(segment: kvm.kvm_segment, source: SegmentRegister) -> None:
+    for name, value in source._asdict().items():
+        setattr(segment, name, value)
+    segment.unusable = int(not source.present)

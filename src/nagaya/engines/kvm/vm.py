@@ -14,6 +14,7 @@ DEVICE = "/dev/kvm"
 # KVM on Intel keeps four pages of its own in the guest's physical memory: here, just below the firmware's place, as in QEMU.
 _IDENTITY_MAP_GPA = 0xFFFB_C000
 _TSS_GPA = 0xFFFB_D000
+_PIC_MASK = 2  # struct kvm_pic_state: last_irr, irr, imr
 
 
 def open_kvm() -> int:
@@ -84,6 +85,12 @@ class Vm:
         Before the first vCPU.
         """
         kvm.ioctl("KVM_CREATE_IRQCHIP", self.fd, kvm.KVM_CREATE_IRQCHIP)
+        # The PICs start unmasked, with vectors from 0 on: an early edge of a device would reach the kernel as an exception.
+        for chip_id in (0, 1):
+            chip = kvm.kvm_irqchip(chip_id=chip_id)
+            kvm.ioctl("KVM_GET_IRQCHIP", self.fd, kvm.KVM_GET_IRQCHIP, chip)
+            ctypes.memset(ctypes.addressof(chip) + kvm.kvm_irqchip.chip.offset + _PIC_MASK, 0xFF, 1)
+            kvm.ioctl("KVM_SET_IRQCHIP", self.fd, kvm.KVM_SET_IRQCHIP, chip)
         if timer:
             # With the dummy speaker port 0x61 too: kernels wait on its bit 5 when they measure the TSC.
             config = kvm.kvm_pit_config(flags=kvm.KVM_PIT_SPEAKER_DUMMY)
