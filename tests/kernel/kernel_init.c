@@ -92,8 +92,26 @@ static long unshare_all(void)
 	return status;
 }
 
+/* The ports of a virtio console come by messages that nobody waits for: on a busy host the first program can be here
+ * before its console is, and has no standard output then. */
+static void await_console(void)
+{
+	static const long pause[2] = {0, 10000000};
+	int tries;
+
+	for (tries = 0; tries < 1000 && call(1, STDOUT, (long)"", 0, 0, 0) < 0; tries++) {
+		long fd = call(257, AT_FDCWD, (long)"/dev/console", 2, 0, 0);
+
+		if (fd < 0)
+			call(35, (long)pause, 0, 0, 0, 0);
+		else if (fd != STDOUT)
+			call(33, fd, STDOUT, 0, 0, 0);
+	}
+}
+
 __attribute__((force_align_arg_pointer)) void _start(void)
 {
+	await_console();
 	say("INIT\n");
 	try_mount("devtmpfs", "none", "/dev", 0); /* an initramfs has to do this itself */
 	try_mount("proc", "none", "/proc", 0);

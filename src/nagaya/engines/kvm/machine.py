@@ -327,9 +327,11 @@ class _Parts:
 
     def _describe(self, hardware: Hardware, places: list[acpi.MmioDevice]) -> int:
         """Write the tables that tell the kernel its hardware; where the RSDP is, or 0."""
+        # Linux looks for this table before ACPI's, and where there is none it searches the first megabyte for it: 3 s where
+        # its code is emulated.
+        for gpa, data in mptable.plan_mp_table(hardware.cpus):
+            self.memory.write(gpa, data)
         if not hardware.acpi:
-            for gpa, data in mptable.plan_mp_table(hardware.cpus):
-                self.memory.write(gpa, data)
             return 0
         ports = acpi.Ports(
             power.SLEEP_CONTROL_PORT, power.SLEEP_STATUS_PORT, power.RESET_PORT, power.RESET_VALUE, power.PANIC_PORT
