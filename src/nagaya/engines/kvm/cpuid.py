@@ -81,7 +81,8 @@ BASELINE: tuple[Mask | Keep, ...] = (
     *HOST,
     Keep(LEAF_FEATURES, ECX, _V2_ECX),
     Keep(LEAF_FEATURES, EDX, _V2_EDX),
-    *(Keep(LEAF_EXTENDED_FEATURES, register, 0) for register in (EBX, ECX, EDX)),
+    # Of subleaf 0, EAX is the number of the last subleaf: those after it have features in it too.
+    *(Keep(LEAF_EXTENDED_FEATURES, register, 0) for register in (EAX, EBX, ECX, EDX)),
     *(Keep(LEAF_XSAVE, register, 0) for register in (EAX, EBX, ECX, EDX)),
     Keep(LEAF_AMD_EXTENDED, ECX, 1),  # lahf in 64-bit mode
     Keep(LEAF_AMD_EXTENDED, EDX, 1 << 11 | 1 << 20 | 1 << 29),  # syscall, no-execute, long mode
@@ -116,7 +117,7 @@ def plan_leaves(
     for rule in policy:
         rules.setdefault(rule.function, []).append(rule)
     planned = []
-    for leaf in leaves:
+    for leaf in _with_topology(leaves):
         registers = list(leaf.registers)
         for rule in rules.get(leaf.function, ()):
             if rule.subleaf in (-1, leaf.subleaf):
@@ -125,6 +126,17 @@ def plan_leaves(
         eax, ebx, ecx, edx = registers
         planned.append(leaf._replace(registers=(eax, ebx, ecx, edx)))
     return tuple(planned)
+
+
+def _with_topology(leaves: tuple[Leaf, ...]) -> tuple[Leaf, ...]:
+    """All levels of the topology leaves: KVM names the first alone (since Linux 6.3), as it is the VMM's to fill in."""
+    found = {leaf.function for leaf in leaves} & {LEAF_TOPOLOGY, LEAF_TOPOLOGY_2}
+    levels = (
+        Leaf(function, subleaf, kvm.KVM_CPUID_FLAG_SIGNIFCANT_INDEX, (0, 0, 0, 0))
+        for function in sorted(found)
+        for subleaf in range(3)
+    )
+    return (*(leaf for leaf in leaves if leaf.function not in found), *levels)
 
 
 def _place(leaf: Leaf, registers: list[int], index: int, count: int) -> None:
