@@ -27,6 +27,8 @@ class Operand(NamedTuple):
     scale: int = 1
     displacement: int = 0
     segment: str = ""
+    short: bool = False
+    """An address of 32 bits: prefix 67."""
 
 
 class Instruction(NamedTuple):
@@ -54,7 +56,7 @@ def decode(code: bytes) -> Instruction | None:
 
 
 def _decode(code: bytes) -> Instruction:
-    at, repeat, segment, size, rex = 0, 0, "", 4, 0
+    at, repeat, segment, size, rex, short = 0, 0, "", 4, 0, False
     while True:
         byte = code[at]
         if byte in (0xF2, 0xF3):
@@ -63,7 +65,9 @@ def _decode(code: bytes) -> Instruction:
             size = 2
         elif byte in _SEGMENTS:
             segment = _SEGMENTS[byte]
-        elif byte not in (0xF0, 0x67):
+        elif byte == 0x67:
+            short = True
+        elif byte != 0xF0:
             break
         at += 1
     if byte & 0xF0 == 0x40:
@@ -79,6 +83,7 @@ def _decode(code: bytes) -> Instruction:
         return Instruction(opcode, at + (opcode == b"\xcd"), repeat, size, 0, "", Operand(), immediate)
     modrm = code[at]
     operand, at = _decode_operand(code, at, rex, segment)
+    operand = operand._replace(short=short and not operand.register)
     return Instruction(opcode, at, repeat, size, modrm, REGISTERS[modrm >> 3 & 7 | (rex & 4) << 1], operand, 0)
 
 
@@ -117,6 +122,8 @@ def address_of(instruction: Instruction, value: Callable[[str], int], segment_ba
         address += value(operand.base)
     if operand.scaled:
         address += value(operand.scaled) * operand.scale
+    if operand.short:
+        address &= 0xFFFF_FFFF
     if operand.segment in ("fs", "gs"):  # in 64-bit mode the others have no base
         address += segment_base(operand.segment)
     return address & 0xFFFF_FFFF_FFFF_FFFF
