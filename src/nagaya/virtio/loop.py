@@ -84,10 +84,8 @@ class Loop:
             elsewhere = thread is not None and thread.ident != threading.get_ident() and not self._stopping
             if elsewhere:
                 self._calls.append(call)  # type: ignore[arg-type]  # nobody looks at the result before `wait`
-        if not elsewhere:
-            return function()
-        os.eventfd_write(self._wake_fd, 1)
-        return call.wait()
+                os.eventfd_write(self._wake_fd, 1)  # under the lock: once `close` has it, the descriptor may be gone
+        return call.wait() if elsewhere else function()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
