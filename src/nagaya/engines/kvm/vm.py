@@ -23,7 +23,14 @@ def open_kvm() -> int:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise _explain(error) from None
-    version = kvm.ioctl("KVM_GET_API_VERSION", fd, kvm.KVM_GET_API_VERSION)
+    try:
+        version = kvm.ioctl("KVM_GET_API_VERSION", fd, kvm.KVM_GET_API_VERSION)
+    except OSError as error:
+        os.close(fd)
+        raise Unsupported(
+            f"{DEVICE} is not KVM's device", hint="use --type emulated",
+            finding=f"KVM_GET_API_VERSION: {os.strerror(error.errno or 0)}",
+        ) from None  # fmt: skip
     if version != kvm.API_VERSION:
         os.close(fd)
         raise Unsupported(
@@ -103,7 +110,11 @@ class Vm:
     def create_interrupt(self, gsi: int) -> int:
         """An eventfd: each write to it is an edge on `gsi`, raised by the kernel alone. It belongs to the caller."""
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        kvm.ioctl("KVM_IRQFD", self.fd, kvm.KVM_IRQFD, kvm.kvm_irqfd(fd=fd, gsi=gsi))
+        try:
+            kvm.ioctl("KVM_IRQFD", self.fd, kvm.KVM_IRQFD, kvm.kvm_irqfd(fd=fd, gsi=gsi))
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def bind_kick(self, fd: int, gpa: int, value: int) -> None:
