@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 from benches import exec as exec_
-from benches import run, supervisor
+from benches import run, supervisor, vmm
 
-BENCHES = {"run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1)}
+BENCHES = {"run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1), "vmm": (vmm.main, 20)}
 
 
 def main() -> int:

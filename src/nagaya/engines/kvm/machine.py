@@ -23,7 +23,7 @@ from nagaya.engines.kvm.power import Power
 from nagaya.engines.kvm.probe import PVM, probe_kvm
 from nagaya.engines.kvm.pvm import POLICY, Pvm
 from nagaya.engines.kvm.serial import COM1_GSI, COM1_PORT, PORTS, Serial
-from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu
+from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import Conflict, HostError, NagayaError, UsageError
 from nagaya.kernels.arguments import plan_arguments
@@ -95,6 +95,7 @@ class Machine:
             if self._started:
                 raise Conflict("the machine has been started already", state="started", required="made")
             self._started = True
+        share_interpreter()
         self.software_kvm = probe_kvm().kind == PVM
         shared = Loop("devices")
         own = {device.name: Loop(device.name) for device in self.devices if device.device_id == BLOCK}  # it blocks

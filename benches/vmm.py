@@ -1,0 +1,152 @@
+"""Our VMM against QEMU's on the same /dev/kvm: a guest of a few bytes from process start to exit, and what an exit costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from statistics import median
+
+from benches.measure import Check, Sample, report, take_turns
+from nagaya.engines.kvm.bus import Bus
+from nagaya.engines.kvm.cpuid import set_leaves, supported
+from nagaya.engines.kvm.vcpu import Vcpu, share_interpreter
+from nagaya.engines.kvm.vm import Vm
+from nagaya.memory import GuestMemory
+
+STATUS = 7
+LOAD_GPA = 0x10_0000
+CODE = b"\x66\xba\xf4\x00\xb0" + bytes((STATUS,)) + b"\xee\xf4"  # mov $0xf4, %dx; mov $STATUS, %al; out %al, (%dx); hlt
+RESET_VECTOR = 0xFFF0
+ROM_BYTES = 0x10000
+LIBRARY = """
+import sys
+from nagaya.engines.kvm.machine import Hardware, Machine
+with Machine(Hardware(kernel=sys.argv[1], memory_bytes=16 << 20)) as machine:
+    machine.start()
+    ending = machine.wait()
+sys.exit(ending.status)
+"""
+EXITS = 20_000
+# cli; again: out %al, $0x10; jmp again
+LOOP = b"\xfa\xe6\x10\xeb\xfc"
+
+
+def main(rounds: int) -> bool:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        print("no /dev/kvm that this user may use: nothing to measure")
+        return True
+    with tempfile.TemporaryDirectory(prefix="nagaya-bench-") as place:
+        kept = _bench_start(place, rounds)
+    return _bench_exits() and kept
+
+
+def _bench_start(place: str, rounds: int) -> bool:
+    kernel, rom = f"{place}/kernel", f"{place}/rom"
+    with open(kernel, "wb") as file:
+        file.write(_make_elf(CODE))
+    with open(rom, "wb") as file:
+        code = bytes((0xB0, STATUS, 0xE6, 0xF4, 0xF4))  # mov $STATUS, %al; out %al, $0xf4; hlt
+        file.write(bytes(RESET_VECTOR) + code.ljust(ROM_BYTES - RESET_VECTOR, b"\x90"))
+    contestants: dict[str, Callable[[], float]] = {}
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu:
+        contestants["QEMU -M microvm,accel=kvm"] = _command(
+            [qemu, "-M", "microvm,accel=kvm,x-option-roms=off", "-bios", rom, "-m", "16", "-nodefaults", "-display", "none",
+             "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4"], 2 * STATUS + 1,
+        )  # fmt: skip
+    contestants["nagaya's VMM, as a library"] = _command([sys.executable, "-c", LIBRARY, kernel], STATUS)
+    front_door = [sys.executable, "-m", "nagaya.engines.kvm", kernel, "--memory", "16"]
+    contestants["python -m nagaya.engines.kvm"] = _command(front_door, STATUS)
+    contestants["bare interpreter"] = _command([sys.executable, "-c", "pass"], 0)
+    samples = take_turns(contestants, rounds=rounds)
+    checks = [Check("tiny guest, of QEMU's time", samples[1].median / samples[0].median, 0.6)] if qemu else []
+    return report("a guest of a few bytes, process start to exit", samples, checks)
+
+
+def _command(argv: list[str], status: int) -> Callable[[], float]:
+    """A run that has to end with `status`: that is how we know that the guest ran."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        took = (time.perf_counter() - start) * 1e3
+        if done.returncode != status:
+            raise SystemExit(f"{argv[0]}: status {done.returncode}: {done.stderr.decode(errors='replace')[-500:]}")
+        return took
+
+    return run
+
+
+def _make_elf(code: bytes) -> bytes:
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, LOAD_GPA, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return header + struct.pack("<IIQQQQQQ", 1, 5, 120, LOAD_GPA, LOAD_GPA, len(code), len(code), 0x1000) + code
+
+
+class _Counter:
+    """Takes the guest's bytes, and stops the vCPU after enough of them."""
+
+    def __init__(self, vcpu: Vcpu, enough: int) -> None:
+        self._vcpu, self._left = vcpu, enough
+
+    def read_port(self, port: int, size: int) -> int:
+        return 0
+
+    def write_port(self, port: int, size: int, value: int) -> None:
+        self._left -= 1
+        if not self._left:
+            self._vcpu.stop()
+
+
+def _bench_exits() -> bool:
+    """A port exit's round trip, and what a device thread that computes in Python beside it makes of that."""
+    share_interpreter()
+    alone = [_run_exits() for _ in range(5)]
+    stop = threading.Event()
+    busy = threading.Thread(target=_compute, args=(stop,))
+    busy.start()
+    try:
+        beside = [_run_exits() for _ in range(5)]
+    finally:
+        stop.set()
+        busy.join()
+    samples = [Sample("alone", tuple(alone)), Sample("beside a busy device thread", tuple(beside))]
+    check = Check("port exits, of their time beside a busy thread", median(beside) / median(alone), 2.5)
+    return report("a thousand port exits and their answers", samples, [check])
+
+
+def _compute(stop: threading.Event) -> None:
+    while not stop.is_set():
+        sum(range(1000))
+
+
+def _run_exits() -> float:
+    """Milliseconds for a thousand exits."""
+    memory = GuestMemory.allocate(1 << 20)
+    vm = Vm(memory)
+    vcpu = Vcpu(vm, 0)
+    try:
+        set_leaves(vcpu.fd, supported(vm.kvm_fd))
+        memory.write(0x1000, LOOP)
+        special = vcpu.sregs()
+        special.cs.base, special.cs.selector = 0, 0  # real mode
+        vcpu.set_sregs(special)
+        registers = vcpu.regs()
+        registers.rip, registers.rflags = 0x1000, 2
+        vcpu.set_regs(registers)
+        bus = Bus()
+        bus.add_ports(0x10, 1, _Counter(vcpu, EXITS))
+        start = time.perf_counter()
+        vcpu.loop(bus)
+        return (time.perf_counter() - start) * 1e6 / EXITS
+    finally:
+        vcpu.close()
+        vm.close()
+        memory.close()
