@@ -29,7 +29,10 @@ def make_thread_interruptible() -> None:
 
 
 def interrupt_thread(thread_id: int) -> None:
-    """Make the system call that a thread of this process is in return EINTR. A thread that has ended is no error."""
+    """Make the system call that a thread of this process is in return EINTR; one that has ended is no error.
+
+    The handler restarts what can be restarted, as read(2): it is for KVM_RUN, poll(2) and others that never are.
+    """
     try:
         syscall("tgkill", SYS_TGKILL, ctypes.c_int(os.getpid()), ctypes.c_int(thread_id), ctypes.c_int(INTERRUPT))
     except ProcessLookupError:
