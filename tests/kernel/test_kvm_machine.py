@@ -424,6 +424,31 @@ def test_guest_starts_its_other_cpus(machine: MakeMachine, cpus: int) -> None:
     assert run(machine(code, cpus=cpus)).status == cpus - 1
 
 
+# -- instructions that a software KVM leaves to us: on any KVM the outcome is the CPU's own
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status"),
+    [
+        ("popcnt %ebx, %eax", set_register("ebx", 0xF0F0_0001) + b"\xf3\x0f\xb8\xc3", 9),
+        ("popcnt (%rbx), %eax", write_memory(COUNTER_GPA, 0x7F) + b"\xf3\x0f\xb8\x03", 7),
+        ("popcnt (%rbx), %rax", write_memory(COUNTER_GPA + 4, 3) + b"\xf3\x48\x0f\xb8\x43\x00", 2),
+        (
+            "popcnt %bx, %ax",
+            set_register("eax", 0x12345678) + set_register("ebx", 0xFFFF_FFFF) + b"\x66\xf3\x0f\xb8\xc3",
+            0x12340010,
+        ),
+        ("popcnt of 0 sets ZF", set_register("ebx", 0) + b"\xf3\x0f\xb8\xc3" + b"\x0f\x94\xc0", 1),  # sete %al
+        ("popcnt of 1 clears ZF", set_register("ebx", 1) + b"\x31\xc0" + b"\xf3\x0f\xb8\xcb" + b"\x0f\x94\xc0", 0),
+        ("fwait", set_register("eax", 0x5A) + b"\x9b", 0x5A),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_instruction_comes_out_as_the_cpus(machine: MakeMachine, name: str, text: bytes, status: int) -> None:
+    ending = run(machine(text + EXIT_WITH_EAX))
+    assert (ending.kind, ending.status) == ("exit", status)
+
+
 # -- kicks and interrupts
 
 
