@@ -48,13 +48,16 @@ _SEARCH_PAGES = 512
 # The emulator lacks these: a guest that is not told of them does not use them in its kernel. (User mode sees the host's
 # own CPUID whatever we say, and runs natively: there they work.)
 POLICY: tuple[Mask, ...] = (
+    # Hypercalls: waking a CPU, interrupts to many CPUs, yielding to one, migration. A `vmcall` on AMD, or `vmmcall` on Intel,
+    # is to be replaced by the other one; the emulator does not get past that, and the CPU stands still for ever.
+    Mask(cpuid.LEAF_KVM_FEATURES, EAX, 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16 | 1 << 17),
     # cmpxchg16b, fma, movbe, popcnt, xsave, osxsave, avx, f16c, rdrand
     Mask(
         cpuid.LEAF_FEATURES,
         ECX,
         1 << 13 | 1 << 12 | 1 << 22 | 1 << 23 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30,
     ),
-    *(Mask(cpuid.LEAF_EXTENDED_FEATURES, register, ALL) for register in (EBX, ECX, EDX)),
+    *(Mask(cpuid.LEAF_EXTENDED_FEATURES, register, ALL) for register in (EAX, EBX, ECX, EDX)),
     *(Mask(cpuid.LEAF_XSAVE, register, ALL) for register in (EAX, EBX, ECX, EDX)),
 )
 
@@ -231,6 +234,8 @@ class Pvm:
         return _advance(vcpu, registers, instruction)
 
     def _load_mxcsr(self, vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> bool:
+        if instruction.operand.register or instruction.repeat:  # then it is wrfsbase
+            return False
         data = self._read(vcpu, _address(vcpu, registers, instruction), 4)
         if data is None:
             return False
