@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 import threading
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from nagaya.engines.kvm import cpuid, layout, power, vm
+from nagaya.engines.kvm import machine as machine_module
+from nagaya.engines.kvm.boot.image import BootImage
 from nagaya.engines.kvm.machine import Hardware, Machine
 from nagaya.engines.kvm.probe import HARDWARE, PVM, probe_kvm
 from nagaya.engines.kvm.serial import COM1_PORT
@@ -386,6 +389,62 @@ def test_what_does_not_fit_the_state_is_refused(machine: MakeMachine) -> None:
             method()
     made.close()
     made.close()
+
+
+def test_controls_from_several_threads_take_turns(machine: MakeMachine) -> None:
+    made = machine(COUNT, cpus=2, devices=(Rng(),))
+    made.start()
+    failures: list[str] = []
+
+    def control(seed: int) -> None:
+        chosen = random.Random(seed)
+        for _ in range(15):
+            name = chosen.choice(("pause", "resume", "reset", "press_power_button", "counters", "faults"))
+            try:
+                getattr(made, name)()
+            except Conflict:
+                pass
+            except Exception as error:
+                failures.append(f"{name}: {error!r}")
+
+    threads = [threading.Thread(target=control, args=(seed,), daemon=True) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert failures == []
+
+
+def test_end_while_the_machine_is_being_made(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine(COUNT)
+    real = machine_module.write_image
+
+    def write_image(image: BootImage, memory: GuestMemory) -> None:
+        real(image, memory)
+        made.end(Ending("stopped", "too early"))
+
+    monkeypatch.setattr(machine_module, "write_image", write_image)
+    begun = time.monotonic()
+    assert run(made).reason == "too early"
+    assert time.monotonic() - begun < 2
+
+
+def test_reset_that_fails_leaves_an_ended_machine(machine: MakeMachine) -> None:
+    made = machine(COUNT)
+    made.start()
+    kernel = Path(made.hardware.kernel)
+    content = kernel.read_bytes()
+    kernel.unlink()
+    with pytest.raises(NotFound):
+        made.reset()
+    assert ended(made).kind == "reset"
+    assert made.counters() == {}
+    with pytest.raises(Conflict):
+        made.pause()
+    kernel.write_bytes(content)
+    made.reset()
+    wait_until(lambda: count_of(made) > 0, "the guest does not run")
 
 
 # -- several CPUs

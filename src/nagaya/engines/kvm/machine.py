@@ -80,6 +80,8 @@ class Machine:
         self.hardware = hardware
         self.devices = devices
         self.software_kvm = False
+        self._control = threading.RLock()
+        """Held by all that changes the state from outside: one at a time. `end` and `wait` do without it."""
         self._state = threading.Condition()
         self._ending: Ending | None = None
         self._started = False
@@ -91,28 +93,35 @@ class Machine:
 
     def start(self) -> None:
         """Power on. Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises."""
-        with self._state:
-            if self._started:
-                raise Conflict("the machine has been started already", state="started", required="made")
-            self._started = True
-        share_interpreter()
-        self.software_kvm = probe_kvm().kind == PVM
-        shared = Loop("devices")
-        own = {device.name: Loop(device.name) for device in self.devices if device.device_id == BLOCK}  # it blocks
-        self._loops = [shared, *own.values()]
-        self._parts = _Parts(self, [own.get(device.name, shared) for device in self.devices])
-        for loop in self._loops:
-            loop.start()
-        self._run()
+        with self._control:
+            with self._state:
+                if self._started:
+                    raise Conflict("the machine has been started already", state="started", required="made")
+                self._started = True
+            share_interpreter()
+            self.software_kvm = probe_kvm().kind == PVM
+            shared = Loop("devices")
+            own = {device.name: Loop(device.name) for device in self.devices if device.device_id == BLOCK}  # it blocks
+            self._loops = [shared, *own.values()]
+            parts = _Parts(self, [own.get(device.name, shared) for device in self.devices])
+            for loop in self._loops:
+                loop.start()
+            self._run(parts)
 
-    def _run(self) -> None:
-        parts = self._built()
-        self._threads = [
-            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-            for vcpu in parts.vcpus
-        ]
-        for thread in self._threads:
-            thread.start()
+    def _run(self, parts: _Parts, *, anew: bool = False) -> None:
+        with self._state:
+            if anew:
+                self._ending, self._paused, self._parked = None, False, 0
+            self._parts = parts
+            self._threads = [
+                threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+                for vcpu in parts.vcpus
+            ]
+            if self._ending is not None:  # while the parts were made
+                for vcpu in parts.vcpus:
+                    vcpu.stop()
+            for thread in self._threads:
+                thread.start()
 
     def _built(self) -> _Parts:
         if self._parts is None:
@@ -161,61 +170,62 @@ class Machine:
         """Why the machine ended; None when it still runs after `timeout_s`."""
         with self._state:
             self._state.wait_for(lambda: self._ending is not None, timeout_s)
-            ending = self._ending
+            ending, threads = self._ending, self._threads
         if ending is not None:
-            for thread in self._threads:
+            for thread in threads:
                 if thread is not threading.current_thread():
                     thread.join()
         return ending
 
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; returns when they stand. Devices finish what they have begun."""
-        parts = self._built()
-        with self._state:
-            self._require(paused=False)
-            self._paused = True
-        for vcpu in parts.vcpus:
-            vcpu.stop()
-        with self._state:
-            self._state.wait_for(lambda: self._parked == len(parts.vcpus) or self._ending is not None)
+        with self._control:
+            parts = self._built()
+            with self._state:
+                self._require(paused=False)
+                self._paused = True
+            for vcpu in parts.vcpus:
+                vcpu.stop()
+            with self._state:
+                self._state.wait_for(lambda: self._parked == len(parts.vcpus) or self._ending is not None)
 
     def resume(self) -> None:
         """Go on after `pause`."""
-        parts = self._built()
-        with self._state:
-            self._require(paused=True)
-            for vcpu in parts.vcpus:
-                vcpu.tell_paused()
-            self._paused = False
-            self._state.notify_all()
+        with self._control:
+            parts = self._built()
+            with self._state:
+                self._require(paused=True)
+                for vcpu in parts.vcpus:
+                    vcpu.tell_paused()
+                self._paused = False
+                self._state.notify_all()
 
     def press_power_button(self) -> None:
         """Ask the guest's system to shut down. It may not listen."""
-        parts = self._built()
-        with self._state:
-            self._require(paused=False)
-        parts.vm.set_line(layout.POWER_BUTTON_GSI, 1)
-        parts.vm.set_line(layout.POWER_BUTTON_GSI, 0)
+        with self._control:
+            parts = self._built()
+            with self._state:
+                self._require(paused=False)
+            parts.vm.set_line(layout.POWER_BUTTON_GSI, 1)
+            parts.vm.set_line(layout.POWER_BUTTON_GSI, 0)
 
     def power_off(self) -> None:
         """Pull the plug, and wait until the vCPUs stand."""
-        self.end(Ending("stopped", "the machine was powered off from outside"))
-        self.wait()
+        with self._control:
+            self.end(Ending("stopped", "the machine was powered off from outside"))
+            self.wait()
 
     def reset(self) -> None:
         """Start anew with empty memory, on the same devices; of a running machine, or one that ended by a reset."""
-        parts = self._built()
-        with self._state:
-            if self._ending is not None and self._ending.kind != "reset":
-                raise Conflict("the machine has ended", state="ended", required="running")
-        self.end(Ending("reset", "the machine was reset from outside"))
-        self.wait()
-        loops = parts.loops
-        parts.close()
-        with self._state:
-            self._ending, self._paused, self._parked = None, False, 0
-        self._parts = _Parts(self, loops)
-        self._run()
+        with self._control:
+            parts = self._built()
+            with self._state:
+                if self._ending is not None and self._ending.kind != "reset":
+                    raise Conflict("the machine has ended", state="ended", required="running")
+            self.end(Ending("reset", "the machine was reset from outside"))
+            self.wait()
+            parts.close()
+            self._run(_Parts(self, parts.loops), anew=True)  # when that raises, the machine has ended by its reset
 
     def _require(self, *, paused: bool) -> None:
         if self._ending is not None:
@@ -226,37 +236,40 @@ class Machine:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Exits by reason, and each device's requests and bytes, since power-on."""
-        parts = self._parts
-        if parts is None:
-            return {}
-        exits = {
-            EXIT_NAMES.get(reason, f"reason-{reason}"): count
-            for reason in range(len(parts.vcpus[0].exits))
-            if (count := sum(vcpu.exits[reason] for vcpu in parts.vcpus))
-        }
-        if parts.pvm is not None:
-            exits |= {
-                "completed-instructions": sum(parts.pvm.completed.values()),
-                "system-calls": parts.pvm.system_calls,
+        with self._control:
+            parts = self._parts
+            if parts is None or not parts.vcpus:
+                return {}
+            exits = {
+                EXIT_NAMES.get(reason, f"reason-{reason}"): count
+                for reason in range(len(parts.vcpus[0].exits))
+                if (count := sum(vcpu.exits[reason] for vcpu in parts.vcpus))
             }
-        return {"exits": exits, **{item.device.name: item.counters() for item in parts.transports}}
+            if parts.pvm is not None:
+                exits |= {
+                    "completed-instructions": sum(parts.pvm.completed.values()),
+                    "system-calls": parts.pvm.system_calls,
+                }
+            return {"exits": exits, **{item.device.name: item.counters() for item in parts.transports}}
 
     def faults(self) -> dict[str, str]:
         """What the guest did wrong last, by device."""
-        transports = self._parts.transports if self._parts is not None else []
-        return {item.device.name: item.fault for item in transports if item.fault}
+        with self._control:
+            transports = self._parts.transports if self._parts is not None else []
+            return {item.device.name: item.fault for item in transports if item.fault}
 
     def close(self) -> None:
         """End the machine if it runs, and give everything back. May be called twice."""
-        if self._parts is not None:
-            self.power_off()
-            self._parts.close()
-            self._parts = None
-        for loop in self._loops:
-            loop.close()
-        for device in self.devices:  # on no thread of their own any more
-            device.close()
-        self.devices, self._loops = (), []
+        with self._control:
+            if self._parts is not None:
+                self.power_off()
+                self._parts.close()
+                self._parts = None
+            for loop in self._loops:
+                loop.close()
+            for device in self.devices:  # on no thread of their own any more
+                device.close()
+            self.devices, self._loops = (), []
 
     def __enter__(self) -> Self:
         return self
