@@ -1,0 +1,86 @@
+"""What this host can do, found out without changing anything."""
+
+from __future__ import annotations
+
+import shutil
+from typing import NamedTuple
+
+from nagaya.errors import NagayaError, Unsupported
+
+OK, LIMITED, MISSING = "ok", "limited", "missing"
+TYPES = ("container", "kvm")
+
+
+class Finding(NamedTuple):
+    """`how` it was found out, and what `follows` for the user."""
+
+    topic: str
+    status: str
+    found: str
+    how: str
+    follows: str
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which it is shown; `TYPES` are those that run machines."""
+    return [look_at_containers(), look_at_kvm(), look_at_qemu(), look_at_guest_kernel()]
+
+
+def can_run(findings: list[Finding]) -> bool:
+    """Whether a machine of any type can run."""
+    return any(finding.topic in TYPES and finding.status != MISSING for finding in findings)
+
+
+def _refused(topic: str, error: NagayaError) -> Finding:
+    how = error.finding if isinstance(error, Unsupported) else "trying it out"
+    return Finding(topic, MISSING, error.message, how, error.hint)
+
+
+def look_at_containers() -> Finding:
+    from nagaya.engines.container.cgroup import host_hierarchy
+    from nagaya.engines.container.engine import ContainerEngine
+
+    try:
+        ContainerEngine().check_host()
+    except NagayaError as error:
+        return _refused("container", error)
+    hierarchy, how = host_hierarchy(), "/proc/self/mountinfo"
+    if hierarchy.pure_v2:
+        return Finding("container", OK, "cgroup v2", how, "containers run, with limits")
+    if not hierarchy.v1:
+        return Finding(
+            "container", MISSING, "no control groups are mounted", how, "mount -t cgroup2 none /sys/fs/cgroup"
+        )
+    found = "cgroup v1's controllers beside v2" if hierarchy.v2 else "cgroup v1"
+    return Finding("container", OK, found, how, "containers run, with limits")
+
+
+def look_at_kvm() -> Finding:
+    from nagaya.engines.kvm.probe import HARDWARE, probe_kvm
+
+    try:
+        kvm = probe_kvm()
+    except NagayaError as error:
+        return _refused("kvm", error)
+    if kvm.kind == HARDWARE:
+        return Finding("kvm", OK, "hardware KVM", kvm.how, "guests run at the CPU's speed")
+    return Finding("kvm", LIMITED, "software KVM (PVM)", kvm.how, "guests run, but boot in 10 to 25 s")
+
+
+def look_at_qemu() -> Finding:
+    program = "qemu-system-x86_64"
+    path = shutil.which(program)
+    if path is None:
+        return Finding("qemu", MISSING, f"no {program}", "PATH", "apt-get install qemu-system-x86")
+    return Finding("qemu", OK, path, "PATH", "there for --type emulated, which is not built yet")
+
+
+def look_at_guest_kernel() -> Finding:
+    from nagaya.kernels.cache import BUILD_HINT, cache_directory, find_kernel
+
+    kernel = find_kernel()
+    if kernel is None:
+        return Finding("guest kernel", MISSING, "none has been built", cache_directory(), BUILD_HINT)
+    return Finding(
+        "guest kernel", OK, kernel.record.version, kernel.path, "machines with a kernel of their own boot it"
+    )

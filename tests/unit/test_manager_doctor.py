@@ -1,0 +1,26 @@
+"""What `nagaya doctor` finds, for every answer about KVM."""
+
+from __future__ import annotations
+
+import pytest
+
+from nagaya.engines.kvm import probe
+from nagaya.errors import Unsupported
+from nagaya.manager import doctor
+
+
+@pytest.mark.parametrize(("kind", "status"), [(probe.HARDWARE, doctor.OK), (probe.PVM, doctor.LIMITED)])
+def test_a_kvm(monkeypatch: pytest.MonkeyPatch, kind: str, status: str) -> None:
+    monkeypatch.setattr(probe, "probe_kvm", lambda: probe.Finding(kind, "tried"))
+    found = doctor.look_at_kvm()
+    assert (found.status, found.how) == (status, "tried")
+
+
+@pytest.mark.parametrize("message", ["this host has no KVM", "this user may not use /dev/kvm"])
+def test_no_kvm(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def refuse() -> probe.Finding:
+        raise Unsupported(message, hint="a hint", finding="opening it")
+
+    monkeypatch.setattr(probe, "probe_kvm", refuse)
+    assert doctor.look_at_kvm() == doctor.Finding("kvm", doctor.MISSING, message, "opening it", "a hint")
+    assert not doctor.can_run([doctor.look_at_kvm()])
