@@ -42,12 +42,12 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
-def time_command(argv: Sequence[str]) -> float:
-    """Milliseconds of one run. Raises `RuntimeError` with its output when it fails."""
+def time_command(argv: Sequence[str], *, status: int = 0) -> float:
+    """Milliseconds of one run. Raises `RuntimeError` with its output when it ends with any other status."""
     began = time.perf_counter()
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     took = (time.perf_counter() - began) * 1e3
-    if done.returncode:
+    if done.returncode != status:
         raise RuntimeError(f"{' '.join(argv)}: status {done.returncode}: {done.stderr.decode(errors='replace')[-500:]}")
     return took
 
@@ -65,8 +65,8 @@ def take_turns(contestants: dict[str, Callable[[], float]], *, rounds: int, warm
     return [Sample(name, tuple(times[name])) for name in names]
 
 
-def command(argv: Sequence[str]) -> Callable[[], float]:
-    return lambda: time_command(argv)
+def command(argv: Sequence[str], *, status: int = 0) -> Callable[[], float]:
+    return lambda: time_command(argv, status=status)
 
 
 def report(title: str, samples: list[Sample], checks: list[Check]) -> bool:
