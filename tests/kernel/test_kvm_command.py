@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,32 @@ def test_what_cannot_be_is_one_sentence(words: tuple[str, ...], status: int, sai
     assert ran.returncode == status
     assert ran.stderr.startswith("nagaya.engines.kvm: ") and said in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_ctrl_bracket_ends_the_machine_and_puts_the_terminal_right(tmp_path: Path) -> None:
+    """Ctrl-C and Ctrl-Z are keys like any other; the guest, which never looks, leaves them unread."""
+    kernel = tmp_path / "kernel"
+    text = b"".join(out(COM1_PORT, byte) for byte in b"up") + forever(HLT)
+    kernel.write_bytes(make_elf([Load(text, TEXT_GPA)], entry=TEXT_GPA))
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "nagaya.engines.kvm", str(kernel), "--memory", "32", "--serial"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        assert process.stderr.read(2) == "up"
+        os.write(ours, b"\x03\x1a\x1c")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        os.write(ours, b"\x1d")
+        assert process.wait(10) == 1
+        assert process.stderr.read().endswith("interrupted (stopped)\n")
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(ours)
+        os.close(theirs)

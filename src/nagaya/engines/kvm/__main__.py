@@ -22,7 +22,8 @@ examples:
 The console is hvc0; Ctrl-] ends the machine. The exit status is 0 after a power-off, and what the guest wrote to the
 exit port (0xf4) if it did; 1 for any other end.
 """
-_ESCAPE = b"\x1d"
+_ESCAPE = b"\x1d"  # Ctrl-]
+_NO_KEY = b"\0"  # _POSIX_VDISABLE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,7 +138,7 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
 
 @contextmanager
 def _raw_terminal() -> Iterator[None]:
-    """Every key goes to the guest, as long as the machine runs."""
+    """Every key goes to the guest, as long as the machine runs; but Ctrl-] is what interrupts, as Ctrl-C does elsewhere."""
     if not os.isatty(0):
         yield
         return
@@ -147,6 +148,12 @@ def _raw_terminal() -> Iterator[None]:
     before = termios.tcgetattr(0)
     try:
         tty.setraw(0)
+        raw = termios.tcgetattr(0)
+        raw[tty.LFLAG] |= termios.ISIG
+        raw[tty.CC][termios.VINTR] = _ESCAPE
+        for key in (termios.VQUIT, termios.VSUSP):
+            raw[tty.CC][key] = _NO_KEY
+        termios.tcsetattr(0, termios.TCSADRAIN, raw)
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
