@@ -12,10 +12,8 @@ import pytest
 
 from nagaya.engines.kvm import acpi, mptable
 from nagaya.engines.kvm.boot.load import load_kernel
-from nagaya.kernels import cache
 from tests.carrier import make_carrier
 from tests.conftest import require_program
-from tests.kernel.guest_init import compile_init, pack_initramfs
 from tests.kernel_images import make_bzimage, make_payload, ram
 
 MEMORY_BYTES = 256 << 20
@@ -26,20 +24,9 @@ PORTS = acpi.Ports(sleep_control=0x600, sleep_status=0x601, reset=0x602, reset_v
 BY_COMMAND_LINE = " ".join(f"virtio_mmio.device={d.size_bytes}@{d.gpa:#x}:{d.gsi}" for d in DEVICES)
 
 
-@pytest.fixture(scope="module")
-def vmlinux() -> str:
+@pytest.fixture(scope="module", autouse=True)
+def _qemu() -> None:
     require_program("qemu-system-x86_64")
-    require_program("gcc")
-    kernel = next((kernel for kernel in cache.list_kernels() if kernel.record.fragment == "shipped"), None)
-    if kernel is None:
-        pytest.skip("needs a built guest kernel: nagaya kernel build")
-    return kernel.path
-
-
-@pytest.fixture(scope="module")
-def initramfs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("init")
-    return str(pack_initramfs(place / "initramfs", compile_init(place / "init")))
 
 
 def tsc_khz() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import subprocess
 import time
@@ -11,9 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from nagaya.kernels import cache
 from tests.conftest import require_program
-from tests.kernel.guest_init import compile_init, pack_initramfs
 
 BOOT_S = 3.0  # the goal is one second on a machine with nothing else to do; the suite's machine has
 
@@ -25,20 +22,9 @@ class Guest(NamedTuple):
     sections: dict[str, list[str]]
 
 
-@pytest.fixture(scope="module")
-def vmlinux() -> str:
+@pytest.fixture(scope="module", autouse=True)
+def _qemu() -> None:
     require_program("qemu-system-x86_64")
-    require_program("gcc")
-    kernel = next((kernel for kernel in cache.list_kernels() if kernel.record.fragment == "shipped"), None)
-    if kernel is None:
-        pytest.skip("needs a built guest kernel: nagaya kernel build")
-    return kernel.path
-
-
-@pytest.fixture(scope="module")
-def initramfs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("init")
-    return str(pack_initramfs(place / "initramfs", compile_init(place / "init")))
 
 
 def boot(vmlinux: str, initramfs: str, *devices: str, append: str = "quiet") -> str:
@@ -71,14 +57,8 @@ def read_guest(text: str) -> Guest:
 
 
 @pytest.fixture(scope="module")
-def guest(vmlinux: str, initramfs: str, tmp_path_factory: pytest.TempPathFactory) -> Guest:
+def guest(vmlinux: str, initramfs: str, disk: str) -> Guest:
     """A machine with one device of each kind."""
-    disk = tmp_path_factory.mktemp("disk") / "disk.img"
-    with disk.open("wb") as file:
-        file.truncate(16 << 20)
-    if shutil.which("mkfs.ext4", path="/usr/sbin:/sbin") is None:
-        pytest.skip("needs mkfs.ext4")
-    subprocess.run(["/usr/sbin/mkfs.ext4", "-q", str(disk)], check=True)
     text = boot(
         vmlinux,
         initramfs,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +12,6 @@ import pytest
 from nagaya.engines.kvm.machine import Hardware, Machine
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.kernel.unix import listen
-from nagaya.kernels import cache
 from nagaya.virtio.balloon import Balloon
 from nagaya.virtio.blk import Blk
 from nagaya.virtio.console import Console, Port
@@ -22,8 +19,6 @@ from nagaya.virtio.net import Net
 from nagaya.virtio.net_link import Datagrams
 from nagaya.virtio.rng import Rng
 from nagaya.virtio.vsock import Vsock
-from tests.conftest import require_program
-from tests.kernel.guest_init import compile_init, pack_initramfs
 
 BOOT_S = 240.0  # a software KVM takes 15 s for it on a machine with nothing else to do; hardware well under one
 CPUS = 2
@@ -38,28 +33,14 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def outcome(vmlinux: str, initramfs: str, disk: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """One boot, which all tests of this file look at: on a software KVM it is the slowest thing in the suite."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm")
-    require_program("gcc")
-    kernel = next((kernel for kernel in cache.list_kernels() if kernel.record.fragment == "shipped"), None)
-    if kernel is None:
-        pytest.skip("needs a built guest kernel: nagaya kernel build")
-    if shutil.which("mkfs.ext4", path="/usr/sbin:/sbin") is None:
-        pytest.skip("needs mkfs.ext4")
-    place = tmp_path_factory.mktemp("linux")
-    initramfs = pack_initramfs(place / "initramfs", compile_init(place / "init"))
-    disk = place / "disk.img"
-    with disk.open("wb") as file:
-        file.truncate(16 << 20)
-    subprocess.run(
-        ["mkfs.ext4", "-q", "-F", str(disk)], check=True, env={**os.environ, "PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
-    )
-    return run(kernel.path, initramfs, disk, place)
+    return run(vmlinux, initramfs, disk, tmp_path_factory.mktemp("linux"))
 
 
-def run(kernel: str, initramfs: Path, disk: Path, place: Path) -> Outcome:
+def run(kernel: str, initramfs: str, disk: str, place: Path) -> Outcome:
     output = place / "console"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     port = Port("console", console=True, output_fd=os.open(output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -68,14 +49,14 @@ def run(kernel: str, initramfs: Path, disk: Path, place: Path) -> Outcome:
         Console("console0", (port,)),
         Rng("rng0"),
         Net("net0", Datagrams(theirs.detach()), mac=b"\x02\0\0\0\0\x01"),
-        Blk("blk0", str(disk)),
+        Blk("blk0", disk),
         Balloon("balloon0"),
         Vsock(
             "vsock0", guest_cid=3, listener_fd=listen(str(place), "vsock"), directory=str(place), socket_name="vsock"
         ),
     )
     hardware = Hardware(
-        kernel=kernel, initrd=str(initramfs), command_line="console=hvc0 panic=-1", memory_bytes=128 << 20, cpus=CPUS
+        kernel=kernel, initrd=initramfs, command_line="console=hvc0 panic=-1", memory_bytes=128 << 20, cpus=CPUS
     )
     with ours, Machine(hardware, devices) as machine:
         machine.start()
