@@ -9,16 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from struct import Struct
 from types import TracebackType
 from typing import Self
 
-# struct flock on 64-bit Linux: l_type, l_whence, (pad), l_start, l_len, l_pid (zero for OFD), (pad)
-_FLOCK = Struct("hh4xqqi4x")
-
-
-def _request(kind: int) -> bytes:
-    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+from nagaya.kernel.locks import lock_kind, pack_lock
 
 
 class FileLock:
@@ -35,7 +29,7 @@ class FileLock:
         """
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, pack_lock(fcntl.F_WRLCK))
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES) and not wait:
@@ -78,7 +72,7 @@ def is_held(path: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _request(fcntl.F_WRLCK))
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, pack_lock(fcntl.F_WRLCK))
     finally:
         os.close(fd)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return lock_kind(answer) != fcntl.F_UNLCK

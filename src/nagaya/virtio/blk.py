@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
+from nagaya.kernel.locks import pack_lock
 from nagaya.virtio.device import BLOCK, Activated
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.views import after, gather, scatter
@@ -249,9 +250,8 @@ def _open(path: str, *, read_only: bool) -> int:
         raise HostError.from_os(error, f"cannot open the disk {path}") from None
     # One lock for each opening (F_OFD_SETLK), gone with the last descriptor of it, however this process ends.
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
-    lock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, pack_lock(kind))
     except (BlockingIOError, PermissionError):
         os.close(fd)
         raise Conflict(
