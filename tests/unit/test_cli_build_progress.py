@@ -34,7 +34,7 @@ def test_lines_say_now_and_then_how_far_it_is(
 def test_a_bar_is_redrawn_and_goes_away(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(build_progress.time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(build_progress, "_columns", lambda: 50)
+    monkeypatch.setattr(build_progress, "terminal_size", lambda: (50, 24))
     line = Line()
     line.step("compiling")
     line.count(1, 4, "a.o")

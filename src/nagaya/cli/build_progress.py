@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 
 from nagaya.cli.failures import printable
+from nagaya.cli.progress import can_redraw, terminal_size, write_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def open_build_progress(*, quiet: bool) -> Quiet:
     """The progress for this standard error."""
     if quiet:
         return Quiet()
-    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+    if can_redraw():
         return Line()
     return Lines()
 
@@ -47,12 +46,12 @@ class Lines(Quiet):
 
     def step(self, text: str) -> None:
         self._said_s = time.monotonic()
-        _write(f"{printable(text)}\n")
+        write_status(f"{printable(text)}\n")
 
     def count(self, done: int, expected: int, what: str) -> None:
         if time.monotonic() - self._said_s >= SAY_S:
             self._said_s = time.monotonic()
-            _write(f"{done} of about {expected} files\n")
+            write_status(f"{done} of about {expected} files\n")
 
 
 class Line(Quiet):
@@ -64,7 +63,7 @@ class Line(Quiet):
 
     def step(self, text: str) -> None:
         self.close()
-        _write(f"{printable(text)}\n")
+        write_status(f"{printable(text)}\n")
 
     def count(self, done: int, expected: int, what: str) -> None:
         now_s = time.monotonic()
@@ -73,27 +72,12 @@ class Line(Quiet):
         self._drawn_s, self._open = now_s, True
         full = BAR_CELLS * done // max(expected, 1)
         text = f"[{'#' * full}{'-' * (BAR_CELLS - full)}] {done}/{expected} {printable(what)}"
-        _write("\r\x1b[K" + text[: _columns() - 1])
+        write_status("\r\x1b[K" + text[: terminal_size()[0] - 1])
 
     def close(self) -> None:
         if self._open:
             self._open = False
-            _write("\r\x1b[K")
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(2).columns or 80
-    except OSError:
-        return 80
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        return  # nobody looks: no reason to stop the build
+            write_status("\r\x1b[K")
 
 
 if TYPE_CHECKING:

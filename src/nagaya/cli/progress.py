@@ -28,9 +28,14 @@ def open_progress(*, quiet: bool, eager: bool) -> Shown:
     """The progress for this standard error. Not `eager`: one step alone ("local image") is not worth a line."""
     if quiet:
         return Shown()
-    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+    if can_redraw():
         return Bars(eager=eager)
     return Lines(eager=eager)
+
+
+def can_redraw() -> bool:
+    """Whether standard error is a terminal on which a line can be drawn over."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 class Shown:
@@ -91,11 +96,11 @@ class Lines(Shown):
             return
         self._eager = True
         self._release()
-        _write(line + "\n")
+        write_status(line + "\n")
 
     def _release(self) -> None:
         for line in self._held:
-            _write(line + "\n")
+            write_status(line + "\n")
         self._held.clear()
 
 
@@ -158,13 +163,13 @@ class Bars(Shown):
         """Erase the bars, write `lines` where they stay, and the bars below them."""
         lines = self._held + lines
         self._held, self._eager = [], True
-        columns, rows = _terminal_size()
+        columns, rows = terminal_size()
         bars = [self._render(bar, columns) for bar in list(self._bars.values())[: max(1, rows - 2)]]
         text = f"\x1b[{self._drawn_lines}A" if self._drawn_lines else ""
         text += "\r\x1b[J" + "".join(line + "\n" for line in lines) + "".join(bar + "\n" for bar in bars)
         self._drawn_lines = len(bars)
         self._drawn_s = time.monotonic()
-        _write(text)
+        write_status(text)
 
     def _render(self, bar: _Bar, columns: int) -> str:
         label = bar.label if len(bar.label) <= LABEL_CELLS else bar.label[: LABEL_CELLS - 1] + "…"
@@ -189,7 +194,8 @@ def _finished(label: str, size: int, note: str) -> str:
     return f"{label}: {about or 'done'}"
 
 
-def _terminal_size() -> tuple[int, int]:
+def terminal_size() -> tuple[int, int]:
+    """Columns and rows of standard error's terminal."""
     try:
         size = os.get_terminal_size(2)
     except OSError:
@@ -197,12 +203,13 @@ def _terminal_size() -> tuple[int, int]:
     return size.columns or 80, size.lines or 24
 
 
-def _write(text: str) -> None:
+def write_status(text: str) -> None:
+    """To standard error, whether or not anybody is there."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError):
-        return  # nobody looks: no reason to stop the download
+        return  # nobody looks: no reason to stop the work
 
 
 if TYPE_CHECKING:
