@@ -30,7 +30,7 @@ from nagaya.kernels.arguments import plan_arguments
 from nagaya.memory import GuestMemory
 from nagaya.virtio.device import BLOCK, Device
 from nagaya.virtio.loop import Loop
-from nagaya.virtio.mmio import SIZE_BYTES, MmioTransport
+from nagaya.virtio.mmio import QUEUE_NOTIFY, SIZE_BYTES, MmioTransport
 
 MOST_CPUS = 255
 """Local APIC ids of one byte."""
@@ -334,7 +334,7 @@ class _Parts:
             transport = MmioTransport(device, self.memory, loop, interrupt_fd=interrupt_fd)
             self.transports.append(transport)
             for queue, fd in enumerate(transport.kick_fds):
-                self.vm.bind_kick(fd, gpa + 0x50, queue)  # QueueNotify: the value is the queue's number
+                self.vm.bind_kick(fd, gpa + QUEUE_NOTIFY, queue)  # the value is the queue's number
             self.bus.add_pages(gpa, SIZE_BYTES, transport)
             places.append(acpi.MmioDevice(gpa, SIZE_BYTES, gsi))
         return places

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from nagaya.engines.kvm import cpuid
 from nagaya.engines.kvm.bus import Bus
-from nagaya.engines.kvm.pvm import MSR_LSTAR, MSR_SFMASK, MSR_STAR
+from nagaya.engines.kvm.pvm import MSR_LSTAR, MSR_SFMASK, MSR_STAR, set_user_segment
 from nagaya.engines.kvm.vcpu import Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, Unsupported
-from nagaya.kernel import kvm
 from nagaya.memory import PAGE_BYTES, GuestMemory
 
 HARDWARE = "hardware"
@@ -120,9 +119,9 @@ def _lay_out(memory: GuestMemory) -> None:
 
 def _enter_user_mode(vcpu: Vcpu) -> None:
     special = vcpu.sregs()
-    _set_segment(special.cs, _USER_CODE | 3, 0xB, wide=True)
+    set_user_segment(special.cs, _USER_CODE, code=True, wide=True)
     for name in ("ds", "es", "fs", "gs", "ss"):
-        _set_segment(getattr(special, name), _USER_DATA | 3, 3, wide=False)
+        set_user_segment(getattr(special, name), _USER_DATA, code=False, wide=False)
     task = special.tr
     task.base, task.limit, task.selector, task.type, task.present, task.s, task.unusable = (
         _TASK,
@@ -143,9 +142,3 @@ def _enter_user_mode(vcpu: Vcpu) -> None:
     registers = vcpu.regs()
     registers.rip, registers.rsp, registers.rflags = _USER, _USER + PAGE_BYTES, 2
     vcpu.set_regs(registers)
-
-
-def _set_segment(segment: kvm.kvm_segment, selector: int, kind: int, *, wide: bool) -> None:
-    segment.base, segment.limit, segment.selector, segment.type = 0, 0xFFFF_FFFF, selector, kind
-    segment.present, segment.dpl, segment.s, segment.g, segment.unusable = 1, 3, 1, 1, 0
-    segment.l, segment.db = int(wide), int(not wide)

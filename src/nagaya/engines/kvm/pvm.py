@@ -70,7 +70,6 @@ class Pvm:
     def __init__(self, vm: Vm) -> None:
         self._memory = vm.memory
         self._stub = 0
-        self._handler = 0
         self._entries: dict[int, tuple[int, int]] = {}
         self._frames: dict[int, tuple[int, memoryview]] = {}
         self.completed: dict[str, int] = {}
@@ -126,7 +125,7 @@ class Pvm:
         self._memory.write(stub_gpa, _STUB.pack(0xE6, PORT, 0xE9, handler - (stub + _STUB.size)))
         gate = _GATE.pack(stub & 0xFFFF, selector, stack, kind, stub >> 16 & 0xFFFF, stub >> 32, zero)
         self._memory.write(gate_gpa, gate)
-        self._stub, self._handler = stub, handler
+        self._stub = stub
 
     def called(self, vcpu: Vcpu) -> None:
         """The stub ran: make it a system call if that is what it was. Else the guest's handler is next anyway."""
@@ -165,13 +164,13 @@ class Pvm:
     def emulation_failed(self, vcpu: Vcpu) -> bool:
         """Complete the instruction at RIP in KVM's place."""
         registers = vcpu.regs()
-        instruction = decode(_fetch(vcpu, self._memory, registers.rip))
+        instruction = decode(_read(vcpu, self._memory, registers.rip, LONGEST))
         if instruction is None:
             return False
-        complete = _COMPLETIONS.get(_key(instruction))
+        name = _key(instruction)
+        complete = _COMPLETIONS.get(name)
         if complete is None or not complete(self, vcpu, registers, instruction):
             return False
-        name = _key(instruction)
         self.completed[name] = self.completed.get(name, 0) + 1
         return True
 
@@ -183,7 +182,7 @@ class Pvm:
         registers.rflags |= _AC
         return _advance(vcpu, registers, instruction)
 
-    def _nothing(self, vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> bool:
+    def _skip(self, vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> bool:
         return _advance(vcpu, registers, instruction)
 
     def _breakpoint(self, vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> bool:
@@ -211,8 +210,8 @@ class Pvm:
         selector = vcpu.msr(MSR_STAR) >> 48
         special = vcpu.sregs()
         wide = instruction.size == 8
-        _set_user_segment(special.cs, selector + (16 if wide else 0), code=True, wide=wide)
-        _set_user_segment(special.ss, selector + 8, code=False, wide=False)
+        set_user_segment(special.cs, selector + (16 if wide else 0), code=True, wide=wide)
+        set_user_segment(special.ss, selector + 8, code=False, wide=False)
         vcpu.set_sregs(special)
         registers.rip = registers.rcx if wide else registers.rcx & 0xFFFF_FFFF
         registers.rflags = registers.r11 & 0x003C_7FD7 | _FIXED_FLAG
@@ -224,8 +223,8 @@ class Pvm:
         if instruction.operand.register:
             source = getattr(registers, instruction.operand.register) & mask
         else:
-            data = self._read(vcpu, _address(vcpu, registers, instruction), instruction.size)
-            if data is None:
+            data = _read(vcpu, self._memory, _address(vcpu, registers, instruction), instruction.size)
+            if len(data) < instruction.size:
                 return False
             source = int.from_bytes(data, "little")
         kept = getattr(registers, instruction.register) & ~mask if instruction.size == 2 else 0
@@ -236,8 +235,8 @@ class Pvm:
     def _load_mxcsr(self, vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> bool:
         if instruction.operand.register or instruction.repeat:  # then it is wrfsbase
             return False
-        data = self._read(vcpu, _address(vcpu, registers, instruction), 4)
-        if data is None:
+        data = _read(vcpu, self._memory, _address(vcpu, registers, instruction), 4)
+        if len(data) < 4:
             return False
         state = kvm.kvm_xsave()
         kvm.ioctl("KVM_GET_XSAVE", vcpu.fd, kvm.KVM_GET_XSAVE, state)
@@ -245,25 +244,11 @@ class Pvm:
         kvm.ioctl("KVM_SET_XSAVE", vcpu.fd, kvm.KVM_SET_XSAVE, state)
         return _advance(vcpu, registers, instruction)
 
-    def _read(self, vcpu: Vcpu, address: int, size: int) -> bytes | None:
-        """Guest memory by linear address; None when it is not mapped, or not RAM."""
-        parts = b""
-        while len(parts) < size:
-            gpa = vcpu.translate(address + len(parts))
-            take = min(size - len(parts), PAGE_BYTES - (address + len(parts)) % PAGE_BYTES)
-            if gpa is None:
-                return None
-            try:
-                parts += self._memory.read(gpa, take)
-            except GuestFault:
-                return None
-        return parts
-
 
 _COMPLETIONS = {
     "0f01ca": Pvm._clac,
     "0f01cb": Pvm._stac,
-    "9b": Pvm._nothing,  # fwait: no x87 exception is pending in a kernel
+    "9b": Pvm._skip,  # fwait: no x87 exception is pending in a kernel
     "cc": Pvm._breakpoint,
     "cd": Pvm._breakpoint,
     "0f01f8": Pvm._swapgs,
@@ -295,25 +280,26 @@ def _address(vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> i
     )
 
 
-def _set_user_segment(segment: kvm.kvm_segment, selector: int, *, code: bool, wide: bool) -> None:
+def set_user_segment(segment: kvm.kvm_segment, selector: int, *, code: bool, wide: bool) -> None:
+    """A flat segment of user mode; `wide` is 64-bit code."""
     segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, selector & 0xFFFF | 3
     segment.type, segment.present, segment.dpl, segment.s, segment.g = (0xB if code else 3), 1, 3, 1, 1
     segment.l, segment.db, segment.unusable = int(wide), int(not wide), 0
 
 
-def _fetch(vcpu: Vcpu, memory: GuestMemory, rip: int) -> bytes:
-    """Up to 15 bytes of code; fewer where the next page is not mapped."""
-    code = b""
-    while len(code) < LONGEST:
-        gpa = vcpu.translate(rip + len(code))
+def _read(vcpu: Vcpu, memory: GuestMemory, address: int, size: int) -> bytes:
+    """Guest memory by linear address; fewer bytes where a page is not mapped, or not RAM."""
+    data = b""
+    while len(data) < size:
+        gpa = vcpu.translate(address + len(data))
         if gpa is None:
             break
-        take = min(LONGEST - len(code), PAGE_BYTES - (rip + len(code)) % PAGE_BYTES)
+        take = min(size - len(data), PAGE_BYTES - (address + len(data)) % PAGE_BYTES)
         try:
-            code += memory.read(gpa, take)
+            data += memory.read(gpa, take)
         except GuestFault:
             break
-    return code
+    return data
 
 
 def _find_padding(vcpu: Vcpu, memory: GuestMemory, near: int, size: int) -> tuple[int, int] | None:
