@@ -10,7 +10,7 @@ from nagaya.virtio import mmio
 from nagaya.virtio.device import VERSION_1, Device
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.mmio import MmioTransport
-from nagaya.virtio.queue import DESC_F_NEXT, DESC_F_WRITE
+from nagaya.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 
 MEMORY_BYTES = 1 << 20
 RINGS_GPA = 0x10000
@@ -19,10 +19,13 @@ BUFFERS_GPA = 0x80000
 
 
 class Driver:
-    """One device behind a transport. Its loop has no thread: what a kick causes has happened when `kick` returns."""
+    """One device behind a transport. Its loop has no thread: what a kick causes has happened when `kick` returns.
 
-    def __init__(self, device: Device) -> None:
-        self.memory = GuestMemory.allocate(MEMORY_BYTES)
+    Every byte that it writes to guest memory goes through `poke`.
+    """
+
+    def __init__(self, device: Device, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.memory = GuestMemory.allocate(memory_bytes)
         self.loop = Loop()
         self.interrupt_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.transport = MmioTransport(device, self.memory, self.loop, interrupt_fd=self.interrupt_fd)
@@ -83,32 +86,45 @@ class Driver:
         assert self.accept(features)
         for number in self._indices:
             base = RINGS_GPA + number * RING_STEP
-            self.memory.write(base, bytes(RING_STEP))
+            self.poke(base, bytes(RING_STEP))
             self._indices[number] = 0
             self.set_queue(number, size=size, descriptors=base, available=base + 0x2000, used=base + 0x3000)
         self.write(mmio.STATUS, mmio.ACKNOWLEDGE | mmio.DRIVER | mmio.FEATURES_OK | mmio.DRIVER_OK)
 
     # -- rings
 
+    def poke(self, gpa: int, data: bytes) -> None:
+        self.memory.write(gpa, data)
+
     def place(self, data: bytes) -> int:
         """Put a buffer into guest memory; its gpa."""
         gpa = self._next_buffer
         self._next_buffer += -(-len(data) // 16) * 16
-        self.memory.write(gpa, data)
+        self.poke(gpa, data)
         return gpa
 
     def put_descriptor(self, queue: int, number: int, gpa: int, size: int, flags: int = 0, following: int = 0) -> None:
-        self.memory.write(
-            RINGS_GPA + queue * RING_STEP + 16 * number, struct.pack("<QIHH", gpa, size, flags, following)
-        )
+        self.poke(RINGS_GPA + queue * RING_STEP + 16 * number, struct.pack("<QIHH", gpa, size, flags, following))
+
+    def put_table(self, gpa: int, parts: list[tuple[int, int, int]]) -> None:
+        """Chained descriptors, as (gpa, size, flags), one after the other from `gpa` on."""
+        for number, (target, size, flags) in enumerate(parts):
+            last = number == len(parts) - 1
+            entry = struct.pack("<QIHH", target, size, flags | (0 if last else DESC_F_NEXT), 0 if last else number + 1)
+            self.poke(gpa + 16 * number, entry)
+
+    def put_indirect(self, queue: int, number: int, table: int, parts: list[tuple[int, int, int]]) -> None:
+        """A descriptor of the queue's that stands for all of a table elsewhere."""
+        self.put_table(table, parts)
+        self.put_descriptor(queue, number, table, 16 * len(parts), DESC_F_INDIRECT)
 
     def offer(self, queue: int, head: int) -> None:
         """Make a chain available."""
         base = RINGS_GPA + queue * RING_STEP + 0x2000
         index = self._indices[queue]
-        self.memory.write(base + 4 + 2 * (index % self.size), struct.pack("<H", head))
+        self.poke(base + 4 + 2 * (index % self.size), struct.pack("<H", head))
         self._indices[queue] = index + 1
-        self.memory.write(base + 2, struct.pack("<H", index + 1 & 0xFFFF))
+        self.poke(base + 2, struct.pack("<H", index + 1 & 0xFFFF))
 
     def send(self, readable: list[bytes], writable: list[int], *, queue: int = 0) -> tuple[int, list[bytes]]:
         """One request, from descriptor 0 on: what the device says that it wrote, and the writable buffers after it."""
@@ -128,6 +144,13 @@ class Driver:
         """Notify by the register, and run what that causes."""
         self.write(mmio.QUEUE_NOTIFY, queue)
         self.transport._kicked(queue)
+
+    def pump(self) -> None:
+        """One round of the loop on this thread: kicks, back ends and turns. Raises whatever one of them raises."""
+        for fd, _ in self.loop._epoll.poll(0):
+            callback = self.loop._callbacks.get(fd)
+            if callback is not None:
+                callback()
 
     def used_index(self, queue: int = 0) -> int:
         return int.from_bytes(self.memory.read(RINGS_GPA + queue * RING_STEP + 0x3002, 2), "little")

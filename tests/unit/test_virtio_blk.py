@@ -13,8 +13,9 @@ import pytest
 from nagaya.errors import Conflict, NotFound, UsageError
 from nagaya.virtio import blk, mmio
 from nagaya.virtio.blk import Blk
-from nagaya.virtio.device import VERSION_1
-from tests.virtio_driver import Driver
+from nagaya.virtio.device import RING_EVENT_IDX, VERSION_1
+from nagaya.virtio.queue import DESC_F_NEXT, DESC_F_WRITE
+from tests.virtio_driver import BUFFERS_GPA, Driver
 
 SECTORS = 64
 SIZE_BYTES = SECTORS * 512
@@ -187,3 +188,98 @@ def test_what_the_file_system_cannot_do_is_unsupported(driver: Driver, monkeypat
 
     monkeypatch.setattr(blk, "fallocate", refuse)
     assert driver.send([header(blk.T_DISCARD), struct.pack("<QII", 0, 1, 0)], [1])[1] == [UNSUPP]
+
+
+class Syncs:
+    """What was asked of the host to make writes last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flags: list[int] = []
+        self.flushes = 0
+        self._pwritev, self._fdatasync = os.pwritev, os.fdatasync
+        monkeypatch.setattr(os, "pwritev", self.pwritev)
+        monkeypatch.setattr(os, "fdatasync", self.fdatasync)
+
+    def pwritev(self, fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        self.flags.append(flags)
+        return self._pwritev(fd, views, offset, flags)
+
+    def fdatasync(self, fd: int) -> None:
+        self.flushes += 1
+        self._fdatasync(fd)
+
+
+def test_a_driver_that_cannot_flush_gets_writes_that_last(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section 5.2.6.2: without VIRTIO_BLK_F_FLUSH, what was answered is on the disk."""
+    syncs = Syncs(monkeypatch)
+    driver = Driver(Blk("blk0", str(disk)))
+    try:
+        driver.start(features=VERSION_1)
+        driver.send([header(blk.T_OUT), bytes(512)], [1])
+        assert syncs.flags == [os.RWF_DSYNC]
+        _, (status,) = driver.send([header(blk.T_DISCARD), struct.pack("<QII", 0, 8, 0)], [1])
+        assert syncs.flushes == (status == b"\0")
+        driver.start(features=VERSION_1 | blk.F_FLUSH)
+        driver.send([header(blk.T_OUT), bytes(512)], [1])
+        assert syncs.flags[1:] == [0]
+    finally:
+        driver.close()
+
+
+@pytest.mark.parametrize("features", [VERSION_1, VERSION_1 | RING_EVENT_IDX])
+def test_many_requests_leave_turns_to_others(driver: Driver, disk: Path, features: int) -> None:
+    """A disk that always has one more request must not keep its loop from a reset."""
+    driver.start(features=features, size=64)
+    gpa = driver.place(header(blk.T_IN))
+    for head in range(0, 64, 2):
+        driver.put_descriptor(0, head, gpa, 16, DESC_F_NEXT, head + 1)
+        driver.put_descriptor(0, head + 1, BUFFERS_GPA + 4096 + head * 520, 513, DESC_F_WRITE)
+        driver.offer(0, head)
+    driver.kick()
+    first = driver.used_index()
+    assert 0 < first < 32
+    assert driver.interrupts(), "what is done is told before the turn ends"
+    for _ in range(4):
+        driver.pump()
+    assert driver.used_index() == 32
+    for head in range(0, 64, 2):
+        assert driver.memory.read(BUFFERS_GPA + 4096 + head * 520, 513) == disk.read_bytes()[:512] + b"\0"
+
+
+def test_a_reset_between_two_turns(driver: Driver) -> None:
+    gpa = driver.place(header(blk.T_FLUSH))
+    driver.put_descriptor(0, 0, gpa, 16, DESC_F_NEXT, 1)
+    driver.put_descriptor(0, 1, BUFFERS_GPA + 4096, 1, DESC_F_WRITE)
+    for _ in range(60):
+        driver.offer(0, 0)
+    driver.kick()
+    driver.write(mmio.STATUS, 0)
+    done = driver.device.counters()["flushes"]
+    driver.pump()
+    assert driver.device.counters()["flushes"] == done < 60
+
+
+def test_a_host_error_is_the_drivers_and_is_counted(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "bad sector")
+
+    for name in ("preadv", "pwritev", "fdatasync"):
+        monkeypatch.setattr(os, name, refuse)
+    assert driver.send([header(blk.T_IN)], [512, 1])[1][-1] == IOERR
+    assert driver.send([header(blk.T_OUT), bytes(512)], [1])[1] == [IOERR]
+    assert driver.send([header(blk.T_FLUSH)], [1])[1] == [IOERR]
+    counters = driver.device.counters()
+    assert (counters["errors"], counters["reads"], counters["writes"], counters["flushes"]) == (3, 0, 0, 0)
+
+
+def test_reads_and_writes_that_the_host_does_in_parts(
+    driver: Driver, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, pwritev = os.preadv, os.pwritev
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:100]], offset))
+    monkeypatch.setattr(os, "pwritev", lambda fd, views, offset, flags=0: pwritev(fd, [views[0][:77]], offset, flags))
+    data = os.urandom(1024)
+    assert driver.send([header(blk.T_OUT, 1), data[:300], data[300:]], [1]) == (1, [b"\0"])
+    written, (first, second) = driver.send([header(blk.T_IN, 1)], [700, 325])
+    assert written == 1025 and first + second == data + b"\0"
+    assert disk.read_bytes()[512:1536] == data

@@ -46,6 +46,7 @@ class _QueueRegisters:
     """What the driver says of one queue before it is made."""
 
     def __init__(self, most: int) -> None:
+        self.most = most
         self.size = most
         self.ready = False
         self.addresses = [0, 0, 0]
@@ -111,7 +112,7 @@ class MmioTransport:
             return self._generation
         registers = self._queue_registers()
         if offset == QUEUE_NUM_MAX:
-            return self.device.queue_sizes[self._selected[QUEUE_SEL]] if registers else 0
+            return registers.most if registers else 0
         if offset == QUEUE_READY:
             return int(registers.ready) if registers else 0
         return 0
@@ -197,12 +198,12 @@ class MmioTransport:
         registers = self._registers[number]
         if not registers.ready:
             return None
-        most = self.device.queue_sizes[number]
-        if registers.size > most:
-            raise GuestFault(f"queue {number} has {registers.size} entries; at most {most} are offered")
+        size = registers.size  # once: another CPU of the guest may be about to write it
+        if size > registers.most:
+            raise GuestFault(f"queue {number} has {size} entries; at most {registers.most} are offered")
         descriptors, available, used = registers.addresses
         return Queue(
-            self._memory, index=number, size=registers.size, descriptors=descriptors, available=available, used=used,
+            self._memory, index=number, size=size, descriptors=descriptors, available=available, used=used,
             event_index=bool(self._features & RING_EVENT_IDX), indirect=bool(self._features & RING_INDIRECT_DESC),
             interrupt=partial(self._interrupt, USED_BUFFER),
         )  # fmt: skip

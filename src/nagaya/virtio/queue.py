@@ -18,6 +18,8 @@ from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
 
 MOST_ENTRIES = 1 << 15
+MOST_CHAIN_BYTES = (1 << 32) - 1
+"""A used element tells the bytes written in 32 bits; one buffer may be named many times over in a chain."""
 DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT = 1, 2, 4
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
@@ -128,6 +130,8 @@ class Queue:
                 readable.append(self._memory.slice(address, length))
                 readable_bytes += length
             if not flags & DESC_F_NEXT:
+                if readable_bytes + writable_bytes > MOST_CHAIN_BYTES:
+                    raise GuestFault(f"a chain of 4 GiB or more in queue {self.index}")
                 return Chain(head, tuple(readable), tuple(writable), readable_bytes, writable_bytes)
             number = following
 
@@ -152,7 +156,10 @@ class Queue:
         self._used[_INDEX] = index
 
     def signal(self) -> None:
-        """Interrupt the driver if something was published since the last time, and it wants to know."""
+        """Interrupt the driver if something was published since the last time, and it wants to know.
+
+        To be called before 65536 chains were published: the index has come round by then, and looks as if none were.
+        """
         new, old = self.next_used, self._signalled
         if new == old:
             return
@@ -181,7 +188,10 @@ class Queue:
         return self.peek_available() > 0
 
     def chains(self) -> Iterator[Chain]:
-        """Pop until there are no more, without notifications meanwhile."""
+        """Pop until there are no more, without notifications meanwhile.
+
+        A driver may keep this going for as long as it likes: only for queues that have a bound of their own.
+        """
         while True:
             self.disarm()
             while (chain := self.pop()) is not None:
