@@ -8,9 +8,12 @@ import subprocess
 import sys
 
 from benches import exec as exec_
-from benches import run, supervisor, vmm
+from benches import run, supervisor, virtio, vmm
 
-BENCHES = {"run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1), "vmm": (vmm.main, 20)}
+BENCHES = {
+    "run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1), "vmm": (vmm.main, 20),
+    "virtio": (virtio.main, 20),
+}  # fmt: skip
 
 
 def main() -> int:
