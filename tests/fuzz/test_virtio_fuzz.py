@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -308,6 +309,8 @@ class MadDriver(Driver):
         """By queue and head: how many bytes a chain had room for."""
         self.seen = [0] * len(self.queues)
         self.wild = False
+        self.misplaced = self.taken = 0
+        """Starts with hostile rings, and how many of them the transport took."""
 
     def poke(self, gpa: int, data: bytes) -> None:
         self.view[gpa : gpa + len(data)] = data
@@ -434,8 +437,10 @@ class MadDriver(Driver):
                 self.subject.outside()
                 self.pump()
                 self.collect()
-            else:
+            elif choice < 0.993:
                 self.registers()
+            else:
+                self.misplace()
             if dice.random() < 0.5:
                 self.run(queue)
             if self.status & mmio.DEVICE_NEEDS_RESET and dice.random() < 0.3:
@@ -540,6 +545,38 @@ class MadDriver(Driver):
             for queue in self.queues:
                 self.kick(queue)
 
+    def misplace(self) -> None:
+        """A proper start, but with rings that lie one upon the other, over buffers, across the end or outside of memory."""
+        dice = self.dice
+        self.check()
+        self.wild = True
+        assert self.accept(self.features)
+        for queue in self.queues:
+            if dice.random() < 0.95:
+                size = dice.choice((0, 3, 4096, 1 << 15, 1 << 31)) if dice.random() < 0.03 else self.size
+                descriptors, available, used = (self.somewhere() for _ in range(3))
+                self.set_queue(queue, size=size, descriptors=descriptors, available=available, used=used)
+                if available < MEMORY_BYTES - 4:
+                    self.poke(available, struct.pack("<HH", dice.randrange(2), dice.choice((0, 1, 1, 2, self.size))))
+        activate = self.device.activate
+        with patch.object(self.device, "activate", side_effect=activate) as taken:
+            self.write(mmio.STATUS, FINE)
+        self.misplaced += 1
+        self.taken += taken.called
+        for queue in self.queues:
+            self.kick(queue)
+
+    def somewhere(self) -> int:
+        """An address for a ring: mostly one that passes."""
+        dice = self.dice
+        if dice.random() < 0.05:
+            return dice.choice(
+                (MEMORY_BYTES - 16, MEMORY_BYTES - 4, MEMORY_BYTES, 1 << 32, (1 << 64) - 16, 1, 6, dice.getrandbits(64))
+            )
+        return dice.choice(
+            (0, RINGS_GPA, RINGS_GPA + 0x2000, BUFFERS_GPA, dice.randrange(0, MEMORY_BYTES - 0x3000, 16))
+        )
+
     def prove(self) -> None:
         """However it ended: after a reset everything is well."""
         self.wild = True
@@ -583,7 +620,9 @@ def test_devices(make: type[Subject], tmp_path: Path) -> None:
         subject.close()
     took = time.monotonic() - began
     print(f"{driver.operations} operations in {took:.1f} s: {driver.transport.counters()}")
-    assert driver.transport.faults < driver.operations / 10, "hardly any operation reached the device"
+    print(f"{driver.misplaced} starts with hostile rings, {driver.taken} of them taken")
+    assert driver.misplaced > driver.taken > 0
+    assert driver.transport.faults < driver.operations / 7, "hardly any operation reached the device"
     assert driver.transport.faults or make is FileSystemSubject  # its daemon is the one who reads the rings
 
 

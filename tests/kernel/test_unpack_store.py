@@ -357,6 +357,16 @@ def test_kill_at_any_moment(store: ImageStore, tmp_path: Path) -> None:
     check_image(store, image)
 
 
+def test_what_a_killed_writer_left_is_pruned(store: ImageStore, tar: str) -> None:
+    image = store.import_rootfs(tar, "app:1")
+    left = [f"{store.root}/names.json.4000000.tmp", f"{store.root}/records/{image.id[7:]}.json.4000000.tmp"]
+    for path in left:
+        Path(path).write_text("{")
+    store.prune()
+    assert not any(map(os.path.exists, left))
+    assert [found.names for found in store.list()] == [image.names]
+
+
 FULL = """
 import os, subprocess, sys
 sys.path.insert(0, sys.argv[4])

@@ -85,6 +85,7 @@ def prune(store: ImageStore, *, all: bool, in_use: Callable[[], frozenset[str]])
     with Lock(f"{store.root}/lock"):
         with store.claims(shared=False), store.naming() as names:
             named = set(names.values())
+            _clear_unfinished(store.root)
             used = in_use()
             for image_id in store.index.ids():
                 damaged = store.index.load(image_id) is None
@@ -119,7 +120,9 @@ def _collect(store: ImageStore, *, partial: bool) -> int:
             blobs.update((record.id, record.digest, *record.blobs))
             layers.update(diff_id.partition(":")[2] for diff_id in record.layers)
     try:
-        freed = _collect_blobs(store, blobs) + _collect_layers(store, layers)
+        freed = (
+            _collect_blobs(store, blobs) + _collect_layers(store, layers) + _clear_unfinished(f"{store.root}/records")
+        )
         return freed + (_collect_partial(store) if partial else 0)
     except NagayaError:
         raise
@@ -148,6 +151,11 @@ def _collect_layers(store: ImageStore, kept: set[str]) -> int:
         else:
             freed += _delete(f"{directory}/{name}")
     return freed
+
+
+def _clear_unfinished(directory: str) -> int:
+    """Files there that somebody was killed at; the caller holds the lock under which they are written."""
+    return sum(_delete(f"{directory}/{name}") for name in _entries(directory) if name.endswith(".tmp"))
 
 
 def _collect_partial(store: ImageStore) -> int:

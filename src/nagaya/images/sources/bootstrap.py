@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import IO, BinaryIO, cast
 
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
@@ -160,18 +161,17 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, ep
     assert process.stdout is not None
     assert process.stderr is not None
     listener = threading.Thread(target=_listen, args=(process.stderr, tail, progress), name="mmdebstrap", daemon=True)
-    listener.start()
+    reading = ExitStack()
     try:
-        with process.stdout, TarStream(cast(BinaryIO, process.stdout)) as chunks:
-            chunks.on_chunk(lambda done: progress.advance("mmdebstrap", done))
-            try:
-                layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
-            except BaseException:
-                _end(process)  # before the stream is left, which waits for its end
-                raise
-            diff_id = chunks.diff_id
+        listener.start()
+        reading.callback(process.stdout.close)
+        chunks = reading.enter_context(TarStream(cast(BinaryIO, process.stdout)))
+        chunks.on_chunk(lambda done: progress.advance("mmdebstrap", done))
+        layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
+        diff_id = chunks.diff_id
     finally:
-        _end(process)
+        _end(process)  # first of all: closing its output waits for the thread that reads it, which waits for its end
+        reading.close()
         listener.join()
     progress.finish("mmdebstrap")
     return layer, diff_id
