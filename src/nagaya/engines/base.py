@@ -12,14 +12,14 @@ from typing import NamedTuple, Protocol
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net.plan import NetworkPlan
-from nagaya.storage.plan import MountPlan, RootfsPlan
+from nagaya.storage.plan import DiskPlan, MountPlan, RootfsPlan
 
 
 class BootRequest(NamedTuple):
     """All that a boot needs. The manager planned it; the engine carries it out."""
 
     spec: MachineSpec
-    rootfs: RootfsPlan
+    rootfs: RootfsPlan | DiskPlan  # as the engine's `rootfs_kind` says
     mounts: tuple[MountPlan, ...]  # spec.mounts with sources resolved to host paths, parents before children
     network: NetworkPlan
     etc: tuple[tuple[str, str], ...]  # (path inside, host file) to bind: /etc/hosts, /etc/hostname, /etc/resolv.conf
@@ -34,6 +34,9 @@ class Booted(NamedTuple):
     agent: int  # connected stream socket or port to the agent, non-blocking
     policy: ProcessPolicy
     warnings: tuple[str, ...] = ()
+    setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
+    start_timeout_s: float = 30.0  # until the program must have been started
+    end_timeout_s: float = 2.0  # from SHUTDOWN until the machine must be gone
 
 
 class Stats(NamedTuple):
@@ -53,6 +56,7 @@ class Engine(Protocol):
     """One instance boots one machine at a time, inside that machine's supervisor."""
 
     type: str
+    rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
     capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline"}
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:

@@ -14,6 +14,14 @@ class RootfsPlan(NamedTuple):
     read_only: bool = False
 
 
+class DiskPlan(NamedTuple):
+    """A virtual machine's root: an image's tree on a disk that nobody writes, under an overlay on a disk of its own."""
+
+    image: str  # a read-only file system, as `images/rootimage.py` makes it
+    data: str  # raw and sparse, with ext4 on it; the machine writes it
+    read_only: bool = False  # the root as programs see it
+
+
 class MountPlan(NamedTuple):
     """A mount whose source is a host path already checked to exist ("" for tmpfs)."""
 

@@ -28,8 +28,6 @@ from nagaya.supervisor.loop import Loop, Timer
 from nagaya.supervisor.network import wire_up
 from nagaya.supervisor.programs import Program, Programs
 
-BOOT_TIMEOUT_S = 30.0
-SHUTDOWN_TIMEOUT_S = 2.0
 KILLED = 128 + 9
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 60.0
@@ -133,7 +131,7 @@ class Supervisor:
         if self._launcher is not None and self._attach:
             main.join(self._launcher, stdin=process.stdin)
         self.main = main
-        self._set_timer("boot", BOOT_TIMEOUT_S, self._boot_timed_out)
+        self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         self.programs.flush()
 
     def _boot(self) -> Booted:
@@ -183,12 +181,15 @@ class Supervisor:
 
     def _main_exited(self, status: int) -> None:
         self._exit_status = status
-        if self.programs is not None:
+        if self.booted is not None and self.programs is not None:
             self.programs.shutdown()
-        self._set_timer("shutdown", SHUTDOWN_TIMEOUT_S, self.engine.kill)
+            self._set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
 
     def _boot_timed_out(self) -> None:
-        self._problem = LaunchError(f"the machine's agent did not start its program within {BOOT_TIMEOUT_S:.0f} s")
+        assert self.booted is not None
+        self._problem = LaunchError(
+            f"the machine's agent did not start its program within {self.booted.start_timeout_s:.0f} s"
+        )
         self.engine.kill()
 
     def _agent_lost(self, problem: NagayaError | None) -> None:

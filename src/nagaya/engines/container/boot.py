@@ -29,6 +29,7 @@ from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
 from nagaya.kernel import mount as kernel
 from nagaya.net import attach
+from nagaya.storage.plan import RootfsPlan
 
 AGENT_FD = 3
 PROGRAM_FD = 4
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     """Everything that the child needs, worked out before the fork."""
 
     request: BootRequest
+    layout: RootfsPlan  # the request's
     cgroup: Cgroup
     steps: tuple[mounts.MountStep, ...]
     device_nodes: tuple[DeviceNode, ...]
@@ -183,7 +185,7 @@ def _close_all_but(keep: tuple[int, ...]) -> None:
 
 def _mount_root(plan: Plan) -> int:
     """The root's mount in our mount namespace, or, for a user namespace, a detached one; its directory descriptor."""
-    layout = plan.request.rootfs
+    layout = plan.layout
     target = f"{os.path.dirname(layout.upper)}/rootfs"
     with _step("cannot make the root file system's directories"):
         rootfs.prepare(layout)
@@ -208,7 +210,7 @@ def _mount_root(plan: Plan) -> int:
 
 def _idmapped_root(plan: Plan) -> int:
     """An overlay whose layers show the host's owners shifted into the user namespace (Linux 5.19)."""
-    layout = plan.request.rootfs
+    layout = plan.layout
 
     def mapped(path: str) -> str:
         tree = kernel.open_tree(path, kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC)

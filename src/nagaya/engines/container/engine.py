@@ -48,6 +48,7 @@ class ContainerEngine:
     """Boots one container; one instance lives in each supervisor."""
 
     type = "container"
+    rootfs_kind = "directories"
     capabilities = frozenset(("pause", "stats", "limits", "oom", "offline"))
 
     def __init__(self) -> None:
@@ -106,7 +107,8 @@ class ContainerEngine:
             raise HostError.from_os(error, "cannot start the machine") from None
 
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
-        spec = request.spec
+        spec, layout = request.spec, request.rootfs
+        assert isinstance(layout, RootfsPlan)  # our `rootfs_kind`
         mask = policy.capability_mask(spec.security)
         limits, warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits)) if spec.ulimits else ((), ())
         filter_ = seccomp_profile.compile_profile(spec.security.seccomp, mask, CACHE)
@@ -129,6 +131,7 @@ class ContainerEngine:
             local.callback(os.close, handshake)
             plan = boot.Plan(
                 request=request,
+                layout=layout,
                 cgroup=cgroup,
                 steps=steps,
                 device_nodes=nodes,
