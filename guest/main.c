@@ -20,6 +20,7 @@
 #include "proto.h"
 #include "spawn.h"
 #include "stub.h"
+#include "vm.h"
 
 #ifndef TIOCGPTPEER
 #define TIOCGPTPEER _IO('T', 0x41)
@@ -31,6 +32,7 @@
 #define MAX_CHANNELS 256
 #define DROP_TURNS 4	 /* reads per wake-up of output that nobody wants: a flood of it must not starve the rest */
 #define TTY_REST (1u << 20) /* more than a terminal ever buffers */
+#define PORT_TURNS 16	 /* reads of the host's port per wake-up */
 #define EXIT_LOST 100 /* the supervisor is gone, or broke the protocol */
 
 /* Which descriptor of a channel an epoll event is about. */
@@ -54,14 +56,19 @@ static struct channel channels[MAX_CHANNELS];
 static int host = -1, epoll = -1, program_fd = -1, sync_at_end;
 static pid_t program_pid;
 static sigset_t watched_signals;
+static enum { NO_VM, BARE, SET_UP, UNUSABLE } vm; /* a virtual machine's agent, and how far it has come with SETUP */
 
 static void __attribute__((noreturn)) end(int status)
 {
 	if (getpid() == 1) {
 		kill(-1, SIGKILL);
+		if (vm)
+			vm_flush(); /* now, for what hangs on a share whose host is gone would hold us up for ever */
 		if (sync_at_end) { /* a VM's disks: only after everything that writes is gone */
 			while (waitpid(-1, NULL, 0) > 0 || errno == EINTR)
 				;
+			if (vm)
+				vm_finish();
 			sync();
 		}
 	} else { /* somebody else's PID namespace: only what we started, and it ends with its own PID 1 */
@@ -83,7 +90,9 @@ static void write_all(const unsigned char *bytes, size_t size)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0 && errno == EAGAIN) { /* we were given a non-blocking stream */
-			poll(&(struct pollfd){.fd = host, .events = POLLOUT}, 1, -1);
+			struct pollfd room = {.fd = host, .events = POLLOUT};
+			if (poll(&room, 1, -1) > 0 && room.revents & (POLLHUP | POLLERR))
+				end(EXIT_LOST); /* a port whose host has gone never has room again */
 			continue;
 		}
 		if (n <= 0)
@@ -459,8 +468,10 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 		program_fd = -1;
 	} else {
 		c->pid = fork();
-		if (c->pid == 0)
+		if (c->pid == 0 && (s.flags & SF_APPLET || !vm_join()))
 			spawn_become(&s, child, report[1]);
+		if (c->pid == 0)
+			spawn_refuse(errno, report[1]);
 	}
 	int error = errno;
 	spawn_free(&s);
@@ -533,10 +544,45 @@ static void reap(void)
 
 /* -- frames in */
 
+static void set_up(const unsigned char *payload, size_t size)
+{
+	unsigned char frame[HEADER_SIZE + 4 + sizeof vm_report.warnings];
+	const char *text = vm_report.warnings;
+	int failed = vm_setup(payload, size);
+
+	if (failed == -2)
+		end(EXIT_LOST);
+	vm = failed ? UNUSABLE : SET_UP;
+	put32(frame + HEADER_SIZE, failed ? vm_report.error : vm_report.warning_count);
+	if (failed)
+		text = vm_report.text;
+	put_header(frame, failed ? F_SETUP_FAILED : F_READY, 0, 4 + strlen(text));
+	memcpy(frame + HEADER_SIZE + 4, text, strlen(text));
+	write_all(frame, HEADER_SIZE + 4 + strlen(text));
+}
+
+/* A virtual machine's own frames. Whether that was one, or one that is to be ignored. */
+static int handle_vm(unsigned type, uint32_t id, const unsigned char *payload, size_t size)
+{
+	if ((type == F_SETUP) != (vm == BARE) && type != F_SHUTDOWN && vm != UNUSABLE)
+		end(EXIT_LOST); /* SETUP comes first, and once */
+	if (type == F_SETUP && vm == BARE && !id) {
+		set_up(payload, size);
+		return 1;
+	}
+	if (type == F_CLOCK && size == 8 && !id) {
+		vm_set_clock(get64(payload));
+		return 1;
+	}
+	return vm == UNUSABLE && type != F_SHUTDOWN; /* what the host has sent before it could know */
+}
+
 static void handle(unsigned type, uint32_t id, const unsigned char *payload, size_t size)
 {
 	struct channel *c = find_channel(id);
 
+	if (vm && handle_vm(type, id, payload, size))
+		return;
 	switch (type) {
 	case F_SPAWN:
 		spawn(id, payload, size);
@@ -585,10 +631,9 @@ static void handle(unsigned type, uint32_t id, const unsigned char *payload, siz
 static unsigned char *in_buffer;
 static size_t in_size, in_room;
 
-static void read_host(void)
+/* One read. 0 when there is nothing more to be had just now. */
+static int fill(void)
 {
-	size_t at = 0;
-
 	if (in_room - in_size < MAX_DATA + HEADER_SIZE) {
 		in_room = in_size + 2 * (MAX_DATA + HEADER_SIZE);
 		in_buffer = realloc(in_buffer, in_room);
@@ -597,14 +642,24 @@ static void read_host(void)
 	}
 	ssize_t n = read(host, in_buffer + in_size, in_room - in_size);
 	if (n < 0 && (errno == EINTR || errno == EAGAIN))
-		return;
+		return 0;
 	if (n <= 0)
 		end(EXIT_LOST);
 	in_size += (size_t)n;
+	return 1;
+}
+
+static void read_host(void)
+{
+	size_t at = 0;
+
+	/* A port gives a page at a time: take several, for each round through epoll costs more than the page. */
+	for (int turn = 0; fill() && vm && turn < PORT_TURNS; turn++)
+		;
 	while (in_size - at >= HEADER_SIZE) {
 		const unsigned char *h = in_buffer + at;
 		uint32_t size = get32(h), type = get16(h + 4);
-		if (size > (type == F_SPAWN ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
+		if (size > (type == F_SPAWN || (vm && type == F_SETUP) ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
 			end(EXIT_LOST);
 		if (in_size - at < HEADER_SIZE + size)
 			break;
@@ -676,7 +731,7 @@ static void __attribute__((noreturn)) serve(void)
 	watch(signals, &(uint32_t){0}, EPOLLIN, 0, P_SIGNALS);
 	put_header(hello, F_HELLO, 0, 8);
 	put32(hello + HEADER_SIZE, PROTOCOL_VERSION);
-	put32(hello + HEADER_SIZE + 4, 0);
+	put32(hello + HEADER_SIZE + 4, vm ? HELLO_NEEDS_SETUP : 0);
 	write_all(hello, sizeof hello);
 	reap(); /* a stub that died before SIGCHLD was blocked */
 	for (;;) {
@@ -719,7 +774,11 @@ int main(int argc, char **argv)
 
 	if (argc >= 3 && !strcmp(argv[1], "--applet"))
 		return applet_main(argc - 2, argv + 2);
-	for (int i = 1; i < argc; i++) {
+	if (getpid() == 1 && argc > 0 && !strcmp(argv[0], "/init")) { /* the kernel's arguments follow, for who may want them */
+		vm = BARE;
+		serving = sync_at_end = 1;
+	}
+	for (int i = 1; i < argc && !vm; i++) {
 		if (!strcmp(argv[i], "--serve"))
 			serving = 1;
 		else if (!strcmp(argv[i], "--stub"))
@@ -732,6 +791,8 @@ int main(int argc, char **argv)
 			return 2;
 		}
 	}
+	if (vm)
+		host = vm_start();
 	if (serving == stub || host < 0 || (program_fd >= 0) != (pid > 0)) {
 		fprintf(stderr, "usage: nagaya-agent --serve --fd=N [--sync] [--program-fd=M --program-pid=P]\n"
 				"       nagaya-agent --stub --fd=N\n"

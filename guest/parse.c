@@ -1,4 +1,4 @@
-/* SPAWN's payload: u16 tag, u16 zero, u32 length, bytes; repeated. */
+/* Fields, and SPAWN's payload, which is made of them. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -7,14 +7,7 @@
 
 #define FIELD_HEADER 8
 
-struct field {
-	unsigned tag;
-	const unsigned char *bytes;
-	size_t size;
-};
-
-/* The next field at *at, or 0 at the end, or -1 when malformed. */
-static int next_field(const unsigned char *payload, size_t size, size_t *at, struct field *f)
+int next_field(const unsigned char *payload, size_t size, size_t *at, struct field *f)
 {
 	if (*at == size)
 		return 0;

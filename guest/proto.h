@@ -25,6 +25,10 @@ enum frame_type {
 	F_RESIZE = 11,
 	F_EXITED = 12,
 	F_SHUTDOWN = 13,
+	F_SETUP = 14,
+	F_READY = 15,
+	F_SETUP_FAILED = 16,
+	F_CLOCK = 17,
 };
 
 enum spawn_tag {
@@ -47,6 +51,49 @@ enum spawn_flag {
 	SF_NO_NEW_PRIVS = 16,
 	SF_DISCARD = 32,
 };
+
+/* SETUP's: strings end with a NUL, but for those that are a whole field. */
+enum setup_tag {
+	U_HOSTNAME = 1,
+	U_FLAGS = 2,
+	U_TIME = 3,	 /* u64 ns since the epoch; 0: leave the clock alone */
+	U_ENTROPY = 4,
+	U_FILE = 5,	 /* path, content */
+	U_MOUNT = 6,	 /* u32 kind, u32 flags, u32 mode, u32 zero, u64 size, source, target */
+	U_NETWORK = 7,	 /* MAC, u16 prefix, u32 MTU, address, gateway */
+	U_SYSCTL = 8,	 /* key, value */
+	U_POWER_OFF = 9, /* u32 */
+	U_DEVICE = 10,	 /* node of the kernel's /dev, path */
+	U_PIDS = 11,	 /* u32 */
+};
+
+enum setup_flag {
+	UF_READ_ONLY = 1,
+	UF_UNMASK = 2,
+};
+
+enum mount_kind {
+	UM_VIRTIOFS = 1,
+	UM_TMPFS = 2,
+};
+
+enum power_off {
+	UP_ACPI = 1,
+	UP_REBOOT = 2,
+	UP_PORT = 3,
+};
+
+#define HELLO_NEEDS_SETUP 1 /* HELLO's features: the host's first frame is to be SETUP */
+
+/* A field of SPAWN or SETUP: u16 tag, u16 zero, u32 length, bytes. */
+struct field {
+	unsigned tag;
+	const unsigned char *bytes;
+	size_t size;
+};
+
+/* parse.c. The next field at *at: 1, or 0 at the end, or -1 when malformed. */
+int next_field(const unsigned char *payload, size_t size, size_t *at, struct field *f);
 
 /* Little-endian whatever the CPU is. */
 static inline uint32_t get32(const unsigned char *p)

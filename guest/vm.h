@@ -1,0 +1,59 @@
+/* VM mode: the agent as the first program of a virtual machine, which sets up the machine's inside. */
+#ifndef NAGAYA_VM_H
+#define NAGAYA_VM_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "proto.h"
+
+/* What came of SETUP: for READY or SETUP_FAILED. */
+struct vm_report {
+	uint32_t error; /* errno */
+	char text[512]; /* for a person */
+	uint32_t warning_count;
+	char warnings[4096]; /* lines */
+};
+extern struct vm_report vm_report;
+
+/* vm.c. Mount what is needed to find the host, and find it: its descriptor, non-blocking. Ends the machine on failure. */
+int vm_start(void);
+/* Carry SETUP out. 0; -1 when it cannot be done (see vm_report); -2 when the payload is malformed. */
+int vm_setup(const unsigned char *payload, size_t size);
+/* 0 or -1 with errno. */
+int vm_set_clock(uint64_t time_ns);
+/* Everything that could write is dead: get the disks to rest and end the machine. */
+void vm_finish(void) __attribute__((noreturn));
+/* In a forked child: into the programs' control group, where there is one. 0 or -1 with errno. */
+int vm_join(void);
+/* vm_mounts.c. What programs have written goes to the disk; then it, and the root, become read-only. */
+void vm_flush(void);
+void vm_rest_disks(void);
+
+/* Note what failed; always -1. `error` is an errno, whose text is appended. */
+int vm_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void vm_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* Until look(what) is not 0, which it may become with the kernel's next uevent; its value, 0 after `limit_ms`. */
+int vm_await(int (*look)(void *what), void *what, int limit_ms);
+/* The first line of a small file, or -1. */
+ssize_t vm_read_line(const char *path, char *out, size_t size);
+int vm_write_file(int directory, const char *path, const char *text);
+
+/* vm_mounts.c. Each 0, or -1 after vm_fail. */
+int vm_mount_disks(void);
+int vm_switch_root(void);
+int vm_mount_system(void);
+int vm_make_device(const char *node, const char *path);
+int vm_mount_file(const char *path, const unsigned char *content, size_t size);
+int vm_mount_user(const unsigned char *field, size_t size);
+int vm_drop_shares(void);
+int vm_protect_root(void);
+int vm_mask(void);
+int vm_limit_pids(uint32_t most);
+
+/* vm_net.c */
+int vm_bring_up_loopback(void);
+int vm_configure_link(const unsigned char *field, size_t size);
+
+#endif

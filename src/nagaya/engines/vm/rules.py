@@ -1,0 +1,87 @@
+"""What can be asked of a virtual machine, and how it differs from a container in that. Pure."""
+
+from __future__ import annotations
+
+from nagaya.engines.mount_rules import check_options, check_target
+from nagaya.engines.program_rules import rlimits, wanted_capabilities
+from nagaya.errors import Unsupported, UsageError
+from nagaya.model.policy import ProcessPolicy
+from nagaya.model.spec import MachineSpec
+
+DEFAULT_MEMORY_BYTES = 512 << 20
+LEAST_MEMORY_BYTES = 64 << 20  # kernel, agent and a shell; with less the guest kernel kills the agent
+_MEMORY_STEP = 2 << 20
+HOSTNAME_MAX = 64  # sethostname(2)
+
+
+def check_spec(spec: MachineSpec) -> list[str]:
+    """Raise `UsageError` or `Unsupported` for what no virtual machine could be; answers warnings."""
+    if len(spec.hostname.encode()) > HOSTNAME_MAX:
+        raise UsageError(f"the host name '{spec.hostname}' is longer than {HOSTNAME_MAX} bytes")
+    _check_walls(spec)
+    plan_policy(spec)
+    for mount in spec.mounts:
+        check_target(mount.target)
+        check_options(mount.options)
+        if mount.propagation.removeprefix("r") == "shared":
+            raise Unsupported(
+                f"mount '{mount.target}': what a virtual machine mounts cannot appear on the host",
+                hint="leave propagation=shared away, or use --type container",
+            )
+    limits = spec.limits
+    if 0 < limits.memory_bytes < LEAST_MEMORY_BYTES:
+        raise UsageError(
+            f"--memory: a virtual machine needs {LEAST_MEMORY_BYTES >> 20} MiB or more, for its own kernel is in it",
+            hint="give it more, or use --type container",
+        )
+    warnings = []
+    if limits.cpus_milli % 1000:
+        warnings.append(f"a virtual machine has whole CPUs: --cpus {limits.cpus_milli / 1000:g} gives it {cpus(spec)}")
+    if limits.cpuset_cpus:
+        warnings.append("--cpuset-cpus is not applied to virtual machines: their CPUs run where the host has room")
+    if limits.blkio_weight:
+        warnings.append("--blkio-weight is not applied to virtual machines")
+    return warnings
+
+
+def _check_walls(spec: MachineSpec) -> None:
+    if spec.network == "host":
+        raise Unsupported(
+            "a virtual machine has a network of its own and cannot use the host's",
+            hint="use --network bridge or --network none, or --type container",
+        )
+    if spec.userns:
+        raise Unsupported(
+            "user namespaces are for containers: a virtual machine's root is nobody on the host in any case",
+            hint="leave --userns away",
+        )
+    if not spec.init:
+        raise Unsupported("a virtual machine's first process is the agent", hint="leave --init=false away")
+    if spec.security.seccomp not in ("default", "unconfined"):
+        raise Unsupported(
+            "a seccomp profile is for containers: a virtual machine's programs speak to its own kernel, not to the host's",
+            hint="leave --security-opt seccomp=PROFILE away",
+        )
+
+
+def plan_policy(spec: MachineSpec) -> ProcessPolicy:
+    """What binds the machine's programs. No system call filter: the kernel behind the calls is their own.
+
+    Raises `UsageError` for an unknown capability or limit.
+    """
+    return ProcessPolicy(
+        capabilities=wanted_capabilities(spec.security),
+        no_new_privileges=spec.security.no_new_privileges,
+        rlimits=rlimits(spec.ulimits),
+    )
+
+
+def memory_bytes(spec: MachineSpec) -> int:
+    """The machine's memory, in whole pages of 2 MiB."""
+    wanted = spec.limits.memory_bytes or DEFAULT_MEMORY_BYTES
+    return -(-wanted // _MEMORY_STEP) * _MEMORY_STEP
+
+
+def cpus(spec: MachineSpec) -> int:
+    """The machine's CPUs: 1 unless limited to more, whole ones."""
+    return max(1, -(-spec.limits.cpus_milli // 1000))

@@ -1,0 +1,158 @@
+"""SETUP's payload: what a virtual machine's agent makes of a bare kernel and two disks (docs/agent-protocol.md).
+
+A container's inside is made by the engine before its agent runs; a virtual machine's can only be made from within.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+from nagaya.errors import UsageError
+from nagaya.protocol.frame import MAX_PAYLOAD
+
+_HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
+_READ_ONLY, _UNMASK = 1, 2
+
+MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
+MOUNT_OPTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8}  # the numbers are mount(2)'s
+_MOUNT_READ_ONLY = 1
+POWER_OFF = {"acpi": 1, "reboot": 2, "port": 3}
+HOSTNAME_MAX = 64  # sethostname(2)
+ENTROPY_MAX = 512
+
+_FIELD = Struct("<HHI")
+_U32 = Struct("<I")
+_U64 = Struct("<Q")
+_MOUNT_HEAD = Struct("<IIIIQ")  # kind, flags, mode, zero, size
+_NETWORK_BODY = Struct("<6sHI4s4s")  # MAC, prefix, MTU, address, gateway
+
+
+class GuestMount(NamedTuple):
+    """A mount for the machine's own root. Missing targets are made; links in the way are followed inside the root.
+
+    With "virtiofs", `source` is a tag, or "tag/path": what lies at that path of the share, a directory or a file.
+    `options` are out of nosuid, nodev, noexec; `size_bytes` (0 = the kernel's default) and `mode` are a tmpfs's.
+    """
+
+    kind: str  # "virtiofs" | "tmpfs"
+    source: str
+    target: str
+    read_only: bool = False
+    options: tuple[str, ...] = ()
+    size_bytes: int = 0
+    mode: int = 0o1777
+
+
+class GuestNetwork(NamedTuple):
+    """The machine's one link, found by its MAC and called eth0. `gateway` "" = no default route; `mtu` 0 = as it is."""
+
+    mac: str
+    address: str
+    prefix: int
+    gateway: str
+    mtu: int
+
+
+class GuestSetup(NamedTuple):
+    """What SETUP says. `power_off` is how the guest ends its machine.
+
+    "acpi": by the kernel's own power-off; "reboot": by a restart, which the VMM takes for the end; "port": by the
+    ACPI sleep register at I/O port 0x600, without ACPI (x86 only).
+    """
+
+    hostname: str
+    read_only: bool = False
+    time_ns: int = 0  # since the epoch; 0 = leave the clock alone
+    entropy: bytes = b""
+    files: tuple[tuple[str, bytes], ...] = ()  # (path, content): mounted over the image's own, so no change to it
+    mounts: tuple[GuestMount, ...] = ()  # parents before children
+    network: GuestNetwork | None = None  # lo is always up
+    sysctls: tuple[tuple[str, str], ...] = ()
+    unmask: bool = False  # no masked or read-only paths under /proc and /sys
+    power_off: str = "acpi"
+    devices: tuple[tuple[str, str], ...] = ()  # (node of the guest kernel's /dev, path inside) beside the standard ones
+    pids: int = 0  # the most processes and threads that its programs may have; 0 = no limit
+
+
+def setup_payload(setup: GuestSetup) -> bytes:
+    """SETUP's fields. Raises `UsageError` for what the agent would take for a violation."""
+    flags = (_READ_ONLY if setup.read_only else 0) | (_UNMASK if setup.unmask else 0)
+    if len(_text(setup.hostname)) > HOSTNAME_MAX:
+        raise UsageError(f"the host name '{setup.hostname}' is longer than {HOSTNAME_MAX} bytes")
+    if len(setup.entropy) > ENTROPY_MAX:
+        raise UsageError(f"more than {ENTROPY_MAX} bytes of entropy")
+    if setup.power_off not in POWER_OFF:
+        raise UsageError(f"no machine ends by '{setup.power_off}'", hint=f"one of: {', '.join(POWER_OFF)}")
+    fields = [
+        _field(_HOSTNAME, _text(setup.hostname)),
+        _field(_FLAGS, _U32.pack(flags)),
+        _field(_TIME, _U64.pack(setup.time_ns)),
+        _field(_POWER_OFF, _U32.pack(POWER_OFF[setup.power_off])),
+    ]
+    if setup.entropy:
+        fields.append(_field(_ENTROPY, setup.entropy))
+    if setup.network is not None:
+        fields.append(_field(_NETWORK, _network(setup.network)))
+    if setup.pids:
+        fields.append(_field(_PIDS, _U32.pack(setup.pids)))
+    fields += [_field(_DEVICE, _text(node) + b"\0" + _absolute(path) + b"\0") for node, path in setup.devices]
+    fields += [_field(_FILE, _absolute(path) + b"\0" + content) for path, content in setup.files]
+    fields += [_field(_MOUNT, _mount(mount)) for mount in setup.mounts]
+    fields += [_field(_SYSCTL, _text(key) + b"\0" + _text(value) + b"\0") for key, value in setup.sysctls]
+    payload = b"".join(fields)
+    if len(payload) > MAX_PAYLOAD:
+        raise UsageError(f"the machine's set-up is too long ({len(payload)} bytes, at most {MAX_PAYLOAD})")
+    return payload
+
+
+def _mount(mount: GuestMount) -> bytes:
+    if mount.kind not in MOUNT_KINDS:
+        raise UsageError(f"a virtual machine cannot mount a '{mount.kind}'")
+    flags = _MOUNT_READ_ONLY if mount.read_only else 0
+    for option in mount.options:
+        if option not in MOUNT_OPTIONS:
+            raise UsageError(f"unknown mount option '{option}'", hint=f"one of: {', '.join(MOUNT_OPTIONS)}")
+        flags |= MOUNT_OPTIONS[option]
+    head = _MOUNT_HEAD.pack(MOUNT_KINDS[mount.kind], flags, mount.mode, 0, mount.size_bytes)
+    return head + _text(mount.source) + b"\0" + _absolute(mount.target) + b"\0"
+
+
+def _network(network: GuestNetwork) -> bytes:
+    if not 0 <= network.prefix <= 32:
+        raise UsageError(f"{network.prefix} is not the length of an IPv4 network's prefix")
+    try:
+        mac = bytes.fromhex(network.mac.replace(":", ""))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6:
+        raise UsageError(f"'{network.mac}' is not a MAC address")
+    return _NETWORK_BODY.pack(
+        mac, network.prefix, network.mtu, _address(network.address), _address(network.gateway or "0.0.0.0")
+    )
+
+
+def _address(text: str) -> bytes:
+    parts = text.split(".")
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) < 256 for part in parts):
+        raise UsageError(f"'{text}' is not an IPv4 address")
+    return bytes(int(part) for part in parts)
+
+
+def _absolute(path: str) -> bytes:
+    if not path.startswith("/"):
+        raise UsageError(f"'{path}' is not an absolute path")
+    return _text(path)
+
+
+def _text(text: str) -> bytes:
+    if "\0" in text:
+        raise UsageError(f"{text!r} holds a NUL character")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        raise UsageError(f"{text!r} cannot be encoded") from None
+
+
+def _field(tag: int, value: bytes) -> bytes:
+    return _FIELD.pack(tag, 0, len(value)) + value
