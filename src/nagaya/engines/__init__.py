@@ -16,6 +16,10 @@ def open_engine(type_: str) -> Engine:
         from nagaya.engines.container.engine import ContainerEngine  # lazy: each engine is large
 
         return ContainerEngine()
+    if type_ == "emulated":
+        from nagaya.engines.qemu.engine import EmulatedEngine
+
+        return EmulatedEngine()
     if type_ in TYPES:
         raise Unsupported(
             f"machines of type '{type_}' are not built yet", hint="use --type container, the default of this version"

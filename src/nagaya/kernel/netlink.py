@@ -143,6 +143,15 @@ class Netlink:
     def set_up(self, index: int) -> None:
         self.request(RTM_NEWLINK, 0, _IFINFO.pack(0, 0, index, IFF_UP, IFF_UP), "bring a link up")
 
+    def enslave(self, index: int, *, master: int, mtu: int) -> None:
+        """Put a link into bridge `master` and bring it up, its packets of at most `mtu` bytes."""
+        body = (
+            _IFINFO.pack(0, 0, index, IFF_UP, IFF_UP)
+            + attribute(IFLA_MTU, number(mtu))
+            + attribute(IFLA_MASTER, number(master))
+        )
+        self.request(RTM_NEWLINK, 0, body, "put a link into a bridge")
+
     def delete_link(self, name: str) -> bool:
         """Delete an interface (of a veth pair both ends); False when there is none."""
         try:

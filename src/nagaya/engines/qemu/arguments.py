@@ -1,0 +1,130 @@
+"""From a machine to QEMU's command line. Pure: every file is a descriptor already, named by its number in QEMU.
+
+QEMU gets nothing that it could open by itself: it runs as a user who owns nothing.
+"""
+
+from __future__ import annotations
+
+from nagaya.engines.qemu.boards import Board
+from nagaya.kernels import arguments as kernel
+from nagaya.static import NamedTuple
+
+CONSOLE_PORTS = 4  # hvc0, the agent's, and room for QEMU's count from zero
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+USER_NETWORK = "10.0.2.0/24"  # QEMU's own, whose .2 is the gateway, .3 the name server and .15 the machine
+
+
+class Card(NamedTuple):
+    """A network card: on the tap device `tap`, or with -1 in QEMU's user-mode network."""
+
+    mac: str
+    tap: int = -1
+
+
+class Share(NamedTuple):
+    """A directory of the host, served by a virtiofsd at the other end of `socket`."""
+
+    tag: str
+    socket: int
+
+
+class Machine(NamedTuple):
+    """All that the command line says. Descriptors are numbers in QEMU's process."""
+
+    board: Board
+    name: str
+    cpus: int
+    memory_bytes: int
+    kernel: int
+    initrd: int
+    root: int  # read-only
+    data: int  # read and write
+    monitor: int
+    agent: int
+    console: int
+    card: Card | None = None
+    shares: tuple[Share, ...] = ()
+    append: str = ""
+
+
+def plan_command(machine: Machine) -> list[str]:
+    """QEMU's argv. No value in it comes from a user but the kernel's arguments, which are a word of their own."""
+    board = machine.board
+    command = [
+        board.program, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+        "-sandbox", SANDBOX,
+        "-name", f"guest={machine.name}",
+        "-machine", board.machine + (",memory-backend=ram" if machine.shares else ""),
+        "-accel", "tcg,thread=multi",
+        "-cpu", board.cpu,
+        "-smp", str(machine.cpus),
+        "-m", f"{machine.memory_bytes >> 10}k",
+        "-global", "virtio-mmio.force-legacy=false",
+        "-kernel", _path(machine.kernel),
+        "-initrd", _path(machine.initrd),
+        "-append", " ".join(_kernel_arguments(machine)),
+    ]  # fmt: skip
+    if machine.shares:  # virtiofsd works in the guest's memory
+        command += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory_bytes >> 10}k,share=on"]
+    command += _monitor(machine)
+    command += _console(machine)
+    command += _disk("root", machine.root, number=1, options="read-only=on,auto-read-only=off")
+    command += _disk("data", machine.data, number=2, options="discard=unmap")
+    command += ["-device", "virtio-rng-device"]
+    # Memory that the guest has freed goes back to the host by itself.
+    command += ["-device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on"]
+    command += _network(machine.card)
+    for number, share in enumerate(machine.shares):
+        command += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
+        command += ["-device", f"vhost-user-fs-device,chardev=share{number},tag={share.tag}"]
+    return command
+
+
+def devices(machine: Machine) -> int:
+    """How many virtio devices the machine has."""
+    return 5 + (machine.card is not None) + len(machine.shares)
+
+
+def _path(descriptor: int) -> str:
+    """Opening it again needs no right to the way there, only to the file."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _kernel_arguments(machine: Machine) -> list[str]:
+    """The user's last: where a kernel takes the last of two, theirs wins."""
+    board = machine.board
+    words = [*board.arguments, *kernel.QUIET]
+    if machine.cpus == 1:
+        words += board.one_cpu_arguments
+    return [*words, *machine.append.split()]
+
+
+def _monitor(machine: Machine) -> list[str]:
+    return ["-chardev", f"socket,id=monitor,fd={machine.monitor}", "-mon", "chardev=monitor,mode=control"]
+
+
+def _console(machine: Machine) -> list[str]:
+    return [
+        "-device", f"virtio-serial-device,max_ports={CONSOLE_PORTS}",
+        "-chardev", f"socket,id=console,fd={machine.console}",
+        "-device", "virtconsole,chardev=console",
+        "-chardev", f"socket,id=agent,fd={machine.agent}",
+        "-device", "virtserialport,chardev=agent,name=nagaya.agent",
+    ]  # fmt: skip
+
+
+def _disk(name: str, descriptor: int, *, number: int, options: str) -> list[str]:
+    """A raw disk. The host's page cache holds it, and a guest's flush is an fdatasync of the file."""
+    return [
+        "-add-fd", f"fd={descriptor},set={number}",
+        "-blockdev", f"driver=file,node-name={name},filename=/dev/fdset/{number},locking=off,"
+                     f"cache.direct=off,cache.no-flush=off,{options}",
+        "-device", f"virtio-blk-device,drive={name},serial={name}",
+    ]  # fmt: skip
+
+
+def _network(card: Card | None) -> list[str]:
+    if card is None:
+        return []
+    backend = f"tap,id=net,fd={card.tap},vhost=off" if card.tap >= 0 else f"user,id=net,net={USER_NETWORK},ipv6=off"
+    return ["-netdev", backend, "-device", f"virtio-net-device,netdev=net,mac={card.mac}"]

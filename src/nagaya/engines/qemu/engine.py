@@ -1,0 +1,338 @@
+"""The emulated engine's supervisor side: plan, start QEMU, shake hands over its monitor, and later pause, measure, kill."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from contextlib import ExitStack
+
+from nagaya.engines.base import Booted, BootRequest, Stats
+from nagaya.engines.qemu import arguments, process
+from nagaya.engines.qemu.arguments import Card, Machine
+from nagaya.engines.qemu.boards import BOARDS, Board, find_board
+from nagaya.engines.qemu.console import TextLog
+from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
+from nagaya.engines.vm import rules
+from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.initramfs import make_initramfs
+from nagaya.engines.vm.setup import plan_setup
+from nagaya.errors import Conflict, HostError, LaunchError, NotFound, Unsupported, UsageError
+from nagaya.kernel import unix
+from nagaya.kernels import cache
+from nagaya.model.spec import MachineSpec
+from nagaya.net import attach, tap
+from nagaya.net.plan import NetworkPlan
+from nagaya.protocol.setup import setup_payload
+from nagaya.storage.plan import DiskPlan
+
+STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
+PROGRAM_WITHIN_S = 120.0
+END_WITHIN_S = 20.0
+DISK_FREE_WITHIN_S = 5.0
+ENTROPY_BYTES = 64
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class _Inherited:
+    """What QEMU is to inherit: each descriptor gets the number that it will have there, and is closed here by `stack`."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.fds: list[int] = []
+        self._stack = stack
+
+    def add(self, fd: int) -> int:
+        self._stack.callback(os.close, fd)
+        self.fds.append(fd)
+        return process.FIRST_FD + len(self.fds) - 1
+
+    def connect(self) -> tuple[int, int]:
+        """A stream socket to QEMU: (our end, which does not block; the number of QEMU's)."""
+        ours, theirs = unix.socket_pair()
+        os.set_blocking(ours, False)
+        return ours, self.add(theirs)
+
+
+class EmulatedEngine:
+    """Boots one machine under QEMU; one instance lives in each supervisor."""
+
+    type = "emulated"
+    rootfs_kind = "disk"
+    capabilities = frozenset(("pause", "stats"))
+
+    def __init__(self) -> None:
+        self._pid = -1
+        self._pidfd = -1
+        self._memory_bytes = 0
+        self._link = ""
+        self._monitor: Monitor | None = None
+        self._console: TextLog | None = None
+        self._log: TextLog | None = None
+
+    # -- before a boot
+
+    def check_host(self) -> None:
+        """See `Engine.check_host`."""
+        host = os.uname().machine
+        board = next((board for board in BOARDS if board.architecture == host), BOARDS[0])
+        _require_parts(board)
+
+    def check(self, spec: MachineSpec) -> list[str]:
+        """Raise for what could not be booted; answers warnings. Changes nothing."""
+        board = find_board(spec.platform)
+        _require_parts(board)
+        warnings = rules.check_spec(spec)
+        if rules.cpus(spec) > board.most_cpus:
+            raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
+        return warnings
+
+    # -- boot
+
+    def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        """Start QEMU. See `Engine.boot`."""
+        try:
+            return self._boot(request, stack)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot start the machine") from None
+
+    def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        spec = request.spec
+        board = find_board(spec.platform)
+        with ExitStack() as failed:
+            failed.callback(self._abandon)
+            with ExitStack() as local:
+                inherited = _Inherited(local)
+                agent, agent_number = inherited.connect()
+                failed.callback(os.close, agent)
+                machine, tags = self._assemble(request, board, inherited)
+                machine = machine._replace(agent=agent_number)
+                setup = plan_setup(
+                    request,
+                    time_ns=time.time_ns(),
+                    entropy=os.urandom(ENTROPY_BYTES),
+                    power_off=board.power_off,
+                    virtiofs_tags=tags,
+                )
+                payload = setup_payload(setup)
+                self._start(request, machine, inherited)
+            # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
+            self._greet()
+            failed.pop_all()
+        stack.callback(self._cleanup)
+        return Booted(
+            pid=self._pid,
+            pidfd=os.dup(self._pidfd),
+            agent=agent,
+            policy=rules.plan_policy(spec),
+            setup=payload,
+            start_timeout_s=PROGRAM_WITHIN_S,
+            end_timeout_s=END_WITHIN_S,
+        )
+
+    def _assemble(
+        self, request: BootRequest, board: Board, inherited: _Inherited
+    ) -> tuple[Machine, tuple[tuple[str, str], ...]]:
+        """Open what the machine is made of; the machine, and its shares as `plan_setup` wants them."""
+        disks = request.rootfs
+        assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
+        monitor, monitor_number = inherited.connect()
+        self._monitor = Monitor(monitor)
+        console, console_number = inherited.connect()
+        self._console = TextLog(console, f"{request.runtime_dir}/console.log")
+        machine = Machine(
+            board=board,
+            name=request.spec.id,
+            cpus=rules.cpus(request.spec),
+            memory_bytes=rules.memory_bytes(request.spec),
+            kernel=inherited.add(_open_kernel(board)),
+            initrd=inherited.add(_make_initrd(board)),
+            root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
+            data=inherited.add(_open_data(disks.data)),
+            monitor=monitor_number,
+            agent=-1,
+            console=console_number,
+            card=_plug(request.network, inherited),
+        )
+        self._memory_bytes = machine.memory_bytes
+        self._link = request.network.host_link
+        return machine, ()
+
+    def _start(self, request: BootRequest, machine: Machine, inherited: _Inherited) -> None:
+        log, log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._log = TextLog(log, f"{request.runtime_dir}/qemu.log")
+        try:
+            launch = process.Launch(
+                argv=arguments.plan_command(machine),
+                descriptors=tuple(inherited.fds),
+                log=log_end,
+                id=process.user_id(machine.name) if os.geteuid() == 0 else -1,
+                own_network=machine.card is None or machine.card.tap >= 0,
+            )
+            self._pid = process.start(launch)
+        finally:
+            os.close(log_end)
+        self._pidfd = os.pidfd_open(self._pid)
+
+    def _greet(self) -> None:
+        """Until QEMU has made the machine. Raises `LaunchError` with its last words when it ends instead."""
+        assert self._monitor is not None
+        try:
+            self._monitor.negotiate(STARTED_WITHIN_S)
+        except MonitorClosed:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT)
+            raise self._launch_error("QEMU did not start the machine", ended) from None
+
+    def _launch_error(self, message: str, ended: os.waitid_result | None) -> LaunchError:
+        assert self._log is not None
+        self._log.drain()
+        said = self._log.tail()
+        status = ended.si_status if ended is not None else 0
+        last = said.splitlines()[-1] if said else f"it ended with status {status}"
+        return LaunchError(f"{message}: {last}", command="qemu", status=status, log_tail=said)
+
+    # -- while it runs
+
+    def pause(self) -> None:
+        assert self._monitor is not None
+        self._monitor.command("stop")
+
+    def resume(self) -> None:
+        assert self._monitor is not None
+        self._monitor.command("cont")
+
+    def stats(self) -> Stats:
+        """CPU time and memory of QEMU's process, block and network counters of the guest's devices."""
+        assert self._monitor is not None
+        cpu_ns, resident_bytes = _read_process(self._pid)
+        reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
+        read, written = _block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
+        reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
+        if self._link:  # the host's end: what it sends is what the machine receives
+            sent, received = attach.link_bytes(self._link)
+            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
+        return reading
+
+    def listen(self) -> None:
+        """Take what the guest's console, QEMU and its monitor have said."""
+        for source in (self._console, self._log, self._monitor):
+            if source is not None:
+                source.drain()
+
+    def kill(self) -> None:
+        """SIGKILL to QEMU. What its guest has written is in the host's page cache by then, and stays."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def reclaim(self, machine_id: str) -> None:
+        """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU: nothing is left."""
+
+    def _abandon(self) -> None:
+        """A boot that failed: nothing runs on."""
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
+            os.waitpid(self._pid, 0)
+        self._cleanup()
+
+    def _cleanup(self) -> None:
+        self.listen()
+        for source in (self._console, self._log, self._monitor):
+            if source is not None:
+                source.close()
+        self._console = self._log = self._monitor = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._pid = self._pidfd = -1
+
+
+def _require_parts(board: Board) -> None:
+    """Raise `Unsupported` for what this host lacks to emulate `board`."""
+    if not _in_path(board.program):
+        raise Unsupported(
+            f"{board.program} is not installed, and it emulates {board.platform}",
+            hint=f"as root: apt-get install {board.package}",
+            finding="it was looked for in PATH",
+        )
+    try:
+        cache.get_kernel()
+    except NotFound as missing:
+        raise Unsupported(missing.message, hint=missing.hint) from None
+    if not os.access(agent_path(board.architecture), os.R_OK):
+        raise Unsupported(
+            f"the guest agent for {board.platform} is not built ({agent_path(board.architecture)})",
+            hint="run 'make agent', or install the package again",
+        )
+
+
+def _in_path(program: str) -> bool:
+    directories = process.ENVIRONMENT["PATH"].split(":")
+    return any(os.access(f"{directory}/{program}", os.X_OK) for directory in directories)
+
+
+def _open_kernel(board: Board) -> int:
+    return os.open(cache.get_kernel().path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _make_initrd(board: Board) -> int:
+    """A sealed memory file: QEMU opens it anew as another user, which such a file lets everybody do."""
+    fd = os.memfd_create("initramfs", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        data = memoryview(make_initramfs(agent_path(board.architecture)))
+        while data:
+            data = data[os.write(fd, data) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_data(path: str) -> int:
+    """The machine's disk, locked until the last copy of the descriptor is closed: a QEMU that is being killed has one."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    deadline_s = time.monotonic() + DISK_FREE_WITHIN_S
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise Conflict("the machine's disk is in use", hint="another QEMU has it open") from None
+                time.sleep(0.01)  # nobody tells when a lock is free but flock itself, which has no time-out
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:
+    if network.kind == "bridge":
+        return Card(network.mac, inherited.add(tap.open_link(network)))
+    if network.kind == "user":
+        return Card(network.mac)
+    return None
+
+
+def _read_process(pid: int) -> tuple[int, int]:
+    """(CPU time in ns, resident bytes) of a process of ours: proc(5), stat and statm."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rsplit(b")", 1)[1].split()
+    with open(f"/proc/{pid}/statm", "rb") as file:
+        pages = int(file.read().split()[1])
+    ticks = int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _block_bytes(answer: object) -> tuple[int, int]:
+    """The sums of query-blockstats, (read, written); -1 where QEMU tells nothing of the kind."""
+    read = written = 0
+    try:
+        for device in answer:  # type: ignore[attr-defined]
+            read += int(device["stats"]["rd_bytes"])
+            written += int(device["stats"]["wr_bytes"])
+    except (TypeError, KeyError, ValueError):
+        return -1, -1
+    return read, written

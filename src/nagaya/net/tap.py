@@ -1,0 +1,33 @@
+"""Connecting a virtual machine to its bridge: a tap device, whose descriptor its VMM reads and writes frames by.
+
+What a veth pair is to a container (net/attach.py). The device goes when its last descriptor does, so with the VMM.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.errors import HostError
+from nagaya.kernel import tun
+from nagaya.kernel.netlink import Netlink, index_of
+from nagaya.net.plan import NetworkPlan
+
+
+def open_link(plan: NetworkPlan) -> int:
+    """A tap device named `plan.host_link`, up and in `plan.bridge`; its descriptor, which does not block.
+
+    Every frame has a `struct virtio_net_hdr` before it. Raises `HostError`; there is no device then.
+    """
+    try:
+        fd = tun.open_tap(plan.host_link)
+        try:
+            with Netlink() as netlink:
+                netlink.enslave(index_of(plan.host_link), master=index_of(plan.bridge), mtu=plan.mtu)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise HostError.from_os(
+            error, "cannot connect the machine to its network", hint="use --network none, or run it as root"
+        ) from None
+    return fd
