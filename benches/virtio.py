@@ -89,7 +89,7 @@ def _run_queue(length: int, *, indirect: bool) -> float:
 # -- disk requests
 
 
-class _Reader:
+class Reader:
     """A driver with `BATCH` requests ready in indirect tables, each for another part of the disk."""
 
     def __init__(self, path: str, *, size_bytes: int) -> None:
@@ -106,6 +106,9 @@ class _Reader:
             parts.append((header + 16, 1, DESC_F_WRITE))
             self.driver.put_indirect(0, number, TABLE_GPA + 0x400 * number, parts)
         self._ring = self.driver.memory.slice(RINGS_GPA + 0x2000, 4 + 2 * SIZE).cast("H")
+        self._used_event = self.driver.memory.slice(RINGS_GPA + 0x2000 + 4 + 2 * SIZE, 2).cast("H")
+        self._interrupt = select.poll()
+        self._interrupt.register(self.driver.interrupt_fd, select.POLLIN)
         self._next = 0
 
     def offer(self, count: int) -> None:
@@ -114,6 +117,22 @@ class _Reader:
             self._next = self._next + 1 & 0xFFFF
         self._ring[1] = self._next
 
+    def serve(self, count: int) -> None:
+        """So many requests, answered on this thread."""
+        self.offer(count)
+        self.driver.kick()
+        while self.driver.used_index() != self._next:
+            self.driver.pump()
+
+    def ask(self, count: int) -> None:
+        """So many requests, of a loop that runs: one kick, and one interrupt after the last of them."""
+        self._used_event[0] = self._next + count - 1 & 0xFFFF
+        self.offer(count)
+        os.eventfd_write(self.driver.transport.kick_fds[0], 1)
+        if not self._interrupt.poll(10_000):
+            raise SystemExit("the disk did not answer")
+        os.eventfd_read(self.driver.interrupt_fd)
+
     def check(self, requests: int) -> None:
         """Everything was read: a benchmark of errors would be quick."""
         counters = self.driver.device.counters()
@@ -121,6 +140,7 @@ class _Reader:
 
     def close(self) -> None:
         self._ring.release()
+        self._used_event.release()
         self.driver.close()
 
 
@@ -166,20 +186,12 @@ def _run_bare(path: str, *, size_bytes: int, requests: int) -> float:
 
 def _run_disk(path: str, *, size_bytes: int, requests: int, batch: int) -> float:
     """The same, through the queue, on this thread."""
-    reader = _Reader(path, size_bytes=size_bytes)
-    driver = reader.driver
-
-    def serve(count: int) -> None:
-        reader.offer(count)
-        driver.kick()
-        while driver.used_index() != reader._next:
-            driver.pump()
-
+    reader = Reader(path, size_bytes=size_bytes)
     try:
-        serve(BATCH)
+        reader.serve(BATCH)
         start = time.perf_counter()
         for _ in range(requests // batch):
-            serve(batch)
+            reader.serve(batch)
         took = time.perf_counter() - start
         reader.check(BATCH + requests // batch * batch)
     finally:
@@ -189,31 +201,18 @@ def _run_disk(path: str, *, size_bytes: int, requests: int, batch: int) -> float
 
 def _run_loop(path: str, *, size_bytes: int, requests: int) -> float:
     """As in a machine: the disk on a thread of its own, kicked and heard by eventfds; we wait as an idle guest does."""
-    reader = _Reader(path, size_bytes=size_bytes)
-    driver = reader.driver
-    driver.loop.start()
-    used_event = driver.memory.slice(RINGS_GPA + 0x2000 + 4 + 2 * SIZE, 2).cast("H")
-    poll = select.poll()
-    poll.register(driver.interrupt_fd, select.POLLIN)
-
-    def serve(index: int) -> None:
-        used_event[0] = reader._next + index - 1 & 0xFFFF
-        reader.offer(index)
-        os.eventfd_write(driver.transport.kick_fds[0], 1)
-        if not poll.poll(10_000):
-            raise SystemExit("the disk did not answer")
-        os.eventfd_read(driver.interrupt_fd)
-
+    reader = Reader(path, size_bytes=size_bytes)
+    loop = reader.driver.loop
+    loop.start()
     try:
-        serve(BATCH)
+        reader.ask(BATCH)
         start = time.perf_counter()
         for _ in range(requests):
-            serve(1)
+            reader.ask(1)
         took = time.perf_counter() - start
         reader.check(BATCH + requests)
     finally:
-        driver.loop.call(lambda: None)
-        used_event.release()
-        driver.loop.close()
+        loop.call(lambda: None)
+        loop.close()
         reader.close()
     return took * 1e6 / requests

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import struct
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
-from benches.measure import Check, Sample, command, report, take_turns
+from benches.measure import Check, command, report, take_turns
+from benches.virtio import BATCH, Reader
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.cpuid import set_leaves, supported
 from nagaya.engines.kvm.vcpu import Vcpu, share_interpreter
@@ -27,12 +29,14 @@ ROM_BYTES = 0x10000
 LIBRARY = """
 import sys
 from nagaya.engines.kvm.machine import Hardware, Machine
-with Machine(Hardware(kernel=sys.argv[1], memory_bytes=16 << 20)) as machine:
+with Machine(Hardware(kernel=sys.argv[1], memory_bytes=16 << 20, interrupts=False)) as machine:
     machine.start()
     ending = machine.wait()
 sys.exit(ending.status)
 """
 EXITS = 20_000
+EXIT_ROUNDS = 5
+DISK_BYTES = 4 << 20
 # cli; again: out %al, $0x10; jmp again
 LOOP = b"\xfa\xe6\x10\xeb\xfc"
 
@@ -61,7 +65,7 @@ def _bench_start(place: str, rounds: int) -> bool:
              "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4"], status=2 * STATUS + 1,  # isa-debug-exit's way of it
         )  # fmt: skip
     contestants["nagaya's VMM, as a library"] = command([sys.executable, "-c", LIBRARY, kernel], status=STATUS)
-    front_door = [sys.executable, "-m", "nagaya.engines.kvm", kernel, "--memory", "16"]
+    front_door = [sys.executable, "-m", "nagaya.engines.kvm", kernel, "--memory", "16", "--no-interrupts"]
     contestants["python -m nagaya.engines.kvm"] = command(front_door, status=STATUS)
     contestants["bare interpreter"] = command([sys.executable, "-c", "pass"])
     samples = take_turns(contestants, rounds=rounds)
@@ -91,20 +95,50 @@ class _Counter:
 
 
 def _bench_exits() -> bool:
-    """A port exit's round trip, and what a device thread that computes in Python beside it makes of that."""
+    """A port exit's round trip, and what a device's thread beside it makes of that: a disk's, and one that never rests."""
     share_interpreter()
-    alone = [_run_exits() for _ in range(5)]
+    with tempfile.NamedTemporaryFile(prefix="nagaya-bench-") as disk:
+        disk.truncate(DISK_BYTES)
+        contestants = {
+            "alone": lambda: _run_beside(None),
+            "beside a disk that reads 4 KiB, 32 at a time": lambda: _run_beside(partial(_read_disk, disk.name)),
+            "beside a thread that only computes": lambda: _run_beside(_compute),
+        }
+        samples = take_turns(contestants, rounds=EXIT_ROUNDS)
+    check = Check("port exits, of their time beside a busy disk", samples[1].median / samples[0].median, 2.0)
+    return report("a thousand port exits and their answers", samples, [check])
+
+
+def _run_beside(work: Callable[[threading.Event], None] | None) -> float:
     stop = threading.Event()
-    busy = threading.Thread(target=_compute, args=(stop,))
-    busy.start()
+    busy = threading.Thread(target=work, args=(stop,)) if work is not None else None
+    if busy is not None:
+        busy.start()
     try:
-        beside = [_run_exits() for _ in range(5)]
+        return _run_exits()
     finally:
         stop.set()
-        busy.join()
-    samples = [Sample("alone", tuple(alone)), Sample("beside a busy device thread", tuple(beside))]
-    check = Check("port exits, of their time beside a busy thread", median(beside) / median(alone), 2.0)
-    return report("a thousand port exits and their answers", samples, [check])
+        if busy is not None:
+            busy.join()
+
+
+def _read_disk(path: str, stop: threading.Event) -> None:
+    """A disk at work: its own thread here, and a driver that is no thread of ours, as a guest's is not."""
+    reader = Reader(path, size_bytes=4096)
+    driver = os.fork()
+    if driver == 0:
+        try:
+            while True:
+                reader.ask(BATCH)
+        finally:
+            os._exit(1)
+    reader.driver.loop.start()
+    stop.wait()
+    os.kill(driver, signal.SIGKILL)
+    os.waitpid(driver, 0)
+    reader.driver.loop.call(lambda: None)
+    reader.driver.loop.close()
+    reader.close()
 
 
 def _compute(stop: threading.Event) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import mmap
 import os
 from ctypes import addressof, c_char
-from typing import NamedTuple
 
 from nagaya.errors import GuestFault, HostError, UsageError
+from nagaya.static import NamedTuple
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20

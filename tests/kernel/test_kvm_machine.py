@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.engines.kvm import cpuid, layout, power, vm
-from nagaya.engines.kvm import machine as machine_module
+from nagaya.engines.kvm import assembly, cpuid, layout, power, vm
 from nagaya.engines.kvm.boot.image import BootImage
+from nagaya.engines.kvm.known import HARDWARE, PVM
 from nagaya.engines.kvm.machine import Hardware, Machine
-from nagaya.engines.kvm.probe import HARDWARE, PVM, probe_kvm
+from nagaya.engines.kvm.probe import probe_kvm
 from nagaya.engines.kvm.serial import COM1_PORT
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import Conflict, HostError, NotFound, Unsupported, UsageError
@@ -418,13 +418,13 @@ def test_controls_from_several_threads_take_turns(machine: MakeMachine) -> None:
 
 def test_end_while_the_machine_is_being_made(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     made = machine(COUNT)
-    real = machine_module.write_image
+    real = assembly.write_image
 
     def write_image(image: BootImage, memory: GuestMemory) -> None:
         real(image, memory)
         made.end(Ending("stopped", "too early"))
 
-    monkeypatch.setattr(machine_module, "write_image", write_image)
+    monkeypatch.setattr(assembly, "write_image", write_image)
     begun = time.monotonic()
     assert run(made).reason == "too early"
     assert time.monotonic() - begun < 2

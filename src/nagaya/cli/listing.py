@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from nagaya.cli import table
 from nagaya.cli.flags import Flag, Parsed
 from nagaya.cli.template_functions import Row
 from nagaya.errors import UsageError
+from nagaya.static import NamedTuple
 
 FORMAT = Flag(
     "--format", "A Go template such as '{{.ID}} {{.Names}}', 'table …' with headings, or json", value="FORMAT"

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 from _thread import allocate_lock  # not `threading`: 1 ms on every run, and only parallel downloads need the lock
-from typing import Self
 
 from nagaya.cli.failures import printable
 from nagaya.cli.human import format_size
+from nagaya.static import Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from nagaya.cli.template_functions import FUNCTIONS, Row, show, truth
 from nagaya.errors import UsageError
+from nagaya.static import NamedTuple
 
 _ACTION = re.compile(r"\{\{(- )?(.*?)( -)?\}\}", re.DOTALL)
 _TOKEN = re.compile(

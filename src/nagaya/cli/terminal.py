@@ -16,10 +16,10 @@ import struct
 import sys
 import termios
 from collections import deque
-from typing import NamedTuple, Protocol, Self
 
 from nagaya.errors import HostError, UsageError
 from nagaya.manager.attachment import Exited, Output
+from nagaya.static import NamedTuple, Protocol, Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nagaya.cli.filters import ImageFacts, MachineFacts
 from nagaya.cli.human import format_age, format_local_time, format_size, format_span, format_time
@@ -12,6 +11,7 @@ from nagaya.cli.table import cut
 from nagaya.cli.template_functions import Row
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import CREATED, EXITED, PAUSED, RESTARTING, STARTING, MachineState
+from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

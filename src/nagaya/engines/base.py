@@ -7,11 +7,11 @@ through `capabilities`, never by asking for an engine's name.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import NamedTuple, Protocol
 
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net.plan import NetworkPlan
+from nagaya.static import NamedTuple, Protocol
 from nagaya.storage.plan import DiskPlan, MountPlan, RootfsPlan
 
 

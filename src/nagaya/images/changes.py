@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
 
 from nagaya.errors import HostError
+from nagaya.static import NamedTuple
 
 DEPTH_MAX = 300
 PATH_MAX = 4095

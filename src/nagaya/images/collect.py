@@ -15,6 +15,8 @@ from collections.abc import Callable
 from nagaya.errors import Conflict, HostError, NagayaError
 from nagaya.images.image import Image
 from nagaya.images.locks import Lock
+from nagaya.images.rootimage import DIRECTORY as ROOTS
+from nagaya.images.rootimage import root_image_path
 from nagaya.images.store import ImageStore, Pruned
 from nagaya.storage.tree import remove_tree
 
@@ -114,14 +116,19 @@ def _collect(store: ImageStore, *, partial: bool) -> int:
     """
     blobs: set[str] = set()
     layers: set[str] = {"empty"}
+    roots: set[str] = set()
     for image_id in store.index.ids():
         record = store.index.load(image_id)
         if record is not None:
             blobs.update((record.id, record.digest, *record.blobs))
             layers.update(diff_id.partition(":")[2] for diff_id in record.layers)
+            roots.add(os.path.basename(root_image_path(store.root, record.layers)))
     try:
         freed = (
-            _collect_blobs(store, blobs) + _collect_layers(store, layers) + _clear_unfinished(f"{store.root}/records")
+            _collect_blobs(store, blobs)
+            + _collect_named(store.layers.directory, layers)
+            + _collect_named(f"{store.root}/{ROOTS}", roots)
+            + _clear_unfinished(f"{store.root}/records")
         )
         return freed + (_collect_partial(store) if partial else 0)
     except NagayaError:
@@ -139,9 +146,8 @@ def _collect_blobs(store: ImageStore, kept: set[str]) -> int:
     return freed
 
 
-def _collect_layers(store: ImageStore, kept: set[str]) -> int:
-    """Layers, and what killed unpackings left: nobody unpacks while the lock is ours."""
-    directory = store.layers.directory
+def _collect_named(directory: str, kept: set[str]) -> int:
+    """Layers or root images, and what killed makers of them left: nobody makes any while the lock is ours."""
     freed = 0
     for name in _entries(directory):
         if name.removesuffix(".json") in kept:

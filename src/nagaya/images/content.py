@@ -11,10 +11,10 @@ import errno
 import fcntl
 import os
 from types import TracebackType
-from typing import BinaryIO, NoReturn, Self
 
 from nagaya.errors import HostError, IntegrityError, NotFound
 from nagaya.images.manifest import check_digest, compute_digest, verify_digest
+from nagaya.static import BinaryIO, NoReturn, Self
 
 READ_LIMIT = 8 << 20
 CHUNK = 1 << 20

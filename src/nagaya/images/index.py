@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, NamedTuple
 
 from nagaya.errors import HostError, IntegrityError
 from nagaya.images.image import Image, ImageConfig
+from nagaya.static import Any, NamedTuple
 
 RECORD_MAX = 16 << 20
 

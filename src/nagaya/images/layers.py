@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from typing import NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, NagayaError
 from nagaya.images.content import Blobs
 from nagaya.images.locks import Lock
 from nagaya.images.progress import Progress
+from nagaya.static import NamedTuple
 
 TEMPORARY = ".tmp"
 

@@ -10,9 +10,9 @@ import errno
 import fcntl
 import os
 from types import TracebackType
-from typing import Self
 
 from nagaya.errors import HostError
+from nagaya.static import Self
 
 
 class Lock:

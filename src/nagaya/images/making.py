@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import time
-from typing import Any, BinaryIO
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.content import CHUNK
@@ -21,6 +20,7 @@ from nagaya.images.references import normalise
 from nagaya.images.sources.copy import put_image
 from nagaya.images.store import ImageStore
 from nagaya.images.streams import BZIP2, GZIP, PLAIN, XZ, ZSTD, TarStream, find_compression
+from nagaya.static import Any, BinaryIO
 
 _OCI_TYPES = {
     "application/vnd.docker.image.rootfs.diff.tar": OCI_LAYER,

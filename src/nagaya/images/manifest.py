@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, NamedTuple
 
 from nagaya.errors import IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.images.image import ImageConfig
+from nagaya.static import Any, NamedTuple
 
 DOCUMENT_MAX = 8 << 20  # bytes of a manifest, index or config
 BLOB_MAX = 1 << 40

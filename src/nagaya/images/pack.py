@@ -12,7 +12,6 @@ import stat
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from nagaya.errors import HostError, Unsupported
 from nagaya.images.content import Blobs
@@ -20,6 +19,7 @@ from nagaya.images.manifest import OCI_LAYER_GZIP, Descriptor
 from nagaya.images.progress import Progress, Silent
 from nagaya.images.tar import BLOCK, CHAR, DIRECTORY, FIFO, FILE, LINK, SYMLINK
 from nagaya.images.tar import BLOCK_DEVICE as BLOCK_DEV
+from nagaya.static import NamedTuple
 
 GZIP_LEVEL = 6
 GZIP_BLOCK = 512 << 10

@@ -5,9 +5,8 @@ Short names stay short here (`debian:latest`); `canonical` spells out what Docke
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from nagaya.errors import IntegrityError, UsageError
+from nagaya.static import NamedTuple
 
 DOCKER_HUB = "docker.io"
 _LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")

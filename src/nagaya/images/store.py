@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.image import Image as Image
 from nagaya.images.image import ImageConfig as ImageConfig
 from nagaya.images.index import Index, Record, to_image
+from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

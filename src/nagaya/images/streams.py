@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
 
 from nagaya.errors import IntegrityError, LaunchError, Unsupported, UsageError
+from nagaya.static import Any, BinaryIO, NamedTuple, Self
 
 CHUNK = 1 << 20
 READ = 256 << 10

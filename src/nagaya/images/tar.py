@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
-from typing import NamedTuple
 from zlib import adler32
 
 from nagaya.errors import IntegrityError
+from nagaya.static import NamedTuple
 
 BLOCK = 512
 ENTRIES_MAX = 5_000_000

@@ -17,7 +17,6 @@ import os
 import stat
 from collections.abc import Iterator
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
 
 from nagaya.errors import HostError, IntegrityError
 from nagaya.images.tar import (
@@ -33,6 +32,7 @@ from nagaya.images.tar import (
     refuse,
     show_name,
 )
+from nagaya.static import BinaryIO, NamedTuple, Self
 from nagaya.storage.tree import remove_tree
 
 PATH_MAX = 4095

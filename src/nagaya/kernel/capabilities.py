@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from typing import NamedTuple
 
 from nagaya.kernel.libc import SYS_CAPGET, SYS_CAPSET, syscall
 from nagaya.kernel.process import (
@@ -14,6 +13,7 @@ from nagaya.kernel.process import (
     PR_CAPBSET_READ,
     prctl,
 )
+from nagaya.static import NamedTuple
 
 VERSION_3 = 0x20080522  # _LINUX_CAPABILITY_VERSION_3: 64 bits, in two halves
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import NamedTuple
 
 from nagaya.kernel.libc import SYS_SECCOMP, syscall
+from nagaya.static import NamedTuple
 
 ACT_KILL_PROCESS = 0x80000000
 ACT_KILL_THREAD = 0x00000000

@@ -11,11 +11,11 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
 
 from nagaya.errors import HostError, LaunchError, UsageError
 from nagaya.kernels import cache, config, sources
 from nagaya.kernels.cache import Kernel, Record
+from nagaya.static import NamedTuple, Protocol
 from nagaya.storage import records
 from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree

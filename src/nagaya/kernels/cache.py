@@ -12,9 +12,9 @@ A kernel is complete before its directory has its name; what has no readable rec
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
+from nagaya.static import NamedTuple
 from nagaya.storage import records
 from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree

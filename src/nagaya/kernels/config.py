@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
 
 from nagaya.errors import HostError, UsageError
+from nagaya.static import NamedTuple
 
 NO = "n"
 _LINE = re.compile(r'(CONFIG_\w+)=("(?:[^"\\]|\\.)*"|[^\s"#]\S*)(?:\s+#.*)?')

@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from typing import NamedTuple
 
 from nagaya.errors import HostError, NotFound, Unsupported, UsageError
+from nagaya.static import NamedTuple
 
 DIRECTORY = "/usr/src"
 TESTED = (6, 1)  # what the shipped fragment was written for; another one is taken when this one is not there

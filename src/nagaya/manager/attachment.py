@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import select
-from typing import NamedTuple
 
 from nagaya.errors import Conflict, NotFound, RemoteError
 from nagaya.kernel import unix
 from nagaya.protocol import control
 from nagaya.protocol.frame import Decoder, Frame, encode
+from nagaya.static import NamedTuple
 
 CHUNK = 256 << 10
 

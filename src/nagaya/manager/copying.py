@@ -13,12 +13,12 @@ import select
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 from nagaya.engines import open_engine
 from nagaya.errors import HostError, NotFound, RemoteError, Unsupported, UsageError
 from nagaya.manager.attachment import Attachment, Exited
 from nagaya.model.state import PAUSED, RUNNING, require
+from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from typing import NamedTuple
 
 from nagaya.errors import NagayaError, Unsupported
+from nagaya.static import NamedTuple
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
 TYPES = ("container", "kvm")
@@ -56,7 +56,8 @@ def look_at_containers() -> Finding:
 
 
 def look_at_kvm() -> Finding:
-    from nagaya.engines.kvm.probe import HARDWARE, probe_kvm
+    from nagaya.engines.kvm.known import HARDWARE
+    from nagaya.engines.kvm.probe import probe_kvm
 
     try:
         kvm = probe_kvm()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
 
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, UsageError
@@ -17,6 +16,7 @@ from nagaya.manager.options import ExecOptions, UpdateOptions
 from nagaya.model.spec import MachineSpec, Process
 from nagaya.model.state import ALIVE, MachineState, require
 from nagaya.protocol import control
+from nagaya.static import NamedTuple, Protocol
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogLine

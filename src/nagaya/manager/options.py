@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from nagaya.model.spec import Device, Limits, LogLimits, Mount, Restart, Security, Ulimit
+from nagaya.static import NamedTuple
 
 
 class CreateOptions(NamedTuple):

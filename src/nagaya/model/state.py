@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from nagaya.errors import Conflict
+from nagaya.static import NamedTuple
 
 CREATED = "created"  # never started
 STARTING = "starting"  # being created by `run`, or booting

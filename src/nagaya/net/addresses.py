@@ -7,9 +7,9 @@ begins at a place that its id decides, so it finds its own lease again without a
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from nagaya.errors import Conflict
+from nagaya.static import NamedTuple
 from nagaya.storage.paths import make_directory
 
 FIRST_SUBNETS = tuple(range(87, 128))  # 10.87.0.0/16 … 10.127.0.0/16

@@ -7,17 +7,19 @@ violation raises `RemoteError`; the link must not be used after that.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from nagaya.errors import RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
+from nagaya.static import NamedTuple
 
 VERSION = 1
 WINDOW = 256 << 10
 MAX_DATA = 64 << 10
 GRANT_AT = WINDOW // 4  # credit is returned in pieces of at least this
+MAX_TEXT = 1024
+MAX_WARNINGS = 64
 MAX_RLIMITS = 32
 MAX_FILTER = 4096 * 8  # BPF_MAXINSNS instructions of eight bytes
 
@@ -34,9 +36,13 @@ SIGNAL = 10
 RESIZE = 11
 EXITED = 12
 SHUTDOWN = 13
+SETUP = 14
+READY = 15
+SETUP_FAILED = 16
+CLOCK = 17
 
 _ARG, _ENV, _CWD, _USER, _FLAGS, _SIZE, _CAPS, _SECCOMP, _RLIMIT = range(1, 10)
-_TTY, _STDIN, _MAIN, _APPLET, _NO_NEW_PRIVS, _DISCARD = 1, 2, 4, 8, 16, 32
+_TTY, _STDIN, _MAIN, _APPLET, _NO_NEW_PRIVS, _DISCARD, _DATA_DISK = 1, 2, 4, 8, 16, 32, 64
 
 _FIELD = Struct("<HHI")
 _U32 = Struct("<I")
@@ -83,7 +89,20 @@ class Exited(NamedTuple):
     status: int
 
 
-Event = Hello | Started | SpawnFailed | Output | StdinRoom | Exited
+class SetUp(NamedTuple):
+    """The machine's inside is made. The `warnings` are for a person."""
+
+    warnings: tuple[str, ...]
+
+
+class SetupFailed(NamedTuple):
+    """It could not be made, and nothing will run in it: end the machine. `text` is for a person."""
+
+    errno: int
+    text: str
+
+
+Event = Hello | SetUp | SetupFailed | Started | SpawnFailed | Output | StdinRoom | Exited
 
 
 class _Channel:
@@ -106,6 +125,21 @@ class AgentLink:
         self._channels: dict[int, _Channel] = {}
         self._next = 1
         self._greeted = False
+        self._setup = ""  # "asked" from SETUP to its answer, then "done" or "failed"
+
+    def setup(self, payload: bytes) -> None:
+        """Have a virtual machine's agent make the machine's inside; `payload` is `setup_payload`'s.
+
+        Before anything else is asked for. What follows need not wait for the answer.
+        """
+        if self._setup or self._next != 1:
+            raise ValueError("SETUP is the first frame")
+        self._setup = "asked"
+        self._send(SETUP, 0, payload)
+
+    def set_clock(self, time_ns: int) -> None:
+        """Put a virtual machine's clock right, which stood still while it was paused. Nanoseconds since the epoch."""
+        self._send(CLOCK, 0, _U64.pack(time_ns))
 
     def spawn(
         self,
@@ -115,9 +149,14 @@ class AgentLink:
         main: bool = False,
         applet: bool = False,
         discard: bool = False,
+        data_disk: bool = False,
     ) -> int:
-        """Ask for a program; answers its channel. Raises `UsageError` for a process that cannot be put into words."""
-        payload = spawn_payload(process, policy, main=main, applet=applet, discard=discard)
+        """Ask for a program; answers its channel. Raises `UsageError` for a process that cannot be put into words.
+
+        With `data_disk`, an applet of a virtual machine runs with the root of the data disk as its own: `/upper` is
+        what overlay has written.
+        """
+        payload = spawn_payload(process, policy, main=main, applet=applet, discard=discard, data_disk=data_disk)
         channel = self._next
         while channel in self._channels:
             channel = channel % 0xFFFFFFFF + 1
@@ -192,6 +231,10 @@ class AgentLink:
     def _event(self, frame: Frame) -> Event | None:
         if not self._greeted:
             return self._hello(frame)
+        if frame.type in (READY, SETUP_FAILED):
+            return self._set_up(frame)
+        if self._setup in ("asked", "failed"):
+            raise _violation(f"frame {frame.type} from a machine that is not set up")
         channel = self._channels.get(frame.channel)
         if channel is None:
             raise _violation(f"frame {frame.type} on channel {frame.channel}, which is not in use")
@@ -220,6 +263,20 @@ class AgentLink:
         self._greeted = True
         return Hello(version, features)
 
+    def _set_up(self, frame: Frame) -> Event:
+        if self._setup != "asked" or frame.channel or len(frame.payload) < _U32.size:
+            raise _violation(f"unexpected frame {frame.type}")
+        (number,) = _U32.unpack_from(frame.payload)
+        text = frame.payload[_U32.size :].decode("utf-8", "replace")
+        if frame.type == SETUP_FAILED:
+            self._setup = "failed"
+            return SetupFailed(number, _printable(text[:MAX_TEXT]))
+        *lines, rest = text.split("\n")
+        if number != len(lines) or number > MAX_WARNINGS or rest:
+            raise _violation("READY with another number of warnings than it says")
+        self._setup = "done"
+        return SetUp(tuple(_printable(line[:MAX_TEXT]) for line in lines))
+
     def _started(self, frame: Frame, channel: _Channel) -> Event:
         (pid,) = _unpack(_U32, frame)
         channel.started = True
@@ -232,8 +289,8 @@ class AgentLink:
         if status not in (125, 126, 127):
             raise _violation(f"SPAWN_FAILED with status {status}")
         del self._channels[frame.channel]
-        text = frame.payload[_PAIR.size :][:1024].decode("utf-8", "replace")
-        return SpawnFailed(frame.channel, status, errno, "".join(c if c.isprintable() else "?" for c in text))
+        text = frame.payload[_PAIR.size :][:MAX_TEXT].decode("utf-8", "replace")
+        return SpawnFailed(frame.channel, status, errno, _printable(text))
 
     def _credit(self, frame: Frame, channel: _Channel) -> Event:
         (count,) = _unpack(_U32, frame)
@@ -250,7 +307,13 @@ class AgentLink:
 
 
 def spawn_payload(
-    process: Process, policy: ProcessPolicy, *, main: bool = False, applet: bool = False, discard: bool = False
+    process: Process,
+    policy: ProcessPolicy,
+    *,
+    main: bool = False,
+    applet: bool = False,
+    discard: bool = False,
+    data_disk: bool = False,
 ) -> bytes:
     """SPAWN's fields. Raises `UsageError` for what the agent would take for a violation, and end the machine."""
     _check(process, policy)
@@ -261,6 +324,7 @@ def spawn_payload(
         | (_APPLET if applet else 0)
         | (_NO_NEW_PRIVS if policy.no_new_privileges else 0)
         | (_DISCARD if discard else 0)
+        | (_DATA_DISK if data_disk else 0)
     )
     fields = [_field(_ARG, _encode(argument)) for argument in process.argv]
     fields += [_field(_ENV, _encode(pair)) for pair in process.env]
@@ -317,6 +381,10 @@ def _unpack(layout: Struct, frame: Frame) -> tuple[int, ...]:
     if len(frame.payload) != layout.size:
         raise _violation(f"frame {frame.type} has a length of {len(frame.payload)}")
     return layout.unpack(frame.payload)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _violation(what: str) -> RemoteError:

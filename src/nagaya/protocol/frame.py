@@ -9,9 +9,9 @@ frame beyond what it was fed.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from nagaya.errors import RemoteError
+from nagaya.static import NamedTuple
 
 HEADER = Struct("<IHHI")
 MAX_PAYLOAD = 1 << 20

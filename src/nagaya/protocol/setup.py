@@ -12,7 +12,7 @@ from nagaya.errors import UsageError
 from nagaya.protocol.frame import MAX_PAYLOAD
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
-_READ_ONLY, _UNMASK = 1, 2
+_READ_ONLY, _UNMASK, _DATA_ONLY = 1, 2, 4
 
 MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
 MOUNT_OPTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8}  # the numbers are mount(2)'s
@@ -72,12 +72,14 @@ class GuestSetup(NamedTuple):
     unmask: bool = False  # no masked or read-only paths under /proc and /sys
     power_off: str = "acpi"
     devices: tuple[tuple[str, str], ...] = ()  # (node of the guest kernel's /dev, path inside) beside the standard ones
+    data_only: bool = False  # no root at all: only the data disk, for applets that run on it; all else is left alone
     pids: int = 0  # the most processes and threads that its programs may have; 0 = no limit
 
 
 def setup_payload(setup: GuestSetup) -> bytes:
     """SETUP's fields. Raises `UsageError` for what the agent would take for a violation."""
     flags = (_READ_ONLY if setup.read_only else 0) | (_UNMASK if setup.unmask else 0)
+    flags |= _DATA_ONLY if setup.data_only else 0
     if len(_text(setup.hostname)) > HOSTNAME_MAX:
         raise UsageError(f"the host name '{setup.hostname}' is longer than {HOSTNAME_MAX} bytes")
     if len(setup.entropy) > ENTROPY_MAX:

@@ -10,7 +10,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from nagaya.static import NamedTuple
 
 MAX_BYTES = 4 << 20
 

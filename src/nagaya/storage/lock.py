@@ -10,9 +10,9 @@ import errno
 import fcntl
 import os
 from types import TracebackType
-from typing import Self
 
 from nagaya.kernel.locks import lock_kind, pack_lock
+from nagaya.static import Self
 
 
 class FileLock:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from nagaya.model.spec import LogLimits
+from nagaya.static import NamedTuple
 
 _STREAMS = {1: b" stdout ", 2: b" stderr "}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from nagaya.errors import UsageError
+from nagaya.static import NamedTuple
 
 
 class Paths(NamedTuple):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+import sys
 
 from nagaya.errors import IntegrityError, UsageError
+from nagaya.static import Any, TypeVar
 
 MAX_BYTES = 4 << 20
 T = TypeVar("T")
-_hints: dict[type, dict[str, Any]] = {}
+_kinds: dict[type, dict[str, Any]] = {}
+_UNION = type(int | None)
 
 
 def to_data(value: Any) -> Any:
@@ -42,24 +43,26 @@ def _build(kind: Any, data: Any, what: str) -> Any:
         if type(data) is not kind:
             raise IntegrityError(f"{what}: expected {kind.__name__}, found {type(data).__name__}")
         return data
-    origin = get_origin(kind)
-    if origin is UnionType:
-        options = [option for option in get_args(kind) if option is not NoneType]
+    if type(kind) is _UNION:
+        options = [option for option in kind.__args__ if option is not type(None)]
         return None if data is None else _build(options[0], data, what)
-    if origin is tuple:
-        return _build_tuple(get_args(kind), data, what)
+    if getattr(kind, "__origin__", None) is tuple:
+        return _build_tuple(kind.__args__, data, what)
     fields = getattr(kind, "_fields", None)
     if fields is None:
         raise TypeError(f"{what}: no rule to load a {kind}")
     if not isinstance(data, dict):
         raise IntegrityError(f"{what}: expected an object")
-    if kind not in _hints:
-        _hints[kind] = get_type_hints(kind)
+    kinds = _kinds.get(kind)
+    if kinds is None:
+        # Annotations are text, which its own module explains: typing.get_type_hints, without the import of typing.
+        names = vars(sys.modules[kind.__module__])
+        kinds = _kinds[kind] = {name: eval(text, names) for name, text in kind.__annotations__.items()}
     unknown = set(data).difference(fields)
     missing = set(fields).difference(data, kind._field_defaults)
     if unknown or missing:
         raise IntegrityError(f"{what}: unexpected or missing {', '.join(sorted(unknown | missing))}")
-    return kind(**{name: _build(_hints[kind][name], part, f"{what}.{name}") for name, part in data.items()})
+    return kind(**{name: _build(kinds[name], part, f"{what}.{name}") for name, part in data.items()})
 
 
 def _build_tuple(kinds: tuple[Any, ...], data: Any, what: str) -> tuple[Any, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from nagaya.errors import IntegrityError, NagayaError, NotFound, UsageError
 from nagaya.model.spec import MachineSpec
+from nagaya.static import NamedTuple
 from nagaya.storage import machines, records
 from nagaya.storage.paths import Paths
 from nagaya.storage.plan import MountPlan, RootfsPlan

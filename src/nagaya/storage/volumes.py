@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
 
 from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
+from nagaya.static import NamedTuple
 from nagaya.storage import records
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import make_directory

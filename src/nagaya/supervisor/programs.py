@@ -112,7 +112,13 @@ class Programs:
         self._programs: dict[int, Program] = {}
         self._on_lost = on_lost
         self._problem: NagayaError | None = None
+        self.on_set_up: Callable[[tuple[str, ...]], None] = lambda warnings: None
         self._stream = Stream(loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush)
+
+    def setup(self, payload: bytes) -> None:
+        """Have the agent make the machine's inside: before any `spawn`. `on_set_up(warnings)`, or `on_lost`, follows."""
+        self.link.setup(payload)
+        self.flush()
 
     def spawn(
         self,
@@ -166,10 +172,17 @@ class Programs:
             return
         for event in events:
             self._handle(event)
+            if isinstance(event, agent.SetupFailed):
+                self._problem = LaunchError(f"the machine cannot be set up: {event.text}")
+                self._stream.close()
+                return
         self.flush()
 
     def _handle(self, event: agent.Event) -> None:
-        if isinstance(event, agent.Hello):
+        if isinstance(event, (agent.Hello, agent.SetupFailed)):
+            return
+        if isinstance(event, agent.SetUp):
+            self.on_set_up(event.warnings)
             return
         program = self._programs.get(event.channel)
         if program is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, RemoteError, Unsupported
 from nagaya.model import state as phases
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol import control
+from nagaya.static import Any
 from nagaya.storage import machines
 from nagaya.storage.records import from_data, to_data
 from nagaya.supervisor.client import Client

@@ -7,11 +7,11 @@ import fcntl
 import os
 import stat
 import struct
-from typing import NamedTuple
 
 from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from nagaya.kernel.locks import pack_lock
+from nagaya.static import NamedTuple
 from nagaya.virtio.device import BLOCK, Activated
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn

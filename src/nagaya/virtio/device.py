@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
+from nagaya.static import NamedTuple, Protocol
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
 

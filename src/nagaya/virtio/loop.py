@@ -11,7 +11,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+
+from nagaya.static import Generic, TypeVar
 
 T = TypeVar("T")
 

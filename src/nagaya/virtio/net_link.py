@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from typing import Protocol
 
 from nagaya.errors import GuestFault
 from nagaya.kernel import tun
+from nagaya.static import Protocol
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.views import after, gather, scatter
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
+from nagaya.static import NamedTuple
 
 MOST_ENTRIES = 1 << 15
 MOST_CHAIN_BYTES = (1 << 32) - 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 import _socket
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nagaya.errors import RemoteError
 from nagaya.memory import GuestMemory
+from nagaya.static import NamedTuple
 
 GET_FEATURES = 1
 SET_FEATURES = 2

@@ -15,10 +15,10 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from nagaya.errors import GuestFault
 from nagaya.kernel import unix
+from nagaya.static import NamedTuple
 from nagaya.virtio.device import VSOCK, Activated
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn

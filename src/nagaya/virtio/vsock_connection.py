@@ -10,8 +10,8 @@ import _socket
 import os
 import select
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from nagaya.static import NamedTuple
 from nagaya.virtio.views import after, first
 
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)

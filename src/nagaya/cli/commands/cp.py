@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from nagaya.cli.context import Context
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.errors import UsageError
+from nagaya.static import NamedTuple
 
 
 class Place(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nagaya.cli import listing
 from nagaya.cli.context import Context
@@ -15,6 +14,7 @@ from nagaya.cli.template_functions import Row
 from nagaya.cli.views import short_id
 from nagaya.errors import Conflict, NotFound, RemoteError
 from nagaya.model.state import PAUSED, RUNNING
+from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import signal
-from typing import NamedTuple
 
 from nagaya.engines.base import BootRequest
 from nagaya.engines.container import mounts, policy, rootfs
@@ -29,6 +28,7 @@ from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
 from nagaya.kernel import mount as kernel
 from nagaya.net import attach
+from nagaya.static import NamedTuple
 from nagaya.storage.plan import RootfsPlan
 
 AGENT_FD = 3

@@ -6,11 +6,11 @@ Machines live at `nagaya/ID` below each controller's mount. `docs/cgroups.md` ha
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Protocol
 
 from nagaya.engines.base import Stats
 from nagaya.errors import Unsupported
 from nagaya.model.spec import Device, Limits
+from nagaya.static import NamedTuple, Protocol
 
 PARENT = "nagaya"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
 
 from nagaya.errors import NotFound, UsageError
 from nagaya.model.spec import Device
+from nagaya.static import NamedTuple
 
 # name, major, minor (Documentation/admin-guide/devices.txt)
 STANDARD = (

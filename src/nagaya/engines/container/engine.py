@@ -7,8 +7,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
 
+from nagaya.engines import mount_rules
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
 from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
@@ -18,6 +18,7 @@ from nagaya.kernel import namespaces, process, unix
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net import attach
+from nagaya.static import Any, NamedTuple
 from nagaya.storage.plan import RootfsPlan
 
 CACHE = "/var/cache/nagaya"
@@ -91,8 +92,8 @@ class ContainerEngine:
         for device in spec.devices:
             look_at(device)
         for mount in spec.mounts:
-            mounts.check_target(mount.target)
-            mounts.check_options(mount.options)
+            mount_rules.check_target(mount.target)
+            mount_rules.check_options(mount.options)
         for key, _ in spec.sysctls:
             _check_sysctl(key, host_network=spec.network == "host")
         return warnings

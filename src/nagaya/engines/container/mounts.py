@@ -6,12 +6,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import NamedTuple
 
 from nagaya.engines.container.devices import STANDARD
+from nagaya.engines.mount_rules import check_target, covers, mount_flags
 from nagaya.errors import IntegrityError, UsageError
 from nagaya.kernel import mount as kernel
 from nagaya.kernel.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_STRICTATIME
+from nagaya.static import NamedTuple
 from nagaya.storage.plan import MountPlan
 
 # What runc and podman hide or protect: the kernel's own windows that a container must not look through.
@@ -22,18 +23,8 @@ MASKED = (
 )  # fmt: skip
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 CPUS = "/sys/devices/system/cpu"  # each CPU's thermal_throttle tells what the neighbours do: masked as moby does
-# What may be mounted over in /proc, as runc has it: files that tell a machine of its own limits (lxcfs).
-PROC_TARGETS = frozenset(
-    f"/proc/{name}" for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime")
-)
 LINKS_MAX = 40  # as the kernel's own MAXSYMLINKS
 
-_FLAGS = {
-    "nosuid": (MS_NOSUID, True), "suid": (MS_NOSUID, False),
-    "nodev": (MS_NODEV, True), "dev": (MS_NODEV, False),
-    "noexec": (MS_NOEXEC, True), "exec": (MS_NOEXEC, False),
-    "ro": (MS_RDONLY, True), "rw": (MS_RDONLY, False),
-}  # fmt: skip
 _ATTRIBUTES = {
     MS_RDONLY: kernel.MOUNT_ATTR_RDONLY,
     MS_NOSUID: kernel.MOUNT_ATTR_NOSUID,
@@ -41,7 +32,6 @@ _ATTRIBUTES = {
     MS_NOEXEC: kernel.MOUNT_ATTR_NOEXEC,
 }
 _PROPAGATION = {"private": kernel.MS_PRIVATE, "slave": kernel.MS_SLAVE, "shared": kernel.MS_SHARED}
-_IGNORED_OPTIONS = frozenset(("nocopy", "z", "Z", "bind", "rbind"))
 
 
 class MountStep(NamedTuple):
@@ -94,7 +84,7 @@ def plan_mounts(
     steps += _plan_cgroups(cgroups, quiet, userns=userns)
     steps = [step._replace(system=True) for step in steps]
     steps += [
-        MountStep("", source, target, is_file=True, owned=True) for target, source in etc if not _covers(mounts, target)
+        MountStep("", source, target, is_file=True, owned=True) for target, source in etc if not covers(mounts, target)
     ]
     steps += [plan_user_mount(plan) for plan in mounts]
     return tuple(steps)
@@ -113,48 +103,10 @@ def _plan_cgroups(cgroups: CgroupMounts, quiet: int, *, userns: bool) -> list[Mo
     return steps
 
 
-def _covers(mounts: tuple[MountPlan, ...], target: str) -> bool:
-    return any(os.path.normpath(plan.target) in (target, os.path.dirname(target)) for plan in mounts)
-
-
-def check_target(target: str) -> None:
-    """Raise `UsageError` for a place that no mount of the user's may cover.
-
-    /proc is where the kernel hides and protects things from the machine: a mount over it would undo that, and would
-    turn what is written there (sysctls) into writes to files that somebody else chose (CVE-2019-16884, CVE-2025-52881).
-    """
-    place = os.path.normpath("/" + target.lstrip("/"))
-    if not target.startswith("/"):
-        raise UsageError(f"the mount target '{target}' is not an absolute path")
-    if place == "/":
-        raise UsageError("the machine's root cannot be mounted over", hint="mount it at a directory below /")
-    if (place + "/").startswith("/proc/") and place not in PROC_TARGETS:
-        raise UsageError(
-            f"nothing can be mounted at '{place}': the machine's own /proc belongs there",
-            hint="choose another target, for example /host" + place,
-        )
-
-
-def check_options(options: tuple[str, ...]) -> None:
-    """Raise `UsageError` for a mount option that there is not."""
-    for option in options:
-        if option not in _FLAGS and option not in _IGNORED_OPTIONS:
-            raise UsageError(f"unknown mount option '{option}'", hint=f"one of: {', '.join(_FLAGS)}")
-
-
 def plan_user_mount(plan: MountPlan) -> MountStep:
     """A bind or tmpfs that the user asked for. Raises `UsageError`."""
     check_target(plan.target)
-    flags = MS_NOSUID | MS_NODEV if plan.kind == "tmpfs" else 0
-    if plan.kind == "tmpfs" and not {"exec", "noexec"} & set(plan.options):
-        flags |= MS_NOEXEC
-    check_options(plan.options)
-    for option in plan.options:
-        if option in _FLAGS:
-            bit, on = _FLAGS[option]
-            flags = flags | bit if on else flags & ~bit
-    if plan.read_only:
-        flags |= MS_RDONLY
+    flags = mount_flags(plan)
     if plan.kind == "tmpfs":
         size = f",size={plan.size_bytes}" if plan.size_bytes else ""
         return MountStep("tmpfs", "tmpfs", plan.target, flags, f"mode={plan.mode:o}{size}")

@@ -13,11 +13,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from typing import Any, NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.kernel import capabilities, seccomp
 from nagaya.kernel.seccomp import ACT_ALLOW, Comparison, Rule, errno_action
+from nagaya.static import Any, NamedTuple
 
 FILES = (
     "access", "cachestat", "chdir", "chmod", "chown", "chown32", "close", "close_range", "copy_file_range", "creat",

@@ -65,6 +65,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--protocol", choices=("auto", "linux", "pvh"), default="auto", help="how the kernel is entered")
     add("--cpu", choices=("host", "baseline"), default="host", help="the host's CPU, or one that every host has")
     add("--no-acpi", action="store_true", help="describe the machine by an MP table and kernel arguments")
+    add(
+        "--no-interrupts",
+        action="store_true",
+        help="no interrupt controllers: for a guest of a few bytes, which ends sooner",
+    )
+    add("--pit", action="store_true", help="the old timer, for kernels without kvm-clock")
     add("--huge-pages", action="store_true", help="take memory from the host's reserved huge pages")
     add("--verbose", action="store_true", help="let the kernel print its messages")
     add("--timeout", metavar="SECONDS", type=float, help="end the machine after this time")
@@ -77,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
         kernel=options.kernel or _find_kernel(), initrd=options.initrd,
         command_line=f"console=hvc0 panic=-1 {options.append}".strip(), memory_bytes=options.memory << 20,
         cpus=options.cpus, huge_pages=options.huge_pages, acpi=not options.no_acpi, protocol=options.protocol,
-        cpu=options.cpu, serial_fd=2 if options.serial else -1, quiet=not options.verbose,
+        cpu=options.cpu, interrupts=not options.no_interrupts, pit=options.pit, serial_fd=2 if options.serial else -1, quiet=not options.verbose,
     )  # fmt: skip
     with ExitStack() as stack:
         machine = stack.enter_context(Machine(hardware, tuple(_make_devices(options))))
@@ -115,10 +121,11 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
     from nagaya.virtio.net_link import Tap
     from nagaya.virtio.rng import Rng
 
-    port = Port("console", console=True, input_fd=own_descriptor(0), output_fd=own_descriptor(1))
-    size = os.get_terminal_size(1) if os.isatty(1) else os.terminal_size((0, 0))
-    yield Console("console0", (port,), columns=size.columns, rows=size.lines)
-    yield Rng("rng0")
+    if not options.no_interrupts:
+        port = Port("console", console=True, input_fd=own_descriptor(0), output_fd=own_descriptor(1))
+        size = os.get_terminal_size(1) if os.isatty(1) else os.terminal_size((0, 0))
+        yield Console("console0", (port,), columns=size.columns, rows=size.lines)
+        yield Rng("rng0")
     for number, disk in enumerate(options.disk):
         path, _, mode = disk.partition(",")
         if mode not in ("", "ro", "rw"):

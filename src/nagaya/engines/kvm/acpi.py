@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nagaya.engines.kvm import aml, layout
 from nagaya.errors import UsageError
+from nagaya.static import NamedTuple
 
 _OEM = b"NAGAYA"
 _OEM_TABLE = b"NAGAYA  "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from nagaya.memory import PAGE_BYTES
+from nagaya.static import Protocol
 
 
 class PortDevice(Protocol):

@@ -6,9 +6,9 @@ The leaves are those of the Intel SDM, volume 2A, "CPUID", and of Documentation/
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple
 
 from nagaya.kernel import kvm
+from nagaya.static import NamedTuple
 
 EAX, EBX, ECX, EDX = range(4)
 

@@ -8,55 +8,23 @@ with Machine(Hardware(kernel="vmlinux", command_line="console=hvc0"), (console,)
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-from functools import partial
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
 
-from nagaya.engines.kvm import acpi, cpuid, layout, mptable, power
-from nagaya.engines.kvm.boot.image import EntryState, write_image
-from nagaya.engines.kvm.boot.load import Protocol, load_kernel
-from nagaya.engines.kvm.bus import Bus
-from nagaya.engines.kvm.power import Power
-from nagaya.engines.kvm.probe import PVM, probe_kvm
-from nagaya.engines.kvm.pvm import POLICY, Pvm
-from nagaya.engines.kvm.serial import COM1_GSI, COM1_PORT, PORTS, Serial
+from nagaya.engines.kvm import layout
+from nagaya.engines.kvm.assembly import Hardware, Parts, check
+from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
-from nagaya.engines.kvm.vm import Vm
-from nagaya.errors import Conflict, HostError, NagayaError, UsageError
-from nagaya.kernels.arguments import plan_arguments
-from nagaya.memory import GuestMemory
-from nagaya.virtio.device import BLOCK, Device
-from nagaya.virtio.loop import Loop
-from nagaya.virtio.mmio import QUEUE_NOTIFY, SIZE_BYTES, MmioTransport
+from nagaya.errors import Conflict, NagayaError
+from nagaya.static import Self
 
-MOST_CPUS = 255
-"""Local APIC ids of one byte."""
-_LEAST_MEMORY_BYTES = 1 << 20
-_RNG_SEED_BYTES = 32
-_MSR_MTRR_DEFAULT_TYPE = 0x2FF
-_MTRR_ENABLED_WRITE_BACK = 1 << 11 | 6
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.virtio.device import Device
+    from nagaya.virtio.loop import Loop
 
-
-class Hardware(NamedTuple):
-    """What a machine is made of, without its virtio devices."""
-
-    kernel: str
-    """A vmlinux or a bzImage."""
-    initrd: str | None = None
-    command_line: str = ""
-    memory_bytes: int = 256 << 20
-    cpus: int = 1
-    huge_pages: bool = False
-    acpi: bool = True
-    """Without it the kernel finds its CPUs by an MP table, and its devices by arguments (`virtio_mmio.device=`)."""
-    protocol: Protocol = "auto"
-    cpu: Literal["host", "baseline"] = "host"
-    serial_fd: int = -1
-    """Where the early serial port's output goes; -1 = the machine has none."""
-    quiet: bool = True
+__all__ = ["Hardware", "Machine"]
 
 
 class Machine:
@@ -67,16 +35,7 @@ class Machine:
 
     def __init__(self, hardware: Hardware, devices: tuple[Device, ...] = ()) -> None:
         """Check what was asked for. Takes nothing of the host yet. Raises `UsageError`."""
-        if not 1 <= hardware.cpus <= MOST_CPUS:
-            raise UsageError(f"a machine cannot have {hardware.cpus} CPUs", hint=f"from 1 to {MOST_CPUS}")
-        if hardware.memory_bytes < _LEAST_MEMORY_BYTES:
-            raise UsageError(
-                f"{hardware.memory_bytes} bytes of memory are too few for a machine", hint="give it 64 MiB or more"
-            )
-        if len(devices) > len(layout.VIRTIO_GSIS):
-            raise UsageError(
-                f"{len(devices)} devices are too many", hint=f"a machine has room for {len(layout.VIRTIO_GSIS)}"
-            )
+        check(hardware, devices)
         self.hardware = hardware
         self.devices = devices
         self.software_kvm = False
@@ -87,8 +46,9 @@ class Machine:
         self._started = False
         self._paused = False
         self._parked = 0
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
         self._loops: list[Loop] = []
+        self._loop_of: dict[str, Loop] = {}
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -99,16 +59,28 @@ class Machine:
                     raise Conflict("the machine has been started already", state="started", required="made")
                 self._started = True
             share_interpreter()
-            self.software_kvm = probe_kvm().kind == PVM
-            shared = Loop("devices")
-            own = {device.name: Loop(device.name) for device in self.devices if device.device_id == BLOCK}  # it blocks
-            self._loops = [shared, *own.values()]
-            parts = _Parts(self, [own.get(device.name, shared) for device in self.devices])
+            self.software_kvm = find_kvm().kind == PVM
+            if self.devices:
+                self._make_loops()
+            parts = self._assemble()
             for loop in self._loops:
                 loop.start()
             self._run(parts)
 
-    def _run(self, parts: _Parts, *, anew: bool = False) -> None:
+    def _make_loops(self) -> None:
+        from nagaya.virtio.device import BLOCK
+        from nagaya.virtio.loop import Loop
+
+        shared = Loop("devices")
+        own = {device.name: Loop(device.name) for device in self.devices if device.device_id == BLOCK}  # it blocks
+        self._loops = [shared, *own.values()]
+        self._loop_of = {device.name: own.get(device.name, shared) for device in self.devices}
+
+    def _assemble(self) -> Parts:
+        devices = tuple((device, self._loop_of[device.name]) for device in self.devices)
+        return Parts(self.hardware, devices, software_kvm=self.software_kvm, end=self.end)
+
+    def _run(self, parts: Parts, *, anew: bool = False) -> None:
         with self._state:
             if anew:
                 self._ending, self._paused, self._parked = None, False, 0
@@ -123,7 +95,7 @@ class Machine:
             for thread in self._threads:
                 thread.start()
 
-    def _built(self) -> _Parts:
+    def _built(self) -> Parts:
         if self._parts is None:
             raise Conflict("the machine has not been started", state="made", required="running")
         return self._parts
@@ -225,7 +197,7 @@ class Machine:
             self.end(Ending("reset", "the machine was reset from outside"))
             self.wait()
             parts.close()
-            self._run(_Parts(self, parts.loops), anew=True)  # when that raises, the machine has ended by its reset
+            self._run(self._assemble(), anew=True)  # when that raises, the machine has ended by its reset
 
     def _require(self, *, paused: bool) -> None:
         if self._ending is not None:
@@ -276,113 +248,3 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-class _Parts:
-    """What lives from one power-on to the next: all that a reset makes anew. Nothing of it is left when it raises."""
-
-    def __init__(self, machine: Machine, loops: list[Loop]) -> None:
-        hardware = machine.hardware
-        self.loops = loops
-        self.vcpus: list[Vcpu] = []
-        self.transports: list[MmioTransport] = []
-        self.pvm: Pvm | None = None
-        self._interrupts: list[int] = []
-        self.bus = Bus()
-        self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
-        try:
-            self.vm = Vm(self.memory)
-        except BaseException:
-            self.memory.close()
-            raise
-        try:
-            self._assemble(machine)
-        except OSError as error:
-            self.close()
-            raise HostError.from_os(error, "cannot assemble the machine") from None
-        except BaseException:
-            self.close()
-            raise
-
-    def _assemble(self, machine: Machine) -> None:
-        hardware, vm = machine.hardware, self.vm
-        if hardware.cpus > vm.most_vcpus:
-            raise UsageError(
-                f"this host's KVM runs no machine with {hardware.cpus} CPUs", hint=f"at most {vm.most_vcpus}"
-            )
-        if machine.software_kvm:
-            self.pvm = Pvm(vm)
-        vm.create_interrupt_controllers(timer=True)
-        Power(machine.end).attach(self.bus)
-        if hardware.serial_fd >= 0:
-            self.bus.add_ports(COM1_PORT, PORTS, Serial(hardware.serial_fd, partial(vm.set_line, COM1_GSI)))
-        places = self._attach(machine.devices)
-        rsdp_gpa = self._describe(hardware, places)
-        image = load_kernel(
-            hardware.kernel, memory=self.memory.regions, command_line=self._command_line(hardware, places),
-            initrd=hardware.initrd, protocol=hardware.protocol, rsdp_gpa=rsdp_gpa, rng_seed=os.urandom(_RNG_SEED_BYTES),
-        )  # fmt: skip
-        write_image(image, self.memory)
-        self._create_vcpus(hardware, image.state)
-
-    def _attach(self, devices: tuple[Device, ...]) -> list[acpi.MmioDevice]:
-        places = []
-        for number, (device, loop) in enumerate(zip(devices, self.loops, strict=True)):
-            gpa, gsi = layout.VIRTIO_GPA + number * layout.VIRTIO_STEP, layout.VIRTIO_GSIS[number]
-            interrupt_fd = self.vm.create_interrupt(gsi)
-            self._interrupts.append(interrupt_fd)
-            transport = MmioTransport(device, self.memory, loop, interrupt_fd=interrupt_fd)
-            self.transports.append(transport)
-            for queue, fd in enumerate(transport.kick_fds):
-                self.vm.bind_kick(fd, gpa + QUEUE_NOTIFY, queue)  # the value is the queue's number
-            self.bus.add_pages(gpa, SIZE_BYTES, transport)
-            places.append(acpi.MmioDevice(gpa, SIZE_BYTES, gsi))
-        return places
-
-    def _describe(self, hardware: Hardware, places: list[acpi.MmioDevice]) -> int:
-        """Write the tables that tell the kernel its hardware; where the RSDP is, or 0."""
-        # Linux looks for this table before ACPI's, and where there is none it searches the first megabyte for it: 3 s where
-        # its code is emulated.
-        for gpa, data in mptable.plan_mp_table(hardware.cpus):
-            self.memory.write(gpa, data)
-        if not hardware.acpi:
-            return 0
-        ports = acpi.Ports(
-            power.SLEEP_CONTROL_PORT, power.SLEEP_STATUS_PORT, power.RESET_PORT, power.RESET_VALUE, power.PANIC_PORT
-        )
-        serial = acpi.SerialPort(COM1_PORT, COM1_GSI) if hardware.serial_fd >= 0 else None
-        tables = acpi.plan_tables(acpi.Machine(hardware.cpus, ports, devices=places, serial=serial))
-        self.memory.write(tables.rsdp_gpa, tables.content)
-        return tables.rsdp_gpa
-
-    def _command_line(self, hardware: Hardware, places: list[acpi.MmioDevice]) -> str:
-        """Ours first: where a kernel takes the last of two, the user's wins."""
-        words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet)
-        if not hardware.acpi:
-            words.append("acpi=off")
-            words += [f"virtio_mmio.device={place.size_bytes}@{place.gpa:#x}:{place.gsi}" for place in places]
-        return " ".join([*words, hardware.command_line]).strip()
-
-    def _create_vcpus(self, hardware: Hardware, state: EntryState) -> None:
-        leaves = cpuid.supported(self.vm.kvm_fd)
-        policy = (*(cpuid.HOST if hardware.cpu == "host" else cpuid.BASELINE), *(POLICY if self.pvm else ()))
-        for index in range(hardware.cpus):
-            vcpu = Vcpu(self.vm, index)
-            self.vcpus.append(vcpu)
-            cpuid.set_leaves(vcpu.fd, cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus))
-            vcpu.set_msr(_MSR_MTRR_DEFAULT_TYPE, _MTRR_ENABLED_WRITE_BACK)  # else a kernel takes all RAM as uncached
-            if self.pvm is not None:
-                self.pvm.prepare(vcpu)
-        self.vcpus[0].enter(state)
-
-    def close(self) -> None:
-        """Give back everything but devices and loops. No vCPU runs any more."""
-        for transport in self.transports:
-            transport.close()
-        for vcpu in self.vcpus:
-            vcpu.close()
-        for fd in self._interrupts:
-            os.close(fd)
-        self.vm.close()
-        self.memory.close()
-        self.vcpus, self.transports, self._interrupts = [], [], []

@@ -7,24 +7,22 @@ software KVM (PVM) jumps there in user mode, and the guest's kernel gets a page 
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from nagaya.engines.kvm import cpuid
 from nagaya.engines.kvm.bus import Bus
+from nagaya.engines.kvm.known import HARDWARE, PVM, Finding, make_finding
 from nagaya.engines.kvm.pvm import MSR_LSTAR, MSR_SFMASK, MSR_STAR, set_user_segment
 from nagaya.engines.kvm.vcpu import Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, Unsupported
 from nagaya.memory import PAGE_BYTES, GuestMemory
 
-HARDWARE = "hardware"
-PVM = "pvm"
-
 # One page each, mapped one to one.
 _TABLES, _GDT, _IDT, _TASK, _STACK, _KERNEL, _USER = (page * PAGE_BYTES for page in (1, 5, 6, 7, 8, 9, 10))
 _MEMORY_BYTES = 16 * PAGE_BYTES
 _PORT = 0x10
 _ENTERED, _FAULTED, _OTHER = 1, 2, 3
+_KINDS = {_ENTERED: HARDWARE, _FAULTED: PVM}
 
 _PRESENT, _WRITABLE, _USER_BIT = 1, 2, 4
 _KERNEL_CODE, _KERNEL_DATA, _USER_DATA, _USER_CODE, _TASK_SELECTOR = 0x08, 0x10, 0x20, 0x28, 0x30
@@ -34,13 +32,6 @@ _U64 = Struct("<Q")
 _INTERRUPT_GATE = 0x8E
 _VECTORS = 32
 _PAGE_FAULT = 14
-
-
-class Finding(NamedTuple):
-    """`kind`: hardware or pvm. `how` says how it was found out."""
-
-    kind: str
-    how: str
 
 
 class _Result:
@@ -81,10 +72,8 @@ def probe_kvm() -> Finding:
         if vm is not None:
             vm.close()
         memory.close()
-    if result.value == _ENTERED:
-        return Finding(HARDWARE, "a guest's syscall instruction entered its kernel")
-    if result.value == _FAULTED:
-        return Finding(PVM, "a guest's syscall instruction faulted at its kernel's entry, as under a software KVM")
+    if result.value in _KINDS:
+        return make_finding(_KINDS[result.value])
     raise Unsupported(
         "this host's KVM runs no guest that makes a system call",
         hint="use --type emulated",

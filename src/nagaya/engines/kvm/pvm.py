@@ -66,6 +66,7 @@ class Pvm:
     """The fix-ups of one machine. Made before its vCPUs; `prepare` each of those before it runs."""
 
     port = PORT
+    policy = POLICY
 
     def __init__(self, vm: Vm) -> None:
         self._memory = vm.memory

@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from struct import Struct
-from typing import NamedTuple, Protocol
 
 from nagaya.engines.kvm.boot.image import EntryState, SegmentRegister
 from nagaya.engines.kvm.bus import Bus
@@ -17,7 +16,8 @@ from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError
 from nagaya.kernel import kvm
 from nagaya.kernel.kvm import kvm_run
-from nagaya.kernel.threads import interrupt_thread, make_thread_interruptible
+from nagaya.kernel.threads import interrupt_thread, make_thread_interruptible, make_thread_punctual
+from nagaya.static import NamedTuple, Protocol
 
 _EXIT = kvm_run.exit.offset
 _REASON = Struct("=I")
@@ -28,7 +28,7 @@ _MSR = Struct("=IIQ")
 _MSR_AT = _EXIT + kvm.kvm_run_msr.reason.offset
 _VALUES = {1: Struct("=B"), 2: Struct("=H"), 4: Struct("=I")}
 _MOST_REASONS = 64
-_TURN_S = 2e-5
+_TURN_S = 5e-6
 _FLAGS_AT_ENTRY = 1 << 1  # the bit that is always set; interrupts are off
 
 EXIT_NAMES = {
@@ -66,7 +66,8 @@ def share_interpreter() -> None:
     """Let threads take turns at Python often enough for a vCPU.
 
     A thread that comes back from KVM_RUN while another one computes waits for its turn: 5 ms, unless told otherwise.
-    Beside a thread that never rests, a vCPU made 32 times fewer exits; with this, 2 to 8 times fewer.
+    Beside a thread that never rests a vCPU made 32 times fewer exits; with this, and a punctual clock, 2 to 4 times fewer;
+    beside a disk at work, which reads without the interpreter, hardly fewer (benches/vmm.py).
     """
     sys.setswitchinterval(min(sys.getswitchinterval(), _TURN_S))
 
@@ -167,6 +168,7 @@ class Vcpu:
     def loop(self, bus: Bus, quirks: Quirks | None = None) -> Ending | None:
         """Run until `stop` (None) or until the CPU cannot go on. Raises `HostError` when KVM itself fails."""
         make_thread_interruptible()
+        make_thread_punctual()  # it waits for its turn at Python by the clock, when another thread does not rest
         self._thread_id = threading.get_native_id()
         try:
             return self._loop(bus, quirks)

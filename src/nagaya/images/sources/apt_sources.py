@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+
+from nagaya.static import NamedTuple
 
 CODENAMES = frozenset(
     ("buster", "bullseye", "bookworm", "trixie", "forky", "sid", "unstable", "testing", "stable", "oldstable")

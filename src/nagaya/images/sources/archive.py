@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import posixpath
-from typing import BinaryIO, Protocol, cast
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.manifest import DOCUMENT_MAX
 from nagaya.images.references import parse_reference
+from nagaya.static import BinaryIO, Protocol, cast
 
 MEMBERS_MAX = 100_000
 HEADER_MAX = 1 << 20  # bytes of one extended header: names, not content

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 from nagaya.images.content import Blobs
 from nagaya.images.manifest import Descriptor
 from nagaya.images.progress import Progress
+from nagaya.static import NamedTuple, Protocol
 
 
 class Source(Protocol):

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import IO, BinaryIO, cast
 
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
 from nagaya.images.content import Blobs
@@ -17,6 +16,7 @@ from nagaya.images.references import Reference
 from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, find_release_date, rewrite_suite
 from nagaya.images.sources.copy import put_image
 from nagaya.images.streams import TarStream
+from nagaya.static import IO, BinaryIO, cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

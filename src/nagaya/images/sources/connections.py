@@ -7,13 +7,13 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from weakref import WeakSet
 
 import urllib3
 
 from nagaya.errors import RemoteError, UsageError
+from nagaya.static import Any
 
 CONNECT_S, READ_S = 5.0, 30.0
 REACH_S = 7.0  # name, all its addresses and TLS together: a big registry has sixteen addresses

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, BinaryIO
 
 from nagaya.images.content import Blobs
 from nagaya.images.manifest import OCI_CONFIG, OCI_MANIFEST, Descriptor
 from nagaya.images.progress import Progress
+from nagaya.static import Any, BinaryIO
 
 CHUNK = 1 << 20
 

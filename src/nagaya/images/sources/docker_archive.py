@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 from nagaya.errors import HostError, IntegrityError, NotFound
 from nagaya.images.content import Blobs
@@ -18,6 +17,7 @@ from nagaya.images.sources.base import Found
 from nagaya.images.sources.copy import put_image, short_digest
 from nagaya.images.sources.tar_output import TarOutput
 from nagaya.images.streams import TarStream
+from nagaya.static import Any
 
 MANIFEST = "manifest.json"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.content import Blobs
@@ -23,6 +22,7 @@ from nagaya.images.progress import Progress
 from nagaya.images.sources.archive import Archive, is_called, open_archive, read_document
 from nagaya.images.sources.base import Found
 from nagaya.images.sources.copy import copy_blob
+from nagaya.static import Any
 
 REF_NAME = "org.opencontainers.image.ref.name"
 FULL_NAME = "io.containerd.image.name"

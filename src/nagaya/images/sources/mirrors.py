@@ -9,11 +9,11 @@ in /etc/nagaya/ or $XDG_CONFIG_HOME/nagaya/ (the user's wins).
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from nagaya.errors import IntegrityError, UsageError
 from nagaya.images.sources.connections import is_loopback
 from nagaya.images.sources.transport import Endpoint
+from nagaya.static import Any
 
 CONTAINERS = "/etc/containers/registries.conf"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import BinaryIO
 from urllib.parse import urlencode
 
 import urllib3
@@ -30,6 +29,7 @@ from nagaya.images.sources.connections import explain
 from nagaya.images.sources.copy import short_digest
 from nagaya.images.sources.mirrors import find_mirrors
 from nagaya.images.sources.transport import Endpoint, Transport, Unreachable, open_endpoint
+from nagaya.static import BinaryIO
 
 PARALLEL = 3
 ATTEMPTS = 6  # in a row that bring nothing new

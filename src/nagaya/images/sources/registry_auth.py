@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import json
 import os
-from typing import Any, NamedTuple
 
 from nagaya.errors import LaunchError
+from nagaya.static import Any, NamedTuple
 
 HUB = "docker.io"
 HUB_KEYS = ("docker.io", "index.docker.io", "registry-1.docker.io")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-from typing import NamedTuple
 
 from nagaya.errors import HostError, IntegrityError, LaunchError, NotFound, RemoteError, UsageError
 from nagaya.images.sources.registry_auth import HUB, HUB_KEYS, Credentials, auth_files, normal_key
+from nagaya.static import NamedTuple
 
 HUB_KEY = "https://index.docker.io/v1/"
 

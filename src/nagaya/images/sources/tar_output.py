@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from typing import BinaryIO
 
 from nagaya.errors import HostError, IntegrityError, UsageError
+from nagaya.static import BinaryIO
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # what tar(1) pads a whole archive to

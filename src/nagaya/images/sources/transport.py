@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
 import urllib3
@@ -13,6 +12,7 @@ from nagaya.errors import NotFound, RemoteError, UsageError
 from nagaya.images.sources.connections import CERTIFICATES, Connections, explain, is_loopback, split_url
 from nagaya.images.sources.registry_auth import Credentials
 from nagaya.images.sources.tokens import Authorizer, answer_challenge
+from nagaya.static import Any, NamedTuple
 
 REDIRECTS_MAX = 5
 ANSWER_MAX = 8 << 20

@@ -6,9 +6,9 @@ The file may be anything. Every offset and size is checked before it is used; no
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from nagaya.errors import Unsupported, UsageError
+from nagaya.static import NamedTuple
 
 MAGIC = b"\x7fELF"
 HEADER_BYTES = 64

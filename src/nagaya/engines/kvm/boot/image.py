@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from nagaya.engines.kvm import layout
 from nagaya.errors import HostError, IntegrityError, UsageError
 from nagaya.memory import PAGE_BYTES, GuestMemory, Region
+from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 from nagaya.engines.kvm import layout
 from nagaya.engines.kvm.boot.elf import ElfKernel
@@ -26,6 +25,7 @@ from nagaya.engines.kvm.boot.image import (
     plan_memory_map,
     plan_segments,
 )
+from nagaya.static import Any
 
 BOOT_PARAMS_BYTES = 4096
 SETUP_HEADER_AT = 0x1F1

@@ -7,13 +7,13 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 from nagaya.engines.kvm.boot.elf import MAGIC, parse_elf
 from nagaya.engines.kvm.boot.image import BootImage, Handover
 from nagaya.engines.kvm.boot.linux import plan_linux
 from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.memory import Region
+from nagaya.static import Literal
 
 Protocol = Literal["auto", "linux", "pvh"]
 

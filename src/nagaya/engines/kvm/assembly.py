@@ -1,0 +1,212 @@
+"""From what a machine is made of to the parts that one power-on needs: memory, vCPUs, devices in their places, a kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from nagaya.engines.kvm import cpuid, layout
+from nagaya.engines.kvm.boot.image import EntryState, write_image
+from nagaya.engines.kvm.boot.load import Protocol, load_kernel
+from nagaya.engines.kvm.bus import Bus
+from nagaya.engines.kvm.power import Power
+from nagaya.engines.kvm.vcpu import Ending, Vcpu
+from nagaya.engines.kvm.vm import Vm
+from nagaya.errors import HostError, UsageError
+from nagaya.kernels.arguments import plan_arguments
+from nagaya.memory import GuestMemory
+from nagaya.static import Literal, NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not need: 8 ms
+    from nagaya.engines.kvm.acpi import MmioDevice
+    from nagaya.engines.kvm.pvm import Pvm
+    from nagaya.virtio.device import Device
+    from nagaya.virtio.loop import Loop
+    from nagaya.virtio.mmio import MmioTransport
+
+MOST_CPUS = 255
+"""Local APIC ids of one byte."""
+_LEAST_MEMORY_BYTES = 1 << 20
+_RNG_SEED_BYTES = 32
+_MSR_MTRR_DEFAULT_TYPE = 0x2FF
+_MTRR_ENABLED_WRITE_BACK = 1 << 11 | 6
+
+
+class Hardware(NamedTuple):
+    """What a machine is made of, without its virtio devices."""
+
+    kernel: str
+    """A vmlinux or a bzImage."""
+    initrd: str | None = None
+    command_line: str = ""
+    memory_bytes: int = 256 << 20
+    cpus: int = 1
+    huge_pages: bool = False
+    acpi: bool = True
+    """Without it the kernel finds its CPUs by an MP table, and its devices by arguments (`virtio_mmio.device=`)."""
+    protocol: Protocol = "auto"
+    cpu: Literal["host", "baseline"] = "host"
+    interrupts: bool = True
+    """Local APICs and an I/O APIC in KVM; taking them down takes the host 15 ms. Without: one CPU and no devices."""
+    pit: bool = False
+    """The old timer too (8 ms more), for kernels that know neither kvm-clock nor the TSC's frequency."""
+    serial_fd: int = -1
+    """Where the early serial port's output goes; -1 = the machine has none."""
+    quiet: bool = True
+
+
+def check(hardware: Hardware, devices: tuple[Device, ...]) -> None:
+    """Raise `UsageError` for what no host could run."""
+    if not 1 <= hardware.cpus <= MOST_CPUS:
+        raise UsageError(f"a machine cannot have {hardware.cpus} CPUs", hint=f"from 1 to {MOST_CPUS}")
+    if hardware.memory_bytes < _LEAST_MEMORY_BYTES:
+        raise UsageError(
+            f"{hardware.memory_bytes} bytes of memory are too few for a machine", hint="give it 64 MiB or more"
+        )
+    if len(devices) > len(layout.VIRTIO_GSIS):
+        raise UsageError(
+            f"{len(devices)} devices are too many", hint=f"a machine has room for {len(layout.VIRTIO_GSIS)}"
+        )
+    if not hardware.interrupts and (devices or hardware.cpus > 1 or hardware.serial_fd >= 0 or hardware.pit):
+        raise UsageError("a machine without interrupts has one CPU and no devices", hint="leave interrupts on")
+
+
+class Parts:
+    """What lives from one power-on to the next: all that a reset makes anew. Nothing of it is left when it raises."""
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        devices: tuple[tuple[Device, Loop], ...],
+        *,
+        software_kvm: bool,
+        end: Callable[[Ending], None],
+    ) -> None:
+        """Devices come with the loop of each; `end` hears when the guest ends itself.
+
+        Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
+        """
+        self.vcpus: list[Vcpu] = []
+        self.transports: list[MmioTransport] = []
+        self.pvm: Pvm | None = None
+        self._interrupts: list[int] = []
+        self.bus = Bus()
+        self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
+        try:
+            self.vm = Vm(self.memory)
+        except BaseException:
+            self.memory.close()
+            raise
+        try:
+            self._assemble(hardware, devices, software_kvm, end)
+        except OSError as error:
+            self.close()
+            raise HostError.from_os(error, "cannot assemble the machine") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _assemble(
+        self,
+        hardware: Hardware,
+        devices: tuple[tuple[Device, Loop], ...],
+        software_kvm: bool,
+        end: Callable[[Ending], None],
+    ) -> None:
+        vm = self.vm
+        if hardware.cpus > vm.most_vcpus:
+            raise UsageError(
+                f"this host's KVM runs no machine with {hardware.cpus} CPUs", hint=f"at most {vm.most_vcpus}"
+            )
+        if software_kvm:
+            from nagaya.engines.kvm.pvm import Pvm
+
+            self.pvm = Pvm(vm)
+        if hardware.interrupts:
+            vm.create_interrupt_controllers(timer=hardware.pit)
+        Power(end).attach(self.bus)
+        if hardware.serial_fd >= 0:
+            from nagaya.engines.kvm.serial import COM1_GSI, COM1_PORT, PORTS, Serial
+
+            self.bus.add_ports(COM1_PORT, PORTS, Serial(hardware.serial_fd, lambda level: vm.set_line(COM1_GSI, level)))
+        places = self._attach(devices) if devices else []
+        rsdp_gpa = self._describe(hardware, places)
+        image = load_kernel(
+            hardware.kernel, memory=self.memory.regions, command_line=self._command_line(hardware, places),
+            initrd=hardware.initrd, protocol=hardware.protocol, rsdp_gpa=rsdp_gpa, rng_seed=os.urandom(_RNG_SEED_BYTES),
+        )  # fmt: skip
+        write_image(image, self.memory)
+        self._create_vcpus(hardware, image.state)
+
+    def _attach(self, devices: tuple[tuple[Device, Loop], ...]) -> list[MmioDevice]:
+        from nagaya.engines.kvm.acpi import MmioDevice
+        from nagaya.virtio.mmio import QUEUE_NOTIFY, SIZE_BYTES, MmioTransport
+
+        places = []
+        for number, (device, loop) in enumerate(devices):
+            gpa, gsi = layout.VIRTIO_GPA + number * layout.VIRTIO_STEP, layout.VIRTIO_GSIS[number]
+            interrupt_fd = self.vm.create_interrupt(gsi)
+            self._interrupts.append(interrupt_fd)
+            transport = MmioTransport(device, self.memory, loop, interrupt_fd=interrupt_fd)
+            self.transports.append(transport)
+            for queue, fd in enumerate(transport.kick_fds):
+                self.vm.bind_kick(fd, gpa + QUEUE_NOTIFY, queue)  # the value is the queue's number
+            self.bus.add_pages(gpa, SIZE_BYTES, transport)
+            places.append(MmioDevice(gpa, SIZE_BYTES, gsi))
+        return places
+
+    def _describe(self, hardware: Hardware, places: list[MmioDevice]) -> int:
+        """Write the tables that tell the kernel its hardware; where the RSDP is, or 0."""
+        if not hardware.interrupts:
+            return 0
+        from nagaya.engines.kvm.mptable import plan_mp_table
+
+        # Linux looks for this table before ACPI's, and where there is none it searches the first megabyte for it: 3 s where
+        # its code is emulated.
+        for gpa, data in plan_mp_table(hardware.cpus):
+            self.memory.write(gpa, data)
+        if not hardware.acpi:
+            return 0
+        from nagaya.engines.kvm import acpi, power
+        from nagaya.engines.kvm.serial import COM1_GSI, COM1_PORT
+
+        ports = acpi.Ports(
+            power.SLEEP_CONTROL_PORT, power.SLEEP_STATUS_PORT, power.RESET_PORT, power.RESET_VALUE, power.PANIC_PORT
+        )
+        serial = acpi.SerialPort(COM1_PORT, COM1_GSI) if hardware.serial_fd >= 0 else None
+        tables = acpi.plan_tables(acpi.Machine(hardware.cpus, ports, devices=places, serial=serial))
+        self.memory.write(tables.rsdp_gpa, tables.content)
+        return tables.rsdp_gpa
+
+    def _command_line(self, hardware: Hardware, places: list[MmioDevice]) -> str:
+        """Ours first: where a kernel takes the last of two, the user's wins."""
+        words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet)
+        if not hardware.acpi:
+            words.append("acpi=off")
+            words += [f"virtio_mmio.device={place.size_bytes}@{place.gpa:#x}:{place.gsi}" for place in places]
+        return " ".join([*words, hardware.command_line]).strip()
+
+    def _create_vcpus(self, hardware: Hardware, state: EntryState) -> None:
+        leaves = cpuid.supported(self.vm.kvm_fd)
+        policy = (*(cpuid.HOST if hardware.cpu == "host" else cpuid.BASELINE), *(self.pvm.policy if self.pvm else ()))
+        for index in range(hardware.cpus):
+            vcpu = Vcpu(self.vm, index)
+            self.vcpus.append(vcpu)
+            cpuid.set_leaves(vcpu.fd, cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus))
+            vcpu.set_msr(_MSR_MTRR_DEFAULT_TYPE, _MTRR_ENABLED_WRITE_BACK)  # else a kernel takes all RAM as uncached
+            if self.pvm is not None:
+                self.pvm.prepare(vcpu)
+        self.vcpus[0].enter(state)
+
+    def close(self) -> None:
+        """Give back everything but devices and loops. No vCPU runs any more."""
+        for transport in self.transports:
+            transport.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        for fd in self._interrupts:
+            os.close(fd)
+        self.vm.close()
+        self.memory.close()
+        self.vcpus, self.transports, self._interrupts = [], [], []
