@@ -432,6 +432,14 @@ static void spawn_failed(struct channel *c, uint32_t status, uint32_t error, con
 	release(c);
 }
 
+/* In the child. 0 or -1 with errno. */
+static int find_place(const struct spawn *s)
+{
+	if (s->flags & SF_DATA_DISK)
+		return vm_enter_data_disk();
+	return s->flags & SF_APPLET ? 0 : vm_join();
+}
+
 static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 {
 	struct spawn s;
@@ -440,6 +448,8 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 
 	if (!id || find_channel(id) || spawn_parse(&s, payload, size))
 		end(EXIT_LOST);
+	if ((s.flags & (SF_DATA_DISK | SF_APPLET)) == SF_DATA_DISK)
+		end(EXIT_LOST); /* it is for the agent's own functions: a program would find nothing there */
 	c = new_channel();
 	if (!c) {
 		send_failed(id, 125, EMFILE, "too many programs run in this machine");
@@ -468,7 +478,7 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 		program_fd = -1;
 	} else {
 		c->pid = fork();
-		if (c->pid == 0 && (s.flags & SF_APPLET || !vm_join()))
+		if (c->pid == 0 && !find_place(&s))
 			spawn_become(&s, child, report[1]);
 		if (c->pid == 0)
 			spawn_refuse(errno, report[1]);

@@ -50,6 +50,7 @@ enum spawn_flag {
 	SF_APPLET = 8,
 	SF_NO_NEW_PRIVS = 16,
 	SF_DISCARD = 32,
+	SF_DATA_DISK = 64,
 };
 
 /* SETUP's: strings end with a NUL, but for those that are a whole field. */
@@ -70,6 +71,7 @@ enum setup_tag {
 enum setup_flag {
 	UF_READ_ONLY = 1,
 	UF_UNMASK = 2,
+	UF_DATA_ONLY = 4,
 };
 
 enum mount_kind {

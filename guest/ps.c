@@ -11,6 +11,8 @@
 
 #include "spawn.h"
 
+#define KERNEL_THREAD 0x00200000 /* PF_KTHREAD, include/linux/sched.h: a virtual machine shows its kernel's */
+
 static ssize_t read_file(int proc, const char *pid, const char *name, char *out, size_t size)
 {
 	char path[64];
@@ -48,6 +50,7 @@ static void print_process(int proc, const char *pid)
 {
 	char stat_text[1024], status_text[4096], command[4096], name[128], *uid_line;
 	unsigned long utime, stime;
+	unsigned flags;
 	long rss;
 	int ppid;
 	char state;
@@ -62,8 +65,9 @@ static void print_process(int proc, const char *pid)
 	/* The name stands in parentheses and may hold any byte, a ')' too: the last one closes it. */
 	char *open = strchr(stat_text, '('), *close = strrchr(stat_text, ')');
 	if (!open || !close ||
-	    sscanf(close + 1, " %c %d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu %*d %*d %*d %*d %*d %*d %*u %*u %ld", &state,
-		   &ppid, &utime, &stime, &rss) != 5)
+	    sscanf(close + 1, " %c %d %*d %*d %*d %*d %u %*u %*u %*u %*u %lu %lu %*d %*d %*d %*d %*d %*d %*u %*u %ld", &state,
+		   &ppid, &flags, &utime, &stime, &rss) != 6 ||
+	    flags & KERNEL_THREAD)
 		return;
 	ssize_t n = read_file(proc, pid, "cmdline", command, sizeof command);
 	while (n > 0 && !command[n - 1])

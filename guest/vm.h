@@ -25,8 +25,10 @@ int vm_setup(const unsigned char *payload, size_t size);
 int vm_set_clock(uint64_t time_ns);
 /* Everything that could write is dead: get the disks to rest and end the machine. */
 void vm_finish(void) __attribute__((noreturn));
-/* In a forked child: into the programs' control group, where there is one. 0 or -1 with errno. */
+/* vm_mounts.c. In a forked child; each 0 or -1 with errno. Into the programs' control group, where there is one. */
 int vm_join(void);
+/* Into the data disk's own root, which has what overlay writes as it lies there. */
+int vm_enter_data_disk(void);
 /* vm_mounts.c. What programs have written goes to the disk; then it, and the root, become read-only. */
 void vm_flush(void);
 void vm_rest_disks(void);
@@ -41,6 +43,7 @@ ssize_t vm_read_line(const char *path, char *out, size_t size);
 int vm_write_file(int directory, const char *path, const char *text);
 
 /* vm_mounts.c. Each 0, or -1 after vm_fail. */
+int vm_mount_data_only(void);
 int vm_mount_disks(void);
 int vm_switch_root(void);
 int vm_mount_system(void);
@@ -51,6 +54,7 @@ int vm_drop_shares(void);
 int vm_protect_root(void);
 int vm_mask(void);
 int vm_limit_pids(uint32_t most);
+int vm_protect_groups(void);
 
 /* vm_net.c */
 int vm_bring_up_loopback(void);

@@ -29,7 +29,7 @@ int umount2(const char *target, int flags);
 #define QUIET (MS_NOSUID | MS_NODEV | MS_NOEXEC)
 #define MAX_LINKS 40 /* as the kernel's own MAXSYMLINKS */
 #define MAX_SHARES 64
-#define DISK_PATIENCE_MS 10000
+#define DISK_PATIENCE_MS 3000 /* disks are there before the first program runs, but for those of a module */
 
 struct disk {
 	const char *serial;
@@ -89,16 +89,36 @@ static int make_upper(void)
 	return 0;
 }
 
-int vm_mount_disks(void)
+static int mount_data_disk(void)
 {
 	/* noinit_itable: nobody is to write zeros over the holes of a sparse file. discard: what is deleted becomes one. */
-	if (mount_disk("root", "/lower", "erofs", MS_RDONLY, NULL) ||
-	    mount_disk("data", "/data", "ext4", 0, "discard,noinit_itable"))
+	if (mount_disk("data", "/data", "ext4", 0, "discard,noinit_itable"))
 		return -1;
 	data_disk = open("/data", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (data_disk < 0)
-		return vm_fail(errno, "cannot open the data disk");
-	if (make_upper())
+	return data_disk < 0 ? vm_fail(errno, "cannot open the data disk") : 0;
+}
+
+int vm_mount_data_only(void)
+{
+	if (mount_data_disk())
+		return -1;
+	return mkdirat(data_disk, "upper", 0755) && errno != EEXIST
+		       ? vm_fail(errno, "cannot make the directory for the machine's changes")
+		       : 0;
+}
+
+int vm_enter_data_disk(void)
+{
+	if (data_disk < 0) {
+		errno = ENODEV;
+		return -1;
+	}
+	return fchdir(data_disk) || chroot(".") ? -1 : 0;
+}
+
+int vm_mount_disks(void)
+{
+	if (mount_disk("root", "/lower", "erofs", MS_RDONLY, NULL) || mount_data_disk() || make_upper())
 		return -1;
 	if (mkdirat(data_disk, "work", 0755) && errno != EEXIST)
 		return vm_fail(errno, "cannot make overlay's working directory");
@@ -297,10 +317,10 @@ int vm_mount_system(void)
 	return 0;
 }
 
-/* The control group is ours to write, and the programs' to look at: their mount of it is read-only in the end. */
+/* Through a mount of our own, for the programs' one becomes read-only, and could not while we hold this open. */
 int vm_limit_pids(uint32_t most)
 {
-	int groups = open("/sys/fs/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC), failed;
+	int groups = (int)syscall(SYS_open_tree, AT_FDCWD, "/sys/fs/cgroup", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC), failed;
 	char text[16];
 
 	snprintf(text, sizeof text, "%u", most);
@@ -311,6 +331,16 @@ int vm_limit_pids(uint32_t most)
 	if (groups >= 0)
 		close(groups);
 	return failed ? vm_fail(error, "the guest kernel cannot limit the number of processes") : 0;
+}
+
+int vm_protect_groups(void)
+{
+	int groups = open("/sys/fs/cgroup", O_PATH | O_CLOEXEC), failed;
+
+	failed = groups >= 0 && set_mount_flags(groups, MS_RDONLY) && errno != EINVAL ? errno : 0; /* EINVAL: no mount */
+	if (groups >= 0)
+		close(groups);
+	return failed ? vm_fail(failed, "cannot protect the control groups") : 0;
 }
 
 int vm_join(void)

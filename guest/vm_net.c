@@ -16,7 +16,7 @@
 
 #define INSIDE "eth0"
 #define MAX_INDEX 64
-#define LINK_PATIENCE_MS 10000
+#define LINK_PATIENCE_MS 3000
 
 struct link {
 	int sock;

@@ -37,70 +37,15 @@ class Lost(Exception):
     """The agent has closed its stream."""
 
 
-class Machine:
-    """The host's end. `binds` are (source, target) files to show in the machine, for example its own /etc/passwd.
+class Host:
+    """The host's end of one agent's stream."""
 
-    `enter` runs in the new mount namespace, before anything is executed: it may change the root.
-    """
-
-    def __init__(
-        self,
-        agent: str,
-        *,
-        init: bool = True,
-        binds: tuple[tuple[str, str], ...] = (),
-        enter: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, stream: socket.socket) -> None:
         self.link = AgentLink()
         self.grants = True  # whether output is consumed at once
         self.events: list[Event] = []
-        self._socket, theirs = socket.socketpair()
+        self._socket = stream
         self._socket.setblocking(False)
-        self._outer = os.fork()
-        if self._outer == 0:
-            try:
-                self._socket.close()
-                _outer(agent, theirs.detach(), init=init, binds=binds, enter=enter)
-            except BaseException as error:
-                os.write(2, f"agent_machine: {error!r}\n".encode())
-            finally:
-                os._exit(99)
-        theirs.close()
-        self.pidfd = os.pidfd_open(self._outer)
-
-    def __enter__(self) -> Machine:
-        self.wait_for(lambda event: isinstance(event, Hello))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> int:
-        """Hang up; answers the wait status of the machine, which must end by itself."""
-        self._socket.close()
-        if self._outer < 0:
-            return 0
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        ended = bool(poll.poll(TIMEOUT_S * 1000))
-        if not ended:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        _, status = os.waitpid(self._outer, 0)
-        os.close(self.pidfd)
-        self._outer = -1
-        assert ended, "the agent did not end the machine when its stream ended"
-        return status
-
-    @property
-    def agent_pid(self) -> int:
-        """The agent as the host sees it (it is the outer process's only child)."""
-        with open(f"/proc/{self._outer}/task/{self._outer}/children") as file:
-            return int(file.read().split()[0])
-
-    def kill_agent(self) -> None:
-        os.kill(
-            self.agent_pid, signal.SIGKILL
-        )  # our own grandchild, which its parent has not reaped: it cannot be another
 
     # -- moving bytes
 
@@ -162,9 +107,10 @@ class Machine:
     # -- programs
 
     def spawn(self, *argv: str, policy: ProcessPolicy = LAX, main: bool = False, applet: bool = False,
-              discard: bool = False, env: tuple[str, ...] = (PATH,), **process: object) -> int:  # fmt: skip
+              discard: bool = False, data_disk: bool = False, env: tuple[str, ...] = (PATH,),
+              **process: object) -> int:  # fmt: skip
         wanted = Process(argv=argv, env=env)._replace(**process)  # type: ignore[arg-type]
-        return self.link.spawn(wanted, policy, main=main, applet=applet, discard=discard)
+        return self.link.spawn(wanted, policy, main=main, applet=applet, discard=discard, data_disk=data_disk)
 
     def output(self, channel: int, stream: int = 1) -> bytes:
         return b"".join(
@@ -201,6 +147,69 @@ class Machine:
         """Start a program and see it through."""
         channel = self.spawn(*argv, stdin=stdin is not None, **options)  # type: ignore[arg-type]
         return self.finish(channel, stdin=stdin or b"", timeout_s=timeout_s)
+
+
+class Machine(Host):
+    """The host's end. `binds` are (source, target) files to show in the machine, for example its own /etc/passwd.
+
+    `enter` runs in the new mount namespace, before anything is executed: it may change the root.
+    """
+
+    def __init__(
+        self,
+        agent: str,
+        *,
+        init: bool = True,
+        binds: tuple[tuple[str, str], ...] = (),
+        enter: Callable[[], None] = lambda: None,
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self._outer = os.fork()
+        if self._outer == 0:
+            try:
+                self._socket.close()
+                _outer(agent, theirs.detach(), init=init, binds=binds, enter=enter)
+            except BaseException as error:
+                os.write(2, f"agent_machine: {error!r}\n".encode())
+            finally:
+                os._exit(99)
+        theirs.close()
+        self.pidfd = os.pidfd_open(self._outer)
+
+    def __enter__(self) -> Machine:
+        self.wait_for(lambda event: isinstance(event, Hello))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> int:
+        """Hang up; answers the wait status of the machine, which must end by itself."""
+        self._socket.close()
+        if self._outer < 0:
+            return 0
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        ended = bool(poll.poll(TIMEOUT_S * 1000))
+        if not ended:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        _, status = os.waitpid(self._outer, 0)
+        os.close(self.pidfd)
+        self._outer = -1
+        assert ended, "the agent did not end the machine when its stream ended"
+        return status
+
+    @property
+    def agent_pid(self) -> int:
+        """The agent as the host sees it (it is the outer process's only child)."""
+        with open(f"/proc/{self._outer}/task/{self._outer}/children") as file:
+            return int(file.read().split()[0])
+
+    def kill_agent(self) -> None:
+        os.kill(
+            self.agent_pid, signal.SIGKILL
+        )  # our own grandchild, which its parent has not reaped: it cannot be another
 
 
 def _outer(agent: str, fd: int, *, init: bool, binds: tuple[tuple[str, str], ...], enter: Callable[[], None]) -> None:

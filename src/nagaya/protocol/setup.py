@@ -6,10 +6,10 @@ A container's inside is made by the engine before its agent runs; a virtual mach
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from nagaya.errors import UsageError
 from nagaya.protocol.frame import MAX_PAYLOAD
+from nagaya.static import NamedTuple
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
 _READ_ONLY, _UNMASK, _DATA_ONLY = 1, 2, 4
