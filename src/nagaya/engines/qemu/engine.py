@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
 from contextlib import ExitStack
 
 from nagaya.engines.base import Booted, BootRequest, Stats
-from nagaya.engines.qemu import arguments, process
-from nagaya.engines.qemu.arguments import Card, Machine
+from nagaya.engines.qemu import arguments, rights
+from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
-from nagaya.engines.qemu.console import TextLog
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
-from nagaya.engines.vm import rules
+from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
-from nagaya.engines.vm.initramfs import make_initramfs
+from nagaya.engines.vm.console import TextLog
+from nagaya.engines.vm.parts import open_data, open_initramfs
 from nagaya.engines.vm.setup import plan_setup
-from nagaya.errors import Conflict, HostError, LaunchError, NotFound, Unsupported, UsageError
+from nagaya.engines.vm.shares import TAG as SHARES_TAG
+from nagaya.engines.vm.shares import require_shares, start_shares
+from nagaya.errors import HostError, LaunchError, NotFound, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
@@ -30,9 +31,7 @@ from nagaya.storage.plan import DiskPlan
 STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
 PROGRAM_WITHIN_S = 120.0
 END_WITHIN_S = 20.0
-DISK_FREE_WITHIN_S = 5.0
 ENTROPY_BYTES = 64
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class _Inherited:
@@ -45,7 +44,7 @@ class _Inherited:
     def add(self, fd: int) -> int:
         self._stack.callback(os.close, fd)
         self.fds.append(fd)
-        return process.FIRST_FD + len(self.fds) - 1
+        return child.FIRST_FD + len(self.fds) - 1
 
     def connect(self) -> tuple[int, int]:
         """A stream socket to QEMU: (our end, which does not block; the number of QEMU's)."""
@@ -69,6 +68,7 @@ class EmulatedEngine:
         self._monitor: Monitor | None = None
         self._console: TextLog | None = None
         self._log: TextLog | None = None
+        self._helpers: list[int] = []  # children of ours beside QEMU
 
     # -- before a boot
 
@@ -85,6 +85,8 @@ class EmulatedEngine:
         warnings = rules.check_spec(spec)
         if rules.cpus(spec) > board.most_cpus:
             raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
+        if any(mount.kind != "tmpfs" for mount in spec.mounts):
+            require_shares()
         return warnings
 
     # -- boot
@@ -105,17 +107,22 @@ class EmulatedEngine:
                 inherited = _Inherited(local)
                 agent, agent_number = inherited.connect()
                 failed.callback(os.close, agent)
-                machine, tags = self._assemble(request, board, inherited)
-                machine = machine._replace(agent=agent_number)
+                log_end = self._open_log(request.runtime_dir)
+                local.callback(os.close, log_end)
+                machine = self._assemble(request, board, inherited)._replace(agent=agent_number)
+                shares = start_shares(request.mounts, request.runtime_dir, log_end, local)
+                if shares is not None:
+                    self._helpers.append(shares.pid)
+                    machine = machine._replace(shares=(Share(SHARES_TAG, inherited.add(os.dup(shares.socket))),))
                 setup = plan_setup(
                     request,
                     time_ns=time.time_ns(),
                     entropy=os.urandom(ENTROPY_BYTES),
                     power_off=board.power_off,
-                    virtiofs_tags=tags,
+                    virtiofs_tags=shares.tags if shares is not None else (),
                 )
                 payload = setup_payload(setup)
-                self._start(request, machine, inherited)
+                self._start(machine, inherited, log_end)
             # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
             self._greet()
             failed.pop_all()
@@ -126,14 +133,19 @@ class EmulatedEngine:
             agent=agent,
             policy=rules.plan_policy(spec),
             setup=payload,
+            watch=tuple((source.fd, self.listen) for source in self._sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
             end_timeout_s=END_WITHIN_S,
         )
 
-    def _assemble(
-        self, request: BootRequest, board: Board, inherited: _Inherited
-    ) -> tuple[Machine, tuple[tuple[str, str], ...]]:
-        """Open what the machine is made of; the machine, and its shares as `plan_setup` wants them."""
+    def _open_log(self, directory: str) -> int:
+        """Where QEMU and its helpers write: never blocks, so what does not fit is lost."""
+        log, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._log = TextLog(log, f"{directory}/qemu.log")
+        return end
+
+    def _assemble(self, request: BootRequest, board: Board, inherited: _Inherited) -> Machine:
+        """Open what the machine is made of."""
         disks = request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
         monitor, monitor_number = inherited.connect()
@@ -146,9 +158,9 @@ class EmulatedEngine:
             cpus=rules.cpus(request.spec),
             memory_bytes=rules.memory_bytes(request.spec),
             kernel=inherited.add(_open_kernel(board)),
-            initrd=inherited.add(_make_initrd(board)),
+            initrd=inherited.add(open_initramfs(board.architecture)),
             root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
-            data=inherited.add(_open_data(disks.data)),
+            data=inherited.add(open_data(disks.data)),
             monitor=monitor_number,
             agent=-1,
             console=console_number,
@@ -156,22 +168,17 @@ class EmulatedEngine:
         )
         self._memory_bytes = machine.memory_bytes
         self._link = request.network.host_link
-        return machine, ()
+        return machine
 
-    def _start(self, request: BootRequest, machine: Machine, inherited: _Inherited) -> None:
-        log, log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._log = TextLog(log, f"{request.runtime_dir}/qemu.log")
-        try:
-            launch = process.Launch(
-                argv=arguments.plan_command(machine),
-                descriptors=tuple(inherited.fds),
-                log=log_end,
-                id=process.user_id(machine.name) if os.geteuid() == 0 else -1,
-                own_network=machine.card is None or machine.card.tap >= 0,
-            )
-            self._pid = process.start(launch)
-        finally:
-            os.close(log_end)
+    def _start(self, machine: Machine, inherited: _Inherited, log: int) -> None:
+        user_network = machine.card is not None and machine.card.tap < 0
+        launch = child.Launch(
+            argv=arguments.plan_command(machine),
+            descriptors=tuple(inherited.fds),
+            log=log,
+            prepare=rights.plan_rights(machine.name, host_network=user_network),
+        )
+        self._pid = child.start(launch)
         self._pidfd = os.pidfd_open(self._pid)
 
     def _greet(self) -> None:
@@ -214,10 +221,15 @@ class EmulatedEngine:
         return reading
 
     def listen(self) -> None:
-        """Take what the guest's console, QEMU and its monitor have said."""
-        for source in (self._console, self._log, self._monitor):
-            if source is not None:
-                source.drain()
+        """Take what the guest's console, QEMU and its monitor have said. A QEMU that closes one of them has ended, or
+        has been taken over: it is not to live on.
+        """
+        for source in self._sources():
+            if not source.drain():
+                self.kill()
+
+    def _sources(self) -> list[TextLog | Monitor]:
+        return [source for source in (self._console, self._log, self._monitor) if source is not None]
 
     def kill(self) -> None:
         """SIGKILL to QEMU. What its guest has written is in the host's page cache by then, and stays."""
@@ -238,14 +250,17 @@ class EmulatedEngine:
         self._cleanup()
 
     def _cleanup(self) -> None:
-        self.listen()
-        for source in (self._console, self._log, self._monitor):
-            if source is not None:
-                source.close()
+        for source in self._sources():
+            source.drain()
+            source.close()
         self._console = self._log = self._monitor = None
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._pid = self._pidfd = -1
+        for pid in self._helpers:  # each has ended when QEMU had, for nobody speaks with it any more
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._helpers = []
 
 
 def _require_parts(board: Board) -> None:
@@ -268,44 +283,12 @@ def _require_parts(board: Board) -> None:
 
 
 def _in_path(program: str) -> bool:
-    directories = process.ENVIRONMENT["PATH"].split(":")
+    directories = child.ENVIRONMENT["PATH"].split(":")
     return any(os.access(f"{directory}/{program}", os.X_OK) for directory in directories)
 
 
 def _open_kernel(board: Board) -> int:
     return os.open(cache.get_kernel().path, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _make_initrd(board: Board) -> int:
-    """A sealed memory file: QEMU opens it anew as another user, which such a file lets everybody do."""
-    fd = os.memfd_create("initramfs", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        data = memoryview(make_initramfs(agent_path(board.architecture)))
-        while data:
-            data = data[os.write(fd, data) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _open_data(path: str) -> int:
-    """The machine's disk, locked until the last copy of the descriptor is closed: a QEMU that is being killed has one."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    deadline_s = time.monotonic() + DISK_FREE_WITHIN_S
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() > deadline_s:
-                    raise Conflict("the machine's disk is in use", hint="another QEMU has it open") from None
-                time.sleep(0.01)  # nobody tells when a lock is free but flock itself, which has no time-out
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:

@@ -47,19 +47,21 @@ class Monitor:
                     raise answer.error()
                 return answer.value
 
-    def drain(self) -> None:
-        """Take the events that have come. A monitor that has broken its protocol is no longer listened to."""
+    def drain(self) -> bool:
+        """Take the events that have come; False when QEMU has closed its end, or broken the protocol."""
         while True:
             try:
                 data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                return True
             except OSError:
-                return
+                return False
             if not data:
-                return
+                return False
             try:
                 self._take(data)
             except QmpError:
-                return
+                return False
 
     def close(self) -> None:
         os.close(self.fd)

@@ -1,4 +1,6 @@
-"""QEMU's process: forked by the supervisor, with the descriptors it needs, no others, and as few rights as they allow."""
+"""Programs that work for one machine (QEMU, virtiofsd): children of its supervisor with the descriptors that they need
+and no others, which die with it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,14 @@ import gc
 import os
 import resource
 import signal
+from collections.abc import Callable
 
-from nagaya.kernel import namespaces
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 from nagaya.static import NamedTuple, NoReturn
 
 FIRST_FD = 3
-# Above all ranges of user namespaces (engines/container/userns.py) and below 2**31, one id for each machine: QEMU that
-# was taken over by its guest can neither trace nor signal another machine's.
-FIRST_ID = 0x6E000000
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "LC_ALL": "C"}
 FAILED = 127
-MOST_FILES = 256
 
 
 class Launch(NamedTuple):
@@ -27,13 +25,7 @@ class Launch(NamedTuple):
     argv: list[str]
     descriptors: tuple[int, ...]
     log: int
-    id: int = -1  # user and group to become; -1 = stay who we are
-    own_network: bool = True  # an empty network namespace; only root can
-
-
-def user_id(machine_id: str) -> int:
-    """The user that a machine's QEMU runs as, where root starts it."""
-    return FIRST_ID + int(machine_id[:6], 16)
+    prepare: Callable[[], None] = lambda: None  # called in the child, still with our rights: raises OSError
 
 
 def start(launch: Launch) -> int:
@@ -48,30 +40,25 @@ def start(launch: Launch) -> int:
 
 def _run(launch: Launch, parent: int) -> NoReturn:
     """In the child; never returns."""
-    step = "cannot be started"
+    step = "cannot be prepared"
     try:
         os.setpgid(0, 0)
         _place(launch)
         for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if launch.id >= 0:
-            step = "cannot be kept apart"
-            namespaces.unshare(namespaces.CLONE_NEWIPC | (namespaces.CLONE_NEWNET if launch.own_network else 0))
-            os.setgroups([])
-            os.setresgid(launch.id, launch.id, launch.id)
-            os.setresuid(launch.id, launch.id, launch.id)
+        launch.prepare()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the ids: changing them clears it
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # only now: whoever changes its ids loses it
         if os.getppid() != parent:
             os._exit(FAILED)  # the supervisor was killed before we could ask to die with it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a guest's memory is nobody else's business
-        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
         step = "cannot be executed"
         os.chdir("/")
         os.execvpe(launch.argv[0], launch.argv, ENVIRONMENT)
     except OSError as error:
-        os.write(2, f"{launch.argv[0]} {step}: {error.strerror}\n".encode())
+        where = f" ({error.filename})" if error.filename else ""
+        os.write(2, f"{launch.argv[0]} {step}: {error.strerror}{where}\n".encode())
     finally:
         os._exit(FAILED)
 

@@ -20,17 +20,23 @@ class TextLog:
         self._tail = b""
         self._file = self._open()
 
-    def drain(self) -> None:
-        """Take all that is there. Never waits, and never fails: a full disk costs the log, not the machine."""
+    def drain(self) -> bool:
+        """Take all that is there; False when nothing will come any more.
+
+        Never waits, and never fails: a full disk costs the log, not the machine.
+        """
         for _ in range(64):  # a guest that writes without end is not the only one to be served
             try:
                 data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                return True
             except OSError:
-                return
+                return False
             if not data:
-                return
+                return False
             self._tail = (self._tail + data)[-TAIL_BYTES:]
             self._keep(data)
+        return True
 
     def tail(self) -> str:
         """The last lines, without control characters."""

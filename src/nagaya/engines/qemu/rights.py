@@ -1,0 +1,31 @@
+"""What QEMU may do: nothing, where root starts it. Its guest may take it over; it must not gain anything by that."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+
+from nagaya.engines.vm.parts import user_id
+from nagaya.kernel import namespaces
+
+MOST_FILES = 256
+
+
+def plan_rights(machine_id: str, *, host_network: bool) -> Callable[[], None]:
+    """What to do in the child before QEMU is executed. A plain user's QEMU stays that user's, for it can be nobody else's.
+
+    `host_network`: QEMU's user-mode network opens sockets of the host; otherwise it sees an empty network.
+    """
+
+    def give_up() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
+        if os.geteuid():
+            return
+        namespaces.unshare(namespaces.CLONE_NEWIPC | (0 if host_network else namespaces.CLONE_NEWNET))
+        id_ = user_id(machine_id)
+        os.setgroups([])
+        os.setresgid(id_, id_, id_)
+        os.setresuid(id_, id_, id_)
+
+    return give_up
