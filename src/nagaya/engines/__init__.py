@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nagaya.errors import Unsupported, UsageError
+from nagaya.errors import UsageError
 
 TYPES = ("container", "kvm", "emulated")
 TYPE_CHECKING = False
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(type_: str) -> Engine:
-    """The engine for a machine type. Raises `UsageError` for an unknown one, `Unsupported` for one to come."""
+    """The engine for a machine type. Raises `UsageError` for an unknown one."""
     if type_ == "container":
         from nagaya.engines.container.engine import ContainerEngine  # lazy: each engine is large
 
@@ -20,8 +20,8 @@ def open_engine(type_: str) -> Engine:
         from nagaya.engines.qemu.engine import EmulatedEngine
 
         return EmulatedEngine()
-    if type_ in TYPES:
-        raise Unsupported(
-            f"machines of type '{type_}' are not built yet", hint="use --type container, the default of this version"
-        )
+    if type_ == "kvm":
+        from nagaya.engines.kvm.engine import KvmEngine
+
+        return KvmEngine()
     raise UsageError(f"unknown machine type '{type_}'", hint=f"one of: {', '.join(TYPES)}")

@@ -6,6 +6,7 @@ through `capabilities`, never by asking for an engine's name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from nagaya.model.policy import ProcessPolicy
@@ -35,6 +36,7 @@ class Booted(NamedTuple):
     policy: ProcessPolicy
     warnings: tuple[str, ...] = ()
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
+    watch: tuple[tuple[int, Callable[[], None]], ...] = ()  # while it runs: what to call when a descriptor is readable
     start_timeout_s: float = 30.0  # until the program must have been started
     end_timeout_s: float = 2.0  # from SHUTDOWN until the machine must be gone
 

@@ -120,6 +120,11 @@ class Programs:
         self.link.setup(payload)
         self.flush()
 
+    def set_clock(self, time_ns: int) -> None:
+        """Put the clock right of a machine that has one of its own."""
+        self.link.set_clock(time_ns)
+        self.flush()
+
     def spawn(
         self,
         process: Process,

@@ -114,7 +114,12 @@ class Supervisor:
             return
         self.booted = booted
         self.loop.watch(booted.pidfd, self._ended)
+        for fd, call in booted.watch:
+            self.loop.watch(fd, lambda events_, call=call: call())  # type: ignore[misc]
         self.programs = Programs(self.loop, booted.agent, on_lost=self._agent_lost)
+        if booted.setup:
+            self.programs.on_set_up = self._set_up
+            self.programs.setup(booted.setup)
         process = self.spec.process
         if process.tty and self._size != (0, 0):
             process = process._replace(rows=self._size[0], columns=self._size[1])
@@ -155,6 +160,10 @@ class Supervisor:
     def _start_failed(self, problem: NagayaError) -> None:
         self._problem = problem
         self._finish(problem.status if isinstance(problem, ExecError) else 125)
+
+    def _set_up(self, warnings: tuple[str, ...]) -> None:
+        assert self.booted is not None
+        self.booted = self.booted._replace(warnings=(*self.booted.warnings, *warnings))
 
     def _started(self, pid: int) -> None:
         assert self.booted is not None
@@ -202,7 +211,8 @@ class Supervisor:
         """The machine's init is gone, and with it every process of the machine."""
         booted, programs = self.booted, self.programs
         assert booted is not None and programs is not None
-        self.loop.forget(booted.pidfd)
+        for fd in (booted.pidfd, *(fd for fd, _ in booted.watch)):
+            self.loop.forget(fd)
         self.booted = None
         programs.close()
         self.programs = None
@@ -360,6 +370,8 @@ class Supervisor:
     def resume(self) -> None:
         if self.state.phase == PAUSED:
             self.engine.resume()  # type: ignore[attr-defined]
+            if self.programs is not None and self.booted is not None and self.booted.setup:
+                self.programs.set_clock(time.time_ns())  # it stood still with the machine
             self.set_state(phase=RUNNING)
             self.record("unpause")
 

@@ -46,23 +46,37 @@ class Machine:
         self._started = False
         self._paused = False
         self._parked = 0
+        self._made: Parts | None = None  # until the start
         self._parts: Parts | None = None
         self._loops: list[Loop] = []
         self._loop_of: dict[str, Loop] = {}
         self._threads: list[threading.Thread] = []
 
+    def make(self) -> None:
+        """Take from the host all that the machine needs: after it, `start` asks for no file and no right any more.
+
+        Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
+        """
+        with self._control:
+            if self._made is not None or self._started:
+                raise Conflict("the machine has been made already", state="made", required="new")
+            self.software_kvm = find_kvm().kind == PVM
+            if self.devices:
+                self._make_loops()
+            self._made = self._assemble()
+
     def start(self) -> None:
-        """Power on. Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises."""
+        """Power on. Raises as `make`, which it does where it has not been done."""
         with self._control:
             with self._state:
                 if self._started:
                     raise Conflict("the machine has been started already", state="started", required="made")
-                self._started = True
+            if self._made is None:
+                self.make()
+            self._started = True
+            parts, self._made = self._made, None
+            assert parts is not None
             share_interpreter()
-            self.software_kvm = find_kvm().kind == PVM
-            if self.devices:
-                self._make_loops()
-            parts = self._assemble()
             for loop in self._loops:
                 loop.start()
             self._run(parts)
@@ -233,6 +247,9 @@ class Machine:
     def close(self) -> None:
         """End the machine if it runs, and give everything back. May be called twice."""
         with self._control:
+            made, self._made = self._made, None
+            if made is not None:
+                made.close()
             if self._parts is not None:
                 self.power_off()
                 self._parts.close()

@@ -21,6 +21,7 @@ from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import require_shares, start_shares
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported, UsageError
 from nagaya.kernel import unix
+from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
 from nagaya.net import attach, tap
@@ -211,7 +212,7 @@ class EmulatedEngine:
     def stats(self) -> Stats:
         """CPU time and memory of QEMU's process, block and network counters of the guest's devices."""
         assert self._monitor is not None
-        cpu_ns, resident_bytes = _read_process(self._pid)
+        cpu_ns, resident_bytes = read_usage(self._pid)
         reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
         read, written = _block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
@@ -297,16 +298,6 @@ def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:
     if network.kind == "user":
         return Card(network.mac)
     return None
-
-
-def _read_process(pid: int) -> tuple[int, int]:
-    """(CPU time in ns, resident bytes) of a process of ours: proc(5), stat and statm."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rsplit(b")", 1)[1].split()
-    with open(f"/proc/{pid}/statm", "rb") as file:
-        pages = int(file.read().split()[1])
-    ticks = int(fields[11]) + int(fields[12])  # utime, stime
-    return ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _block_bytes(answer: object) -> tuple[int, int]:

@@ -1,0 +1,152 @@
+"""The process of a machine: forked by the supervisor, with the machine's descriptors, and as few rights as they allow.
+
+It says on its control socket that the machine runs, or why not; then it answers requests there, a JSON line each, until
+the machine has ended. When the supervisor is gone, so is the machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from nagaya.engines.kvm.machine import Machine
+from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
+from nagaya.kernel import namespaces
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from nagaya.static import Any, NamedTuple, NoReturn
+
+BROKEN = 1
+_MOST_LINE_BYTES = 1 << 16
+
+
+class Plan(NamedTuple):
+    """What the child is to do. `control` and all that `assemble` uses are descriptors that it keeps."""
+
+    assemble: Callable[[], Machine]
+    control: int
+    kept: tuple[int, ...]
+    log: int  # its standard error
+    id: int = -1  # user and group to become; -1 = stay who we are
+
+
+def start(plan: Plan) -> int:
+    """Fork. The child's pid."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        gc.disable()  # a collection would write to, and so copy, every page that we share with the supervisor
+        _run(plan, parent)
+    return pid
+
+
+def _run(plan: Plan, parent: int) -> NoReturn:
+    """In the child; never returns."""
+    try:
+        os.setpgid(0, 0)
+        _keep_only(plan)
+        for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        machine = plan.assemble()
+        machine.make()
+        _give_up_rights(plan)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # once more: who changes its ids loses it
+        if os.getppid() != parent:
+            os._exit(BROKEN)  # the supervisor was killed before we could ask to die with it
+        machine.start()
+        _send(plan.control, {"running": True})
+        threading.Thread(target=_serve, args=(machine, plan.control), name="control", daemon=True).start()
+        ending = machine.wait()
+        assert ending is not None
+        _send(plan.control, {"ended": ending.kind, "reason": ending.reason})
+    except NagayaError as error:
+        _send(plan.control, {"failed": to_wire(error)})
+    except OSError as error:
+        _send(plan.control, {"failed": to_wire(HostError.from_os(error, "cannot start the machine"))})
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        _send(plan.control, {"failed": to_wire(LaunchError("the machine's VMM broke"))})
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # the kernel takes everything back, and nobody waits for an interpreter's end
+
+
+def _keep_only(plan: Plan) -> None:
+    """Standard output and error to the log, and no descriptors but those that are meant for us."""
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(plan.log, 1)
+    os.dup2(plan.log, 2)
+    low = 3
+    for fd in sorted((plan.control, *plan.kept)):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, (1 << 31) - 1)
+
+
+def _give_up_rights(plan: Plan) -> None:
+    """All is open by now: from here on the process reads, writes and runs what it holds, and no more."""
+    if plan.id >= 0:
+        namespaces.unshare(namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWNET)
+        os.setgroups([])
+        os.setresgid(plan.id, plan.id, plan.id)
+        os.setresuid(plan.id, plan.id, plan.id)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+# -- requests
+
+
+def _serve(machine: Machine, control: int) -> None:
+    """Answer the supervisor until it is gone, and then end: nobody would hear of this machine any more."""
+    for request in _lines(control):
+        try:
+            answer = _ANSWERS[request["do"]](machine)
+            _send(control, {"done": answer})
+        except NagayaError as error:
+            _send(control, {"error": to_wire(error)})
+    os._exit(BROKEN)
+
+
+def _pause(machine: Machine) -> None:
+    machine.pause()
+
+
+def _resume(machine: Machine) -> None:
+    machine.resume()
+
+
+def _counters(machine: Machine) -> dict[str, Any]:
+    return {"counters": machine.counters(), "faults": machine.faults()}
+
+
+_ANSWERS: dict[str, Callable[[Machine], Any]] = {"pause": _pause, "resume": _resume, "counters": _counters}
+
+
+def _lines(fd: int) -> Iterator[dict[str, Any]]:
+    buffered = b""
+    while True:
+        line, found, rest = buffered.partition(b"\n")
+        if found:
+            buffered = rest
+            yield json.loads(line)
+            continue
+        data = os.read(fd, _MOST_LINE_BYTES)
+        if not data:
+            return
+        buffered += data
+
+
+def _send(fd: int, message: dict[str, Any]) -> None:
+    data = memoryview(json.dumps(message).encode() + b"\n")
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        os._exit(BROKEN)  # the supervisor is gone

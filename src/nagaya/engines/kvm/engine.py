@@ -1,0 +1,286 @@
+"""The kvm engine's supervisor side: plan, fork the machine's process, shake hands, and later pause, measure, kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from contextlib import ExitStack
+from functools import partial
+
+from nagaya.engines.base import Booted, BootRequest, Stats
+from nagaya.engines.kvm import child
+from nagaya.engines.kvm.assembly import Hardware
+from nagaya.engines.kvm.known import find_kvm
+from nagaya.engines.kvm.machine import Machine
+from nagaya.engines.vm import rules
+from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.console import TextLog
+from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
+from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
+from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
+from nagaya.kernel import unix
+from nagaya.kernels import cache
+from nagaya.model.spec import MachineSpec
+from nagaya.net import attach, tap
+from nagaya.net.plan import NetworkPlan
+from nagaya.protocol.setup import setup_payload
+from nagaya.static import Any
+from nagaya.storage.plan import DiskPlan
+from nagaya.virtio.device import Device
+
+PLATFORM = "linux/amd64"
+STARTED_WITHIN_S = 30.0  # the VMM, not its guest
+PROGRAM_WITHIN_S = 120.0  # a software KVM boots a kernel in 10 to 20 s
+END_WITHIN_S = 30.0
+ANSWER_WITHIN_S = 10.0
+ENTROPY_BYTES = 64
+COMMAND_LINE = "console=hvc0 panic=-1"
+_POWER_OFF = "port"  # without ACPI: a kernel that is ours needs none, and reading its tables takes time
+
+
+class KvmEngine:
+    """Boots one machine on our own VMM; one instance lives in each supervisor."""
+
+    type = "kvm"
+    rootfs_kind = "disk"
+    capabilities = frozenset(("pause", "stats"))
+
+    def __init__(self) -> None:
+        self._pid = -1
+        self._pidfd = -1
+        self._control = -1
+        self._unread = b""
+        self._memory_bytes = 0
+        self._link = ""
+        self._console: TextLog | None = None
+        self._log: TextLog | None = None
+
+    # -- before a boot
+
+    def check_host(self) -> None:
+        """See `Engine.check_host`."""
+        if os.uname().machine != "x86_64":
+            raise Unsupported("machines of type 'kvm' run on x86-64 hosts so far", hint="use --type emulated")
+        find_kvm()
+        try:
+            cache.get_kernel()
+        except NotFound as missing:
+            raise Unsupported(missing.message, hint=missing.hint) from None
+        if not os.access(agent_path(), os.R_OK):
+            raise Unsupported(
+                f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
+            )
+
+    def check(self, spec: MachineSpec) -> list[str]:
+        """Raise for what could not be booted; answers warnings. Changes nothing."""
+        if spec.platform and spec.platform != PLATFORM:
+            raise Unsupported(
+                f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
+            )
+        return rules.check_spec(spec)
+
+    # -- boot
+
+    def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        """Start the VMM. See `Engine.boot`."""
+        try:
+            return self._boot(request, stack)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot start the machine") from None
+
+    def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        spec = request.spec
+        with ExitStack() as failed:
+            failed.callback(self._abandon)
+            with ExitStack() as local:
+                agent, theirs = _connect(local)
+                failed.callback(os.close, agent)
+                plan = self._plan(request, theirs, local)
+                setup = plan_setup(
+                    request, time_ns=time.time_ns(), entropy=os.urandom(ENTROPY_BYTES), power_off=_POWER_OFF,
+                    virtiofs_tags=(),
+                )  # fmt: skip
+                payload = setup_payload(setup)
+                self._pid = child.start(plan)
+                self._pidfd = os.pidfd_open(self._pid)
+            # The child's ends are the child's alone now: each of us hears when the other ends.
+            self._greet()
+            failed.pop_all()
+        stack.callback(self._cleanup)
+        assert self._console is not None and self._log is not None
+        return Booted(
+            pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec), setup=payload,
+            watch=((self._console.fd, self._console.drain), (self._log.fd, self._log.drain)),
+            start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
+        )  # fmt: skip
+
+    def _plan(self, request: BootRequest, agent: int, local: ExitStack) -> child.Plan:
+        """Open what the machine is made of; what the child makes of it."""
+        spec, disks = request.spec, request.rootfs
+        assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
+        control, theirs = _connect(local, blocking=True)
+        self._control = control
+        console, console_end = _connect(local)
+        self._console = TextLog(console, f"{request.runtime_dir}/console.log")
+        log, log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._log = TextLog(log, f"{request.runtime_dir}/vmm.log")
+        local.callback(os.close, log_end)
+        data = _held(open_data(disks.data), local)
+        initrd = _held(open_initramfs(), local)
+        self._link = request.network.host_link
+        link = _held(tap.open_link(request.network), local) if request.network.kind == "bridge" else -1
+        self._memory_bytes = rules.memory_bytes(spec)
+        hardware = Hardware(
+            kernel=cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}", command_line=COMMAND_LINE,
+            memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
+        )  # fmt: skip
+        assemble = partial(
+            _assemble, hardware, disks, data=data, agent=agent, console=console_end, link=link, network=request.network
+        )
+        return child.Plan(
+            assemble=assemble, control=theirs,
+            kept=tuple(fd for fd in (agent, console_end, data, initrd, link) if fd >= 0), log=log_end,
+            id=user_id(spec.id) if os.geteuid() == 0 else -1,
+        )  # fmt: skip
+
+    def _greet(self) -> None:
+        """Until the machine runs. Raises what the child says instead, or `LaunchError` when it says nothing."""
+        try:
+            message = self._hear(STARTED_WITHIN_S)
+        except RemoteError:
+            assert self._log is not None
+            self._log.drain()
+            raise LaunchError("the machine's VMM ended before the machine ran", log_tail=self._log.tail()) from None
+        if "failed" in message:
+            raise from_wire(message["failed"])
+
+    # -- while it runs
+
+    def pause(self) -> None:
+        self._ask("pause")
+
+    def resume(self) -> None:
+        self._ask("resume")
+
+    def stats(self) -> Stats:
+        """CPU time and memory of the machine's process; what its devices have moved."""
+        from nagaya.kernel.process import read_usage  # lazy: only who asks
+
+        counters = self._ask("counters")["counters"]
+        cpu_ns, resident_bytes = read_usage(self._pid)
+        disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
+        reading = Stats(
+            cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
+            block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
+            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks),
+        )  # fmt: skip
+        if self._link:  # the host's end: what it sends is what the machine receives
+            sent, received = attach.link_bytes(self._link)
+            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
+        return reading
+
+    def kill(self) -> None:
+        """SIGKILL to the VMM. What its guest has written is in the host's page cache by then, and stays."""
+        if self._pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def reclaim(self, machine_id: str) -> None:
+        """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it: nothing is left."""
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        """One request to the child, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
+        try:
+            os.write(self._control, json.dumps({"do": what}).encode() + b"\n")
+        except OSError:
+            raise RemoteError("the machine's VMM has ended") from None
+        message = self._hear(ANSWER_WITHIN_S)
+        if "error" in message:
+            raise from_wire(message["error"])
+        if "done" not in message:
+            raise RemoteError("the machine has just ended")
+        return message["done"] or {}
+
+    def _hear(self, within_s: float) -> dict[str, Any]:
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        deadline_s = time.monotonic() + within_s
+        while b"\n" not in self._unread:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or not poll.poll(left_s * 1000):
+                raise RemoteError(f"the machine's VMM did not answer within {within_s:.0f} s")
+            data = os.read(self._control, 1 << 16)
+            if not data:
+                raise RemoteError("the machine's VMM has ended")
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    # -- after it
+
+    def _abandon(self) -> None:
+        """A boot that failed: nothing runs on."""
+        if self._pid > 0:
+            os.kill(self._pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
+            os.waitpid(self._pid, 0)
+        self._cleanup()
+
+    def _cleanup(self) -> None:
+        for source in (self._console, self._log):
+            if source is not None:
+                source.drain()
+                source.close()
+        self._console = self._log = None
+        for fd in (self._pidfd, self._control):
+            if fd >= 0:
+                os.close(fd)
+        self._pid = self._pidfd = self._control = -1
+        self._unread = b""
+
+
+def _connect(local: ExitStack, *, blocking: bool = False) -> tuple[int, int]:
+    """A stream socket to the child: (our end, the child's, which is closed here by `local`)."""
+    ours, theirs = unix.socket_pair()
+    local.callback(os.close, theirs)
+    os.set_blocking(ours, blocking)
+    os.set_blocking(theirs, blocking)
+    return ours, theirs
+
+
+def _held(fd: int, local: ExitStack) -> int:
+    local.callback(os.close, fd)
+    return fd
+
+
+def _assemble(
+    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, link: int, network: NetworkPlan
+) -> Machine:
+    """In the child: the devices in their order, and the machine. The descriptors become theirs."""
+    from nagaya.virtio.balloon import Balloon
+    from nagaya.virtio.blk import Blk
+    from nagaya.virtio.console import Console, Port
+    from nagaya.virtio.rng import Rng
+
+    ports = (
+        Port("console", console=True, input_fd=console, output_fd=console),
+        Port(AGENT_PORT, input_fd=agent, output_fd=agent),
+    )
+    devices: list[Device] = [
+        Console("console", ports),
+        Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
+        Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
+        Rng("rng"),
+        Balloon("balloon"),
+    ]
+    if link >= 0:
+        from nagaya.virtio.net import Net
+        from nagaya.virtio.net_link import Tap
+
+        devices.append(Net("net", Tap(link), mac=bytes.fromhex(network.mac.replace(":", "")), mtu=network.mtu))
+    return Machine(hardware, tuple(devices))
