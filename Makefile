@@ -9,11 +9,11 @@ PY := $(VENV)/bin/python
 # iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
 RUN_PACKAGES := busybox-static gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
 KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make xz-utils
-TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry e2fsprogs iproute2 \
+TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry e2fsprogs erofs-utils iproute2 \
 	libseccomp-dev openssl podman procps qemu-system-x86 runc skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
 
-.PHONY: demo test check bench agent bytecode clean kernel lint unit
+.PHONY: demo test check bench agent agent-aarch64 agent-riscv64 bytecode clean kernel lint unit
 .NOTPARALLEL:
 
 demo: .cache/packages-run $(VENV)/installed agent bytecode
@@ -40,6 +40,10 @@ agent: src/nagaya/_guest/nagaya-agent
 
 src/nagaya/_guest/nagaya-agent: $(wildcard guest/*.c guest/*.h) guest/Makefile
 	$(MAKE) -s -C guest install DEST=../src/nagaya/_guest
+
+# Agents for machines with another CPU (gcc-aarch64-linux-gnu, gcc-riscv64-linux-gnu and their libc6-dev-*-cross).
+agent-aarch64 agent-riscv64: agent-%:
+	$(MAKE) -s -C guest install-$* DEST=../src/nagaya/_guest
 
 # Five minutes on two CPUs, once: it lies in the user's cache.
 kernel: .cache/packages-kernel $(VENV)/installed

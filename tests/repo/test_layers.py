@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "static": set(),
 }
 FRONT_DOOR = {"nagaya", "nagaya.__main__"}  # the library's surface, and `python -m nagaya`
-ENGINES = {"container", "kvm", "qemu"}
+ENGINES = {"container", "kvm", "qemu"}  # siblings; what the engines of virtual machines share is below them: engines.vm
+VIRTUAL = {"kvm", "qemu"}
 
 
 def find_violations(module: str, tree: ast.AST) -> list[str]:
@@ -45,6 +46,10 @@ def find_violations(module: str, tree: ast.AST) -> list[str]:
             ours, theirs = {*parts[2:3]} & ENGINES, {*target[2:3]} & ENGINES
             if layer == "engines" and ours and theirs and ours != theirs:
                 found.append(f"{module}:{line} imports its sibling {name}")
+            if layer == "engines" and parts[2:3] == ["vm"] and theirs:
+                found.append(f"{module}:{line} imports {name}, which stands on it")
+            if layer == "engines" and ours - VIRTUAL and target[2:3] == ["vm"]:
+                found.append(f"{module}:{line} imports {name}, which is for virtual machines")
         elif target[1] not in MAY_IMPORT[layer] | {"static"}:
             found.append(f"{module}:{line} imports {name}")
     return found
@@ -69,6 +74,8 @@ def test_imports_go_down() -> None:
         ("nagaya.supervisor.loop", "from nagaya import cli"),
         ("nagaya.engines.container.boot", "from nagaya.engines.kvm import vm"),
         ("nagaya.model.spec", "from . import state"),
+        ("nagaya.engines.vm.setup", "from nagaya.engines.kvm import vm"),
+        ("nagaya.engines.container.boot", "from nagaya.engines.vm import setup"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, text: str) -> None:
