@@ -43,7 +43,7 @@ class Machine:
         """Held by all that changes the state from outside: one at a time. `end` and `wait` do without it."""
         self._state = threading.Condition()
         self._ending: Ending | None = None
-        self._started = False
+        self._begun = False
         self._paused = False
         self._parked = 0
         self._made: Parts | None = None  # until the start
@@ -55,11 +55,12 @@ class Machine:
     def make(self) -> None:
         """Take from the host all that the machine needs: after it, `start` asks for no file and no right any more.
 
-        Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
+        Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises; it can only be closed then.
         """
         with self._control:
-            if self._made is not None or self._started:
-                raise Conflict("the machine has been made already", state="made", required="new")
+            if self._begun:
+                raise Conflict("the machine has been started already", state="started", required="new")
+            self._begun = True
             self.software_kvm = find_kvm().kind == PVM
             if self.devices:
                 self._make_loops()
@@ -68,12 +69,8 @@ class Machine:
     def start(self) -> None:
         """Power on. Raises as `make`, which it does where it has not been done."""
         with self._control:
-            with self._state:
-                if self._started:
-                    raise Conflict("the machine has been started already", state="started", required="made")
             if self._made is None:
                 self.make()
-            self._started = True
             parts, self._made = self._made, None
             assert parts is not None
             share_interpreter()
@@ -235,6 +232,7 @@ class Machine:
                 exits |= {
                     "completed-instructions": sum(parts.pvm.completed.values()),
                     "system-calls": parts.pvm.system_calls,
+                    "postponed-ticks": parts.pvm.postponed_ticks,
                 }
             return {"exits": exits, **{item.device.name: item.counters() for item in parts.transports}}
 

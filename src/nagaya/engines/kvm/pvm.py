@@ -13,6 +13,7 @@ from struct import Struct
 from nagaya.engines.kvm import cpuid
 from nagaya.engines.kvm.cpuid import ALL, EAX, EBX, ECX, EDX, Mask
 from nagaya.engines.kvm.instructions import LONGEST, Instruction, address_of, decode
+from nagaya.engines.kvm.ticks import MSR_TSC, MSR_TSC_DEADLINE, Ticks
 from nagaya.engines.kvm.vcpu import Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import GuestFault
@@ -78,23 +79,23 @@ class Pvm:
         self.system_calls = 0
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
         vm.enable(kvm.KVM_CAP_X86_USER_SPACE_MSR, kvm.KVM_MSR_EXIT_REASON_FILTER)
+        self._ticks: dict[int, Ticks] = {}
         # The filter keeps a pointer to the bitmap only while the request is made.
         denied = c_uint64(0)
         request = kvm.kvm_msr_filter()
-        request.ranges[0].flags = kvm.KVM_MSR_FILTER_WRITE
-        request.ranges[0].nmsrs = 1
-        request.ranges[0].base = MSR_LSTAR
-        request.ranges[0].bitmap = addressof(denied)
+        for place, index in zip(request.ranges, (MSR_LSTAR, MSR_TSC_DEADLINE), strict=False):
+            place.flags, place.nmsrs, place.base, place.bitmap = kvm.KVM_MSR_FILTER_WRITE, 1, index, addressof(denied)
         kvm.ioctl("KVM_X86_SET_MSR_FILTER", vm.fd, kvm.KVM_X86_SET_MSR_FILTER, request)
 
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
-
-    # -- system calls
+        self._ticks[vcpu.index] = Ticks(kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ))
 
     def wrote_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
-        """The guest's kernel says where system calls enter: by now it has its page-fault handler too."""
+        """Of the two that are looked at. See `Quirks`."""
+        if index == MSR_TSC_DEADLINE:
+            value = self._ticks[vcpu.index].grant(value, vcpu.msr(MSR_TSC))
         try:
             vcpu.set_msr(index, value)
         except OSError:
@@ -103,8 +104,15 @@ class Pvm:
             # Linux writes SFMASK after LSTAR: read at the first system call.
             self._entries.pop(vcpu.index, None)
             self._frames.pop(vcpu.index, None)
-            self._hook(vcpu)
+            self._hook(vcpu)  # by now the guest's kernel has its page-fault handler too
         return True
+
+    @property
+    def postponed_ticks(self) -> int:
+        """Timer interrupts that came later than the guest wanted them."""
+        return sum(ticks.postponed for ticks in self._ticks.values())
+
+    # -- system calls
 
     def _hook(self, vcpu: Vcpu) -> None:
         """Put a stub before the guest's page-fault handler: `out %al, $PORT`, then `jmp` to the handler.
