@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from nagaya.engines.kvm.ticks import BURST, PER_SECOND, Ticks
 
 KHZ = 1_000_000
@@ -28,7 +30,7 @@ def test_a_periodic_tick_gets_its_burst_and_then_its_share() -> None:
     ticks = Ticks(KHZ)
     fired = run(ticks, step=SECOND // 100, count=200)
     assert fired[:BURST] == [SECOND // 100 * (number + 1) for number in range(BURST)]
-    late = [second - first for first, second in zip(fired[60:], fired[61:], strict=False)]
+    late = [second - first for first, second in pairwise(fired[60:])]
     assert all(abs(distance - GAP) <= 1 for distance in late)
     assert ticks.postponed > 100
 
