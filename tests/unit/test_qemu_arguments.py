@@ -6,6 +6,7 @@ import pytest
 
 from nagaya.engines.qemu.arguments import SANDBOX, Card, Machine, Share, devices, plan_command
 from nagaya.engines.qemu.boards import BOARDS, X86_64, Board, find_board
+from nagaya.engines.qemu.counter import parse_khz
 from nagaya.errors import Unsupported
 
 PLAIN = Machine(
@@ -105,3 +106,40 @@ def test_platforms() -> None:
     with pytest.raises(Unsupported, match="linux/s390x") as caught:
         find_board("linux/s390x")
     assert "linux/amd64" in caught.value.hint
+
+
+CPUINFO = """processor\t: 0
+cpu MHz\t\t: 3891.220
+flags\t\t: fpu tsc constant_tsc rep_good nonstop_tsc
+bogomips\t: 5192.19
+power management:
+
+processor\t: 1
+bogomips\t: 1.00
+"""
+
+
+def test_the_counters_frequency_is_not_the_cpus() -> None:
+    assert parse_khz(CPUINFO) == 2_596_095
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        CPUINFO.replace("constant_tsc", ""),
+        CPUINFO.replace("nonstop_tsc", ""),
+        CPUINFO.replace("bogomips", "BogoMIPS"),
+        CPUINFO.replace("5192.19", "nan"),
+        CPUINFO.replace("5192.19", "0.00"),
+        CPUINFO.replace("5192.19", "9" * 400),
+    ],
+)
+def test_a_counter_that_tells_no_time_is_left_to_the_guest(text: str) -> None:
+    assert parse_khz(text) == 0
+    assert "tsc" not in value(plan_command(PLAIN), "-append")
+
+
+def test_a_known_frequency_is_told() -> None:
+    append = value(plan_command(PLAIN._replace(tsc_khz=2_596_095)), "-append")
+    assert "tsc_early_khz=2596095 tsc=reliable" in append

@@ -44,6 +44,7 @@ class Machine(NamedTuple):
     console: int
     card: Card | None = None
     shares: tuple[Share, ...] = ()
+    tsc_khz: int = 0  # how fast the time stamp counter runs; 0 = the guest has to find out
     append: str = ""
 
 
@@ -96,6 +97,10 @@ def _kernel_arguments(machine: Machine) -> list[str]:
     words = [*board.arguments, *kernel.QUIET]
     if machine.cpus == 1:
         words += board.one_cpu_arguments
+    if machine.tsc_khz:
+        # On a busy host a guest's own measuring against its timer fails ("TSC unstable"): then it counts time in steps
+        # of 10 ms. And nothing that it could compare the counter with later is better than the counter.
+        words += [f"tsc_early_khz={machine.tsc_khz}", "tsc=reliable"]
     return [*words, *machine.append.split()]
 
 

@@ -11,6 +11,7 @@ from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.qemu import arguments, rights
 from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
+from nagaya.engines.qemu.counter import find_khz
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
@@ -166,6 +167,7 @@ class EmulatedEngine:
             agent=-1,
             console=console_number,
             card=_plug(request.network, inherited),
+            tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
         self._memory_bytes = machine.memory_bytes
         self._link = request.network.host_link
