@@ -20,22 +20,16 @@ PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
 RESTARTS = ("no", "on-failure", "always", "unless-stopped")
 
 
-def default_type() -> str:
-    """NAGAYA_TYPE, or the type that this version has."""
-    return os.environ.get("NAGAYA_TYPE") or "container"
-
-
 def host_platform() -> str:
     machine = os.uname().machine
     return "linux/" + {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
 
 
-def plan_machine(options: CreateOptions, image: Image, *, machine_id: str, name: str) -> MachineSpec:
-    """The machine's record. Raises `UsageError` or `Unsupported` for anything that could not work; changes nothing."""
+def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id: str, name: str) -> MachineSpec:
+    """The record of a machine of `type_`. Raises `UsageError` or `Unsupported` for anything that could not work; changes nothing."""
     check_options(options)
     config = image.config
     hostname = options.hostname or machine_id[:12]
-    type_ = options.type or default_type()
     if type_ == TYPES[0] and image.platform != host_platform():
         raise Unsupported(
             f"image '{options.image}' is for {image.platform}, and a {type_} runs on this host's CPU, {host_platform()}",

@@ -7,10 +7,11 @@ import os
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, IntegrityError, NotFound
 from nagaya.manager import repair
-from nagaya.manager.creating import check_options, default_type, name_volumes, plan_machine
+from nagaya.manager.creating import check_options, name_volumes, plan_machine
 from nagaya.manager.machine import Machine, Store
 from nagaya.manager.naming import check_name, generate_name
 from nagaya.manager.options import CreateOptions
+from nagaya.manager.settings import choose_type
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import CREATED, EXITED, STARTING, MachineState
 from nagaya.storage import events, machines, rootfs
@@ -43,14 +44,22 @@ class Machines:
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
-        open_engine(options.type or default_type()).check_host()
+        type_ = choose_type(options.type)
+        engine = open_engine(type_)
+        engine.check_host()
         image = self._store.images.ensure(
             options.image, platform=options.platform, pull=options.pull, insecure=options.insecure, progress=progress
         )
+        root_image = ""
+        if engine.rootfs_kind == "disk":
+            from nagaya.images.progress import Silent  # lazy: virtual machines alone need what follows
+            from nagaya.images.rootimage import make_root_image
+
+            root_image = make_root_image(self._store.images, image, progress=progress or Silent())
         with self._store.images.claims(shared=True):
             if self._store.images.find(image.id) is None:
                 raise Conflict(f"image '{options.image}' has just been removed", hint="try again")
-            spec, lock = self._make(options, image, starting=starting)
+            spec, lock = self._make(options, image, type_, root_image, starting=starting)
         events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
         machine = Machine(self._paths, spec, store=self._store)
         if starting:
@@ -59,16 +68,20 @@ class Machines:
             lock.release()
         return machine
 
-    def _make(self, options: CreateOptions, image: Image, *, starting: bool) -> tuple[MachineSpec, FileLock]:
+    def _make(
+        self, options: CreateOptions, image: Image, type_: str, root_image: str, *, starting: bool
+    ) -> tuple[MachineSpec, FileLock]:
         """The machine on disk, with its command lock held. Leaves nothing when it raises."""
         machine_id = os.urandom(16).hex()
-        spec = plan_machine(options, image, machine_id=machine_id, name=options.name)
+        spec = plan_machine(options, image, type_=type_, machine_id=machine_id, name=options.name)
         lower = self._store.images.layer_directories(image)
         lock = self._make_directory(machine_id)
         try:
             spec = self._claim_name(spec)
             spec = spec._replace(mounts=name_volumes(spec.mounts))
-            rootfs.store_layers(self._paths.machine(machine_id), lower)
+            rootfs.store_layers(self._paths.machine(machine_id), lower, root_image=root_image)
+            if root_image:
+                rootfs.make_data_disk(self._paths.machine(machine_id), spec)
             machines.store_spec(self._paths, spec)
             self._make_volumes(spec, lower)  # the record, which names them, is there: a kill leaves none behind
             state = MachineState(phase=STARTING if starting else CREATED)

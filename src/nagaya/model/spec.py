@@ -12,6 +12,7 @@ class Limits(NamedTuple):
     cpus_milli: int = 0
     pids: int = 0
     cpuset_cpus: str = ""
+    storage_bytes: int = 0  # of a virtual machine's own disk; 0 = 10 GiB
     blkio_weight: int = 0  # 10..1000 as Docker's users know it; cgroup v2 maps it to io.weight 1..10000
 
 

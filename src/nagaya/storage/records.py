@@ -17,7 +17,7 @@ from nagaya.static import Any, TypeVar
 MAX_BYTES = 4 << 20
 T = TypeVar("T")
 _kinds: dict[type, dict[str, Any]] = {}
-_UNION = type(int | None)
+_UNION: Any = type(int | None)
 
 
 def to_data(value: Any) -> Any:
@@ -43,7 +43,7 @@ def _build(kind: Any, data: Any, what: str) -> Any:
         if type(data) is not kind:
             raise IntegrityError(f"{what}: expected {kind.__name__}, found {type(data).__name__}")
         return data
-    if type(kind) is _UNION:
+    if isinstance(kind, _UNION):
         options = [option for option in kind.__args__ if option is not type(None)]
         return None if data is None else _build(options[0], data, what)
     if getattr(kind, "__origin__", None) is tuple:

@@ -9,21 +9,44 @@ from nagaya.model.spec import MachineSpec
 from nagaya.static import NamedTuple
 from nagaya.storage import machines, records
 from nagaya.storage.paths import Paths
-from nagaya.storage.plan import MountPlan, RootfsPlan
+from nagaya.storage.plan import DiskPlan, MountPlan, RootfsPlan
+
+DATA_DISK = "data.img"
 
 
 class Layers(NamedTuple):
     """The image's unpacked layers, topmost first, as the machine's `rootfs.json` keeps them."""
 
     lower: tuple[str, ...]
+    root_image: str = ""  # the same as one file-system image, for machines with disks
 
 
-def store_layers(directory: str, lower: tuple[str, ...]) -> None:
-    records.store(f"{directory}/rootfs.json", Layers(lower))
+def store_layers(directory: str, lower: tuple[str, ...], *, root_image: str = "") -> None:
+    records.store(f"{directory}/rootfs.json", Layers(lower, root_image))
+
+
+def make_data_disk(directory: str, spec: MachineSpec) -> None:
+    """The disk that a virtual machine writes to. Raises `HostError` and `Unsupported`."""
+    from nagaya.storage.disks import DEFAULT_BYTES, create_data_disk  # lazy: virtual machines alone have one
+
+    create_data_disk(f"{directory}/{DATA_DISK}", spec.limits.storage_bytes or DEFAULT_BYTES)
 
 
 def load_layers(directory: str) -> tuple[str, ...]:
     return records.load(f"{directory}/rootfs.json", Layers).lower
+
+
+def plan_disks(directory: str, spec: MachineSpec) -> DiskPlan:
+    """A virtual machine's disks. Raises `IntegrityError` when one is no longer there."""
+    image, data = records.load(f"{directory}/rootfs.json", Layers).root_image, f"{directory}/{DATA_DISK}"
+    if not os.path.isfile(image):
+        raise IntegrityError(
+            f"the root image of '{spec.image}' is missing from the store ({image})",
+            hint=f"bring the image back with 'nagaya pull {spec.image}', then start the machine",
+        )
+    if not os.path.isfile(data):
+        raise IntegrityError(f"the machine's disk is missing ({data})", hint="remove the machine: nagaya rm")
+    return DiskPlan(image, data, spec.read_only)
 
 
 def plan_rootfs(directory: str, spec: MachineSpec) -> RootfsPlan:

@@ -143,9 +143,10 @@ class Supervisor:
         stack = self._stack = ExitStack()
         try:
             network = wire_up(self.paths, self.spec, stack)
+            plan_root = rootfs.plan_disks if self.engine.rootfs_kind == "disk" else rootfs.plan_rootfs
             request = BootRequest(
                 spec=self.spec,
-                rootfs=rootfs.plan_rootfs(self._directory, self.spec),
+                rootfs=plan_root(self._directory, self.spec),
                 mounts=rootfs.plan_mounts(self.paths, self.spec),
                 network=network,
                 etc=write_etc(f"{self._directory}/etc", self.spec, network),

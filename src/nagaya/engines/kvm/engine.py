@@ -20,6 +20,8 @@ from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
+from nagaya.engines.vm.shares import TAG as SHARES_TAG
+from nagaya.engines.vm.shares import Shares, require_shares, start_shares
 from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
 from nagaya.kernel import unix
 from nagaya.kernels import cache
@@ -57,6 +59,8 @@ class KvmEngine:
         self._link = ""
         self._console: TextLog | None = None
         self._log: TextLog | None = None
+        self._log_end = -1
+        self._helpers: list[int] = []  # children of ours beside the VMM
 
     # -- before a boot
 
@@ -80,6 +84,8 @@ class KvmEngine:
             raise Unsupported(
                 f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
             )
+        if any(mount.kind != "tmpfs" for mount in spec.mounts):
+            require_shares()
         return rules.check_spec(spec)
 
     # -- boot
@@ -98,10 +104,11 @@ class KvmEngine:
             with ExitStack() as local:
                 agent, theirs = _connect(local)
                 failed.callback(os.close, agent)
-                plan = self._plan(request, theirs, local)
+                shares = self._share(request, local)
+                plan = self._plan(request, theirs, shares, local)
                 setup = plan_setup(
                     request, time_ns=time.time_ns(), entropy=os.urandom(ENTROPY_BYTES), power_off=_POWER_OFF,
-                    virtiofs_tags=(),
+                    virtiofs_tags=shares.tags if shares is not None else (),
                 )  # fmt: skip
                 payload = setup_payload(setup)
                 self._pid = child.start(plan)
@@ -110,14 +117,23 @@ class KvmEngine:
             self._greet()
             failed.pop_all()
         stack.callback(self._cleanup)
-        assert self._console is not None and self._log is not None
         return Booted(
             pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec), setup=payload,
-            watch=((self._console.fd, self._console.drain), (self._log.fd, self._log.drain)),
+            watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip
 
-    def _plan(self, request: BootRequest, agent: int, local: ExitStack) -> child.Plan:
+    def _share(self, request: BootRequest, local: ExitStack) -> Shares | None:
+        """The VMM's log, and a virtiofsd for the machine's mounts, which writes to it too."""
+        log, self._log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        local.callback(os.close, self._log_end)
+        self._log = TextLog(log, f"{request.runtime_dir}/vmm.log")
+        shares = start_shares(request.mounts, request.runtime_dir, self._log_end, local)
+        if shares is not None:
+            self._helpers.append(shares.pid)
+        return shares
+
+    def _plan(self, request: BootRequest, agent: int, shares: Shares | None, local: ExitStack) -> child.Plan:
         """Open what the machine is made of; what the child makes of it."""
         spec, disks = request.spec, request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
@@ -125,9 +141,7 @@ class KvmEngine:
         self._control = control
         console, console_end = _connect(local)
         self._console = TextLog(console, f"{request.runtime_dir}/console.log")
-        log, log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._log = TextLog(log, f"{request.runtime_dir}/vmm.log")
-        local.callback(os.close, log_end)
+        daemon = shares.socket if shares is not None else -1
         data = _held(open_data(disks.data), local)
         initrd = _held(open_initramfs(), local)
         self._link = request.network.host_link
@@ -138,11 +152,12 @@ class KvmEngine:
             memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
         )  # fmt: skip
         assemble = partial(
-            _assemble, hardware, disks, data=data, agent=agent, console=console_end, link=link, network=request.network
-        )
+            _assemble, hardware, disks, data=data, agent=agent, console=console_end, link=link,
+            network=request.network, daemon=daemon,
+        )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=theirs,
-            kept=tuple(fd for fd in (agent, console_end, data, initrd, link) if fd >= 0), log=log_end,
+            kept=tuple(fd for fd in (agent, console_end, data, initrd, link, daemon) if fd >= 0), log=self._log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
 
@@ -181,6 +196,15 @@ class KvmEngine:
             sent, received = attach.link_bytes(self._link)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
+
+    def _listen(self) -> None:
+        """Take what the guest's console and the VMM have said. A VMM that closes one of them has ended, or is broken."""
+        for source in self._logs():
+            if not source.drain():
+                self.kill()
+
+    def _logs(self) -> list[TextLog]:
+        return [source for source in (self._console, self._log) if source is not None]
 
     def kill(self) -> None:
         """SIGKILL to the VMM. What its guest has written is in the host's page cache by then, and stays."""
@@ -232,16 +256,19 @@ class KvmEngine:
         self._cleanup()
 
     def _cleanup(self) -> None:
-        for source in (self._console, self._log):
-            if source is not None:
-                source.drain()
-                source.close()
+        for source in self._logs():
+            source.drain()
+            source.close()
         self._console = self._log = None
         for fd in (self._pidfd, self._control):
             if fd >= 0:
                 os.close(fd)
         self._pid = self._pidfd = self._control = -1
         self._unread = b""
+        for pid in self._helpers:  # each has ended when the VMM had, for nobody speaks with it any more
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._helpers = []
 
 
 def _connect(local: ExitStack, *, blocking: bool = False) -> tuple[int, int]:
@@ -259,8 +286,9 @@ def _held(fd: int, local: ExitStack) -> int:
 
 
 def _assemble(
-    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, link: int, network: NetworkPlan
-) -> Machine:
+    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, link: int, network: NetworkPlan,
+    daemon: int,
+) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
     from nagaya.virtio.balloon import Balloon
     from nagaya.virtio.blk import Blk
@@ -283,4 +311,11 @@ def _assemble(
         from nagaya.virtio.net_link import Tap
 
         devices.append(Net("net", Tap(link), mac=bytes.fromhex(network.mac.replace(":", "")), mtu=network.mtu))
+    if daemon >= 0:
+        from nagaya.virtio.fs import FileSystem
+        from nagaya.virtio.vhost_user import VhostUser
+
+        connection = VhostUser(daemon)
+        connection.greet()
+        devices.append(FileSystem("shares", connection, tag=SHARES_TAG))
     return Machine(hardware, tuple(devices))
