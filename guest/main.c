@@ -432,14 +432,6 @@ static void spawn_failed(struct channel *c, uint32_t status, uint32_t error, con
 	release(c);
 }
 
-/* In the child. 0 or -1 with errno. */
-static int find_place(const struct spawn *s)
-{
-	if (s->flags & SF_DATA_DISK)
-		return vm_enter_data_disk();
-	return s->flags & SF_APPLET ? 0 : vm_join();
-}
-
 static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 {
 	struct spawn s;
@@ -477,11 +469,11 @@ static void spawn(uint32_t id, const unsigned char *payload, size_t size)
 		close(program_fd);
 		program_fd = -1;
 	} else {
-		c->pid = fork();
-		if (c->pid == 0 && !find_place(&s))
-			spawn_become(&s, child, report[1]);
-		if (c->pid == 0)
+		c->pid = s.flags & SF_APPLET ? fork() : vm_fork();
+		if (c->pid == 0 && s.flags & SF_DATA_DISK && vm_enter_data_disk())
 			spawn_refuse(errno, report[1]);
+		if (c->pid == 0)
+			spawn_become(&s, child, report[1]);
 	}
 	int error = errno;
 	spawn_free(&s);

@@ -137,7 +137,7 @@ static void __attribute__((noreturn)) execute(const struct spawn *s)
 void spawn_refuse(int error, int error_fd)
 {
 	report_fd = error_fd;
-	fail(125, error, "cannot put the program into its place: %s", strerror(error));
+	fail(125, error, "cannot enter the data disk: %s", strerror(error));
 }
 
 void spawn_become(const struct spawn *s, const int fds[3], int error_fd)

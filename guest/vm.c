@@ -27,6 +27,7 @@
 
 #define PORT_NAME "nagaya.agent"
 #define PORTS "/sys/class/virtio-ports"
+#define MODULES "/modules"
 #define PATIENCE_MS 60000  /* a kernel that is emulated instruction by instruction takes its time */
 #define SLEEP_CONTROL 0x600 /* src/nagaya/engines/kvm/power.py */
 #define SLEEP_S5 (1 << 5 | 5 << 2)
@@ -174,6 +175,28 @@ static void __attribute__((noreturn)) give_up(const char *why)
 	vm_finish();
 }
 
+/* A distribution's kernel: what it needs to find us, and we our disks. Files in the order of their names. */
+static void load_modules(void)
+{
+	struct dirent **list;
+	int count = scandir(MODULES, &list, NULL, alphasort);
+
+	for (int i = 0; i < count; i++) {
+		char path[sizeof MODULES + 257];
+		snprintf(path, sizeof path, MODULES "/%s", list[i]->d_name);
+		int fd = list[i]->d_name[0] == '.' ? -1 : open(path, O_RDONLY | O_CLOEXEC);
+		if (fd >= 0) {
+			if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST)
+				vm_warn("cannot load the kernel module %s: %s", list[i]->d_name, strerror(errno));
+			close(fd);
+			unlink(path); /* it lies in the machine's memory */
+		}
+		free(list[i]);
+	}
+	if (count >= 0)
+		free(list);
+}
+
 int vm_start(void)
 {
 	const unsigned long quiet = MS_NOSUID | MS_NODEV | MS_NOEXEC;
@@ -186,6 +209,7 @@ int vm_start(void)
 		give_up("cannot mount /proc");
 	if (mount("sysfs", "/sys", "sysfs", quiet | MS_RDONLY, NULL) && errno != EBUSY)
 		give_up("cannot mount /sys");
+	load_modules();
 	setrlimit(RLIMIT_NOFILE, &files); /* the kernel gives its first program 4096, for programs of another time */
 	if (!vm_await(find_port, &port, PATIENCE_MS)) {
 		errno = ENODEV;

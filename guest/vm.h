@@ -25,9 +25,9 @@ int vm_setup(const unsigned char *payload, size_t size);
 int vm_set_clock(uint64_t time_ns);
 /* Everything that could write is dead: get the disks to rest and end the machine. */
 void vm_finish(void) __attribute__((noreturn));
-/* vm_mounts.c. In a forked child; each 0 or -1 with errno. Into the programs' control group, where there is one. */
-int vm_join(void);
-/* Into the data disk's own root, which has what overlay writes as it lies there. */
+/* vm_mounts.c. fork(2), into the programs' control group where there is one. */
+pid_t vm_fork(void);
+/* In a forked child: into the data disk's own root, which has what overlay writes as it lies there. 0 or -1 with errno. */
 int vm_enter_data_disk(void);
 /* vm_mounts.c. What programs have written goes to the disk; then it, and the root, become read-only. */
 void vm_flush(void);

@@ -312,6 +312,19 @@ def test_a_setup_that_fails_says_why(
         machine.shut_down()
 
 
+def test_modules_are_loaded_in_their_order(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    disks = Disks(image, make_data(tmp_path / "data.img"))
+    modules = (("z.ko", b"no module"), ("a.ko", b"none either"))  # and this kernel takes none at all
+    with VirtualMachine(vmlinux, agent, disks, tmp_path, modules=modules) as machine:
+        answer = machine.set_up(GuestSetup("m", power_off="reboot"))
+        assert answer == SetUp(
+            tuple(
+                f"cannot load the kernel module {name}: Function not implemented" for name in ("000-z.ko", "001-a.ko")
+            )
+        )
+        machine.shut_down()
+
+
 def test_directories_and_files_of_the_host(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
     daemon = find_daemon()
     shared = tmp_path / "shared"

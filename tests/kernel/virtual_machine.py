@@ -34,12 +34,21 @@ class Disks:
 class VirtualMachine(Host):
     """One boot. The console's text is in `console`; leaving the context ends the machine, which must end by itself."""
 
-    def __init__(self, kernel: str, agent: str, disks: Disks, place: Path, *, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        kernel: str,
+        agent: str,
+        disks: Disks,
+        place: Path,
+        *,
+        arguments: tuple[str, ...] = (),
+        modules: tuple[tuple[str, bytes], ...] = (),
+    ) -> None:
         ours, theirs = socket.socketpair()
         super().__init__(ours)
         self.console = place / f"console-{time.monotonic_ns()}"
         initramfs = place / "initramfs"
-        initramfs.write_bytes(make_initramfs(agent))
+        initramfs.write_bytes(make_initramfs(agent, modules=modules))
         command = [
             "qemu-system-x86_64", "-M", "microvm,acpi=off,isa-serial=off", "-accel", "tcg", "-cpu", "max",
             "-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",

@@ -301,6 +301,9 @@ def test_an_initramfs_is_the_agent_and_its_directories(tmp_path: Path) -> None:
     assert entries["init"] == (stat.S_IFREG | 0o755, (0, 0), program.read_bytes())
     assert entries["dev/console"][:2] == (stat.S_IFCHR | 0o600, (5, 1))
     assert set(entries) == {*DIRECTORIES, "init", "dev/console", "TRAILER!!!"}
+    with_modules = unpack(make_initramfs(str(program), modules=(("b.ko", b"first"), ("a.ko", b"second"))))
+    added = [(name, entry[2]) for name, entry in with_modules.items() if name not in entries]
+    assert added == [("modules", b""), ("modules/000-b.ko", b"first"), ("modules/001-a.ko", b"second")]
     assert list(entries).index("dev") < list(entries).index("dev/console")
     assert make_initramfs(str(program)) == archive
 
