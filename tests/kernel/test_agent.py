@@ -19,6 +19,7 @@ from nagaya.model.policy import ProcessPolicy
 from nagaya.protocol import agent as protocol
 from nagaya.protocol.agent import Exited, Output, SpawnFailed
 from nagaya.protocol.frame import encode
+from nagaya.protocol.setup import GuestSetup, setup_payload
 from tests.kernel.agent_machine import LAX, PATH, TIMEOUT_S, Lost, Machine, build_agent
 
 U32 = struct.Struct("<I")
@@ -541,6 +542,8 @@ VIOLATIONS = {
     "malformed credit": encode(protocol.CREDIT, 1, b""),
     "malformed signal": encode(protocol.SIGNAL, 1, b"123"),
     "malformed resize": encode(protocol.RESIZE, 1, b""),
+    "a virtual machine's set-up": encode(protocol.SETUP, 0, setup_payload(GuestSetup("m"))),
+    "a virtual machine's clock": encode(protocol.CLOCK, 0, bytes(8)),
     "input beyond the window": encode(protocol.STDIN, 1, bytes(64 << 10)) * 7,
 }
 

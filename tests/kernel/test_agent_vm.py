@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from nagaya.protocol import agent as protocol
 from nagaya.protocol.agent import SetUp, SetupFailed
-from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup
+from nagaya.protocol.frame import encode
+from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
 from tests.conftest import require_program
-from tests.kernel.agent_machine import build_agent
+from tests.kernel.agent_machine import Lost, build_agent
 from tests.kernel.conftest import MKFS
 from tests.kernel.test_virtiofsd import find_daemon
-from tests.kernel.virtual_machine import MAC, Disks, VirtualMachine
+from tests.kernel.virtual_machine import BOOT_S, MAC, Disks, VirtualMachine
 
 BUSYBOX = "/bin/busybox"
 DUMPE2FS = "/usr/sbin/dumpe2fs"
@@ -285,6 +287,32 @@ def test_what_was_written_survives_every_kind_of_end(vmlinux: str, agent: str, i
         refused = machine.run("/bin/sh", "-c", "echo x > /x")
         assert refused.status != 0 and b"Read-only file system" in refused.err
         machine.shut_down()
+
+
+def lost(machine: VirtualMachine) -> bool:
+    """Whether the agent closes its stream, and the machine ends."""
+    try:
+        while True:
+            machine.step(BOOT_S)
+    except Lost:
+        return machine.ended()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        encode(protocol.CLOCK, 0, bytes(8)),
+        encode(protocol.SETUP, 0, b"\1\0\0\0\xff\0\0\0"),
+        encode(protocol.SETUP, 0, setup_payload(GuestSetup("m", data_only=True, power_off="reboot"))) * 2,
+    ],
+    ids=["not-set-up", "malformed", "twice"],
+)
+def test_a_violation_ends_the_machine(vmlinux: str, agent: str, tmp_path: Path, frame: bytes) -> None:
+    with VirtualMachine(vmlinux, agent, Disks(None, make_data(tmp_path / "data.img")), tmp_path) as machine:
+        machine.link.setup(b"")  # so that an answer is none of a violation on our side
+        machine.link.sent(len(machine.link.outgoing()))
+        machine.send_raw(frame)
+        assert lost(machine)
 
 
 @pytest.mark.parametrize(
