@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, and a host that has every program."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("nagaya.kernels.sources.require_tools", lambda: None)
+    monkeypatch.setattr("nagaya.kernels.sources.require_tools", lambda architecture: None)
     monkeypatch.setattr(build, "NEEDED_BYTES", 1)
     monkeypatch.setattr(build, "NEEDED_BYTES_WHOLE", 1)
     monkeypatch.delenv("NAGAYA_TEST_COMPILER", raising=False)
@@ -79,7 +79,7 @@ def test_source_fragment_and_compiler_make_the_name(
     assert build_kernel(Request(source=linux, fragment=str(fragment)), Told()) == mine
     other = write_linux(tmp_path / "other.tar", extra="one byte more")
     changed = build_kernel(Request(source=other), Told())
-    monkeypatch.setattr("nagaya.kernels.sources.compiler_version", lambda: "gcc 99")
+    monkeypatch.setattr("nagaya.kernels.sources.compiler_version", lambda architecture: "gcc 99")
     newer = build_kernel(Request(source=linux), Told())
     assert len({plain.id, mine.id, changed.id, newer.id}) == 4
     assert {kernel.id for kernel in cache.list_kernels()} == {plain.id, mine.id, changed.id, newer.id}
@@ -155,7 +155,7 @@ _BUILD = """\
 import sys
 from nagaya.kernels import build, sources
 from tests.unit.linux_double import Told
-sources.require_tools = lambda: None
+sources.require_tools = lambda architecture: None
 build.NEEDED_BYTES = 1
 try:
     print(build.build_kernel(build.Request(source=sys.argv[1]), Told()).id)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nagaya.errors import HostError, UsageError
-from nagaya.kernels.config import Lost, find_lost, parse_fragment, read_fragment, render, shipped_path
+from nagaya.kernels.architectures import ARCHITECTURES
+from nagaya.kernels.config import Lost, find_lost, parse_fragment, read_fragment, read_shipped, render, shipped_paths
 
 
 def test_values_comments_and_what_is_off() -> None:
@@ -67,12 +68,22 @@ def test_what_did_not_survive() -> None:
     ]
 
 
-def test_each_line_that_we_ship_has_its_reason() -> None:
-    lines = Path(shipped_path()).read_text(encoding="utf-8").splitlines()
-    settings = [line for line in lines if line.startswith("CONFIG_")]
-    assert len(settings) == len(read_fragment(shipped_path())) > 100
-    assert [line for line in settings if not re.search(r" +# \S.+", line)] == []
-    assert max(map(len, lines)) <= 130
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_line_that_we_ship_has_its_reason(architecture: str) -> None:
+    for path in shipped_paths(architecture):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        settings = [line for line in lines if line.startswith("CONFIG_")]
+        assert len(settings) == len(read_fragment(path)) > 10
+        assert [line for line in settings if not re.search(r" +# \S.+", line)] == []
+        assert max(map(len, lines)) <= 130
+
+
+def test_a_cpus_own_line_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common, own = tmp_path / "guest.config", tmp_path / "x86_64.config"
+    common.write_text("CONFIG_A=y\nCONFIG_B=y\n")
+    own.write_text("CONFIG_B=n\n")
+    monkeypatch.setattr("nagaya.kernels.config.shipped_paths", lambda architecture: (str(common), str(own)))
+    assert read_shipped("x86_64") == {"CONFIG_A": "y", "CONFIG_B": "n"}
 
 
 @pytest.mark.parametrize(
@@ -85,9 +96,12 @@ def test_each_line_that_we_ship_has_its_reason() -> None:
         "VIRTIO_VSOCKETS",
         "EXT4_FS",
         "OVERLAY_FS",
-        "PVH",
         "SMP",
+        "FUSE_FS",
+        "VIRTIO_FS",
     ],
 )
 def test_what_a_machine_needs_is_on(needed: str) -> None:
-    assert read_fragment(shipped_path())[f"CONFIG_{needed}"] == "y"
+    for architecture in ARCHITECTURES:
+        assert read_shipped(architecture)[f"CONFIG_{needed}"] == "y"
+    assert read_shipped("x86_64")["CONFIG_PVH"] == "y"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from nagaya.errors import HostError, LaunchError, UsageError
 from nagaya.kernels import cache, config, sources
+from nagaya.kernels.architectures import Architecture, find_architecture
 from nagaya.kernels.cache import Kernel, Record
 from nagaya.static import NamedTuple, Protocol
 from nagaya.storage import records
@@ -24,10 +25,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
-ARCHITECTURE = "x86_64"
-# GCC makes code that runs once, as __init does, small: clearing memory becomes `rep stosb`, a byte at a time. Silicon
-# does that quickly; where instructions are emulated (PVM, TCG) it is eight times the work.
-COMPILER_FLAGS = "-mstringop-strategy=rep_8byte"
 FORMAT = "1"  # part of each id: to be raised when what this module does to a source changes the kernel
 USUAL_STEPS = 1960  # of the shipped fragment on the tested version; the newest kernel's own number is better
 NEEDED_BYTES = 1 << 30  # the shipped fragment's sources and objects
@@ -54,6 +51,7 @@ class Request(NamedTuple):
     source: str = ""
     force: bool = False
     keep: bool = False
+    architecture: str = ""  # as uname(2) calls it; "" = this host's
 
 
 def build_kernel(request: Request, progress: Progress) -> Kernel:
@@ -62,22 +60,21 @@ def build_kernel(request: Request, progress: Progress) -> Kernel:
     Raises `NotFound` and `Unsupported` for missing packages, `UsageError` for a configuration that cannot be had,
     `LaunchError` with the compiler's last words, `HostError`.
     """
-    if os.uname().machine != ARCHITECTURE:
-        raise UsageError(f"kernels are built on {ARCHITECTURE} only", hint="use another kernel with --kernel PATH")
-    wanted = config.read_fragment(config.shipped_path())
+    architecture = find_architecture(request.architecture)
+    wanted = config.read_shipped(architecture.name)
     if request.fragment:
         wanted |= config.read_fragment(request.fragment)
     source = sources.open_source(request.source)
-    sources.require_tools()
-    compiler = sources.compiler_version()
-    name = _name(source, wanted, compiler)
+    sources.require_tools(architecture)
+    compiler = sources.compiler_version(architecture)
+    name = _name(architecture, source, wanted, compiler)
     directory = cache.cache_directory()
     try:
         os.makedirs(directory, exist_ok=True)
         with _locked(directory, progress) as lock:
             built = None if request.force else cache.load_kernel(directory, name)
             if built is None:
-                work = _Work(directory, name, lock, source, wanted, compiler, request, progress)
+                work = _Work(directory, name, lock, architecture, source, wanted, compiler, request, progress)
                 built = work.run()
             else:
                 progress.step(f"kernel {built.id} is here already")
@@ -94,10 +91,10 @@ def _space_hint(error: OSError, directory: str) -> str:
     return ""
 
 
-def _name(source: sources.Source, wanted: dict[str, str], compiler: str) -> str:
+def _name(architecture: Architecture, source: sources.Source, wanted: dict[str, str], compiler: str) -> str:
     import hashlib  # lazy: only a build needs it
 
-    text = "\n".join((FORMAT, COMPILER_FLAGS, source.digest, compiler, config.render(wanted)))
+    text = "\n".join((FORMAT, architecture.flags, source.digest, compiler, config.render(wanted)))
     return hashlib.sha256(text.encode()).hexdigest()[: cache.ID_DIGITS]
 
 
@@ -124,6 +121,7 @@ class _Work:
         directory: str,
         name: str,
         lock: FileLock,
+        architecture: Architecture,
         source: sources.Source,
         wanted: dict[str, str],
         compiler: str,
@@ -133,6 +131,7 @@ class _Work:
         self.directory = directory
         self.name = name
         self.lock = lock
+        self.architecture = architecture
         self.source = source
         self.wanted = wanted
         self.compiler = compiler
@@ -180,7 +179,8 @@ class _Work:
     def _unpack(self) -> None:
         self.progress.step(f"unpacking {self.source.path}")
         # A fragment of the user's may turn on what the shipped one never needs.
-        self._run(sources.unpack_command(self.source, self.tree, whole=bool(self.request.fragment)), what="tar")
+        left_out = () if self.request.fragment else sources.left_out(self.architecture)
+        self._run(sources.unpack_command(self.source, self.tree, left_out=left_out), what="tar")
         if not os.path.exists(os.path.join(self.tree, "Kbuild")):
             raise UsageError(
                 f"{self.source.path} is not a source of Linux", hint="it has to unpack to one directory with a Kbuild"
@@ -204,7 +204,7 @@ class _Work:
     def _compile(self) -> None:
         jobs = self.request.jobs or len(os.sched_getaffinity(0))
         self.progress.step(f"compiling with {jobs} job{'' if jobs == 1 else 's'}")
-        newest = cache.find_kernel()
+        newest = cache.find_kernel(self.architecture.name)
         expected = newest.record.steps if newest is not None else USUAL_STEPS
 
         def show(line: str) -> None:
@@ -213,33 +213,39 @@ class _Work:
                 self.steps += 1
                 self.progress.count(self.steps, max(expected, self.steps), match[1].removeprefix(f"{self.tree}/"))
 
-        self._run([*self._make(), f"-j{jobs}", "vmlinux"], what="make vmlinux", show=show)
+        self._run(
+            [*self._make(), f"-j{jobs}", self.architecture.target], what=f"make {self.architecture.target}", show=show
+        )
 
     def _strip(self) -> None:
-        """Symbols are three quarters of the file; kallsyms, which a panic prints, is a part of the image."""
-        source, target = os.path.join(self.tree, "vmlinux"), os.path.join(self.made, "vmlinux")
-        self._run(["strip", "--strip-all", "-o", target, source], what="strip")
+        """Symbols are three quarters of an ELF; kallsyms, which a panic prints, is a part of the image."""
+        source = os.path.join(self.tree, self.architecture.image)
+        target = os.path.join(self.made, self.architecture.file)
+        if self.architecture.target == "vmlinux":
+            self._run([f"{self.architecture.cross}strip", "--strip-all", "-o", target, source], what="strip")
+        else:
+            os.rename(source, target)
         os.chmod(target, 0o644)
 
     def _store(self, build_s: float) -> None:
         import hashlib  # lazy: only a build needs it
 
-        vmlinux = os.path.join(self.made, "vmlinux")
-        with open(vmlinux, "rb") as file:
+        image = os.path.join(self.made, self.architecture.file)
+        with open(image, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         with open(os.path.join(self.tree, ".config"), "rb") as file:
             records.write_file(os.path.join(self.made, "config"), file.read(), durable=True, mode=0o644)
         record = Record(
             version=_read_version(self.tree),
-            architecture=ARCHITECTURE,
+            architecture=self.architecture.name,
             fragment=os.path.abspath(self.request.fragment) if self.request.fragment else "shipped",
             source=self.source.path,
             compiler=self.compiler,
             built_ns=time.time_ns(),
             build_s=round(build_s, 1),
             steps=self.steps,
-            size_bytes=os.stat(vmlinux).st_size,
+            size_bytes=os.stat(image).st_size,
             digest=digest,
         )
         records.store(os.path.join(self.made, "kernel.json"), record, durable=True)
@@ -258,7 +264,8 @@ class _Work:
     def _make(self) -> list[str]:
         """make(1) with what would change the kernel from one build to the next fixed: same name, same bytes."""
         return [
-            "make", "-C", self.tree, f"ARCH={ARCHITECTURE}", f"KCFLAGS={COMPILER_FLAGS}", "KBUILD_BUILD_USER=nagaya", "KBUILD_BUILD_HOST=nagaya",
+            "make", "-C", self.tree, f"ARCH={self.architecture.make}", f"CROSS_COMPILE={self.architecture.cross}",
+            f"KCFLAGS={self.architecture.flags}", "KBUILD_BUILD_USER=nagaya", "KBUILD_BUILD_HOST=nagaya",
             "KBUILD_BUILD_VERSION=1", f"KBUILD_BUILD_TIMESTAMP={time.strftime('%F %T UTC', time.gmtime(_epoch(self.tree)))}",
         ]  # fmt: skip
 

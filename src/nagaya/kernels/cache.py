@@ -1,6 +1,7 @@
 """The kernels that have been built: a directory each, named by the content that they were made of.
 
-    $XDG_CACHE_HOME/nagaya/kernels/ID/vmlinux        uncompressed ELF, stripped
+    $XDG_CACHE_HOME/nagaya/kernels/ID/vmlinux        x86_64: uncompressed ELF, stripped
+                                  /ID/Image          other CPUs: what their boot loaders take, uncompressed
                                   /ID/config         the whole .config
                                   /ID/kernel.json    `Record`
                                   /build/            source, objects and log of the build that goes on
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
+from nagaya.kernels.architectures import ARCHITECTURES, X86_64
 from nagaya.static import NamedTuple
 from nagaya.storage import records
 from nagaya.storage.lock import FileLock
@@ -40,7 +42,7 @@ class Record(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A built kernel; `path` is its vmlinux."""
+    """A built kernel; `path` is its image."""
 
     id: str
     path: str
@@ -70,25 +72,30 @@ def load_kernel(directory: str, name: str) -> Kernel | None:
     """The kernel in the cache at `directory` that is called `name`; None when it is damaged, or none at all."""
     if len(name) != ID_DIGITS or not _DIGITS.issuperset(name):
         return None
-    path = os.path.join(directory, name, "vmlinux")
     try:
         record = records.load(os.path.join(directory, name, "kernel.json"), Record)
+        path = os.path.join(directory, name, ARCHITECTURES.get(record.architecture, X86_64).file)
         size = os.stat(path).st_size
     except (OSError, IntegrityError):
         return None
     return Kernel(name, path, record) if size == record.size_bytes else None
 
 
-def find_kernel() -> Kernel | None:
-    """The newest built kernel that runs on this host's CPU."""
-    architecture = os.uname().machine
+def find_kernel(architecture: str = "") -> Kernel | None:
+    """The newest built kernel for `architecture` (as uname(2) calls it); "" = this host's CPU."""
+    architecture = architecture or os.uname().machine
     return next((kernel for kernel in list_kernels() if kernel.record.architecture == architecture), None)
 
 
-def get_kernel(name: str = "") -> Kernel:
+def get_kernel(name: str = "", *, architecture: str = "") -> Kernel:
     """The kernel whose id begins with `name`, or what `find_kernel` finds. Raises `NotFound` with what to do."""
     if not name:
-        newest = find_kernel()
+        newest = find_kernel(architecture)
+        if newest is None and architecture not in ("", os.uname().machine):
+            raise NotFound(
+                f"no guest kernel for {architecture} has been built yet",
+                hint=f"build one with 'nagaya kernel build --arch {architecture}'",
+            )
         if newest is None:
             raise NotFound("no guest kernel has been built yet", hint=BUILD_HINT)
         return newest

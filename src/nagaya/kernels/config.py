@@ -21,9 +21,16 @@ class Lost(NamedTuple):
     found: str
 
 
-def shipped_path() -> str:
-    """The fragment that comes with this package."""
-    return os.path.join(os.path.dirname(__file__), "x86_64.config")
+def shipped_paths(architecture: str) -> tuple[str, str]:
+    """The fragments that come with this package: what every CPU's guest kernel has, and what this one's has beside it."""
+    directory = os.path.dirname(__file__)
+    return os.path.join(directory, "guest.config"), os.path.join(directory, f"{architecture}.config")
+
+
+def read_shipped(architecture: str) -> dict[str, str]:
+    """Both fragments; where they differ, the CPU's own wins."""
+    common, own = shipped_paths(architecture)
+    return read_fragment(common) | read_fragment(own)
 
 
 def read_fragment(path: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 import re
 
 from nagaya.errors import HostError, NotFound, Unsupported, UsageError
+from nagaya.kernels.architectures import X86_64, Architecture
 from nagaya.static import NamedTuple
 
 DIRECTORY = "/usr/src"
@@ -18,17 +19,17 @@ _TOOLS = {"bc": "bc", "bison": "bison", "flex": "flex", "gcc": "gcc", "make": "m
 _HEADERS = {"gelf.h": "libelf-dev"}  # the kernel's own objtool reads ELF
 
 # What no guest can use is not unpacked: it is most of a Linux. Kconfig files and Makefiles stay, everything reads those.
+_ARCHITECTURES = (
+    "alpha", "arc", "arm", "arm64", "csky", "hexagon", "ia64", "loongarch", "m68k", "microblaze", "mips", "nios2",
+    "openrisc", "parisc", "powerpc", "riscv", "s390", "sh", "sparc", "xtensa",
+)  # fmt: skip
+_DRIVERS = (
+    "accel", "ata", "bluetooth", "clk", "comedi", "crypto", "edac", "fpga", "gpu", "greybus", "hid", "hwmon", "iio",
+    "infiniband", "isdn", "leds", "media", "message", "mfd", "mtd", "net/can", "net/dsa", "net/ethernet", "net/usb",
+    "net/wireless", "nvme", "phy", "pinctrl", "platform", "power", "regulator", "scsi", "soc", "spi", "staging", "target",
+    "thunderbolt", "usb", "video",
+)  # fmt: skip
 _LEFT_OUT = (
-    *(f"arch/{name}/*.{kind}" for kind in ("[chS]", "dts", "dtsi", "pl", "tbl") for name in (
-        "alpha", "arc", "arm", "arm64", "csky", "hexagon", "ia64", "loongarch", "m68k", "microblaze", "mips", "nios2",
-        "openrisc", "parisc", "powerpc", "riscv", "s390", "sh", "sparc", "xtensa",
-    )),
-    *(f"drivers/{name}/*.[chS]" for name in (
-        "accel", "ata", "bluetooth", "clk", "comedi", "crypto", "edac", "fpga", "gpu", "greybus", "hid", "hwmon", "iio",
-        "infiniband", "isdn", "leds", "media", "message", "mfd", "mtd", "net/can", "net/dsa", "net/ethernet",
-        "net/usb", "net/wireless", "nvme", "phy", "pinctrl", "platform", "power", "regulator", "scsi", "soc", "spi",
-        "staging", "target", "thunderbolt", "usb", "video",
-    )),
     *(f"fs/{name}/*.[ch]" for name in ("bcachefs", "btrfs", "ceph", "f2fs", "gfs2", "ntfs3", "ocfs2", "smb", "xfs")),
     "Documentation/*.rst", "Documentation/*.yaml", "Documentation/*.txt", "Documentation/*.svg",
     "samples/*.[ch]", "sound/*.[ch]", "tools/perf/*", "tools/testing/*",
@@ -71,11 +72,15 @@ def find_archive(directory: str = DIRECTORY) -> str:
     return found[TESTED] if TESTED in found else found[max(found)]
 
 
-def require_tools() -> None:
+def require_tools(architecture: Architecture = X86_64) -> None:
     """Raises `Unsupported` naming the packages that a build lacks, all of them at once."""
     import shutil  # lazy: only a build needs it
 
-    missing = {package for tool, package in _TOOLS.items() if shutil.which(tool) is None}
+    tools = dict(_TOOLS)
+    if architecture.cross:  # beside the host's own: a kernel's build makes programs that it runs
+        package = architecture.cross.rstrip("-").replace("_", "-")
+        tools |= {f"{architecture.cross}gcc": f"gcc-{package}", f"{architecture.cross}ld": f"binutils-{package}"}
+    missing = {package for tool, package in tools.items() if shutil.which(tool) is None}
     missing |= {package for name, package in _HEADERS.items() if not _has_header(name)}
     if missing:
         names = " ".join(sorted(missing))
@@ -97,14 +102,26 @@ def _has_header(name: str) -> bool:
         return True  # no compiler is what is missing, and that is said already
 
 
-def compiler_version() -> str:
+def compiler_version(architecture: Architecture = X86_64) -> str:
     """What `gcc --version` says of itself: another compiler makes another kernel."""
     import subprocess  # lazy: as above
 
-    return subprocess.run(("gcc", "--version"), capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    command = (f"{architecture.cross}gcc", "--version")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def unpack_command(source: Source, directory: str, *, whole: bool) -> list[str]:
-    """The tar(1) that unpacks a Linux without its top directory; not `whole`: what the shipped fragment may need."""
-    patterns = [] if whole else [f"--exclude=*/{pattern}" for pattern in _LEFT_OUT]
+def left_out(architecture: Architecture) -> tuple[str, ...]:
+    """Patterns of files that the shipped fragments for `architecture` do not need."""
+    others = tuple(name for name in _ARCHITECTURES if name != architecture.make)
+    drivers = (name for name in _DRIVERS if name not in architecture.directories)
+    return (
+        *(f"arch/{name}/*.{kind}" for kind in ("[chS]", "dts", "dtsi", "pl", "tbl") for name in others),
+        *(f"drivers/{name}/*.[chS]" for name in drivers),
+        *_LEFT_OUT,
+    )
+
+
+def unpack_command(source: Source, directory: str, *, left_out: tuple[str, ...]) -> list[str]:
+    """The tar(1) that unpacks a Linux without its top directory, and without the files of some patterns."""
+    patterns = [f"--exclude=*/{pattern}" for pattern in left_out]
     return ["tar", "-x", "-f", source.path, "-C", directory, "--strip-components=1", "--no-same-owner", *patterns]

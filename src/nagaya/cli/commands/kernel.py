@@ -36,6 +36,7 @@ def build(context: Context, parsed: Parsed) -> int:
         source=parsed.text("source"),
         force=parsed.switch("force"),
         keep=parsed.switch("keep"),
+        architecture=parsed.text("arch"),
     )
     progress = open_build_progress(quiet=parsed.switch("quiet"))
     try:
@@ -127,6 +128,7 @@ BUILD = Command(
     build,
     flags=(
         Flag("-j --jobs", "Compilers to run at once (default: one for each CPU)", value="NUMBER"),
+        Flag("--arch", "CPU to build for: x86_64, aarch64 or riscv64 (default: the host's)", value="NAME"),
         Flag("--config", "Lines of CONFIG_NAME=value that win over the shipped ones", value="FILE"),
         Flag("--source", "A tar archive of a Linux (default: /usr/src/linux-source-*.tar.xz)", value="FILE"),
         Flag("-f --force", "Build it anew although it is here"),

@@ -275,7 +275,7 @@ def _require_parts(board: Board) -> None:
             finding="it was looked for in PATH",
         )
     try:
-        cache.get_kernel()
+        cache.get_kernel(architecture=board.architecture)
     except NotFound as missing:
         raise Unsupported(missing.message, hint=missing.hint) from None
     if not os.access(agent_path(board.architecture), os.R_OK):
@@ -291,7 +291,7 @@ def _in_path(program: str) -> bool:
 
 
 def _open_kernel(board: Board) -> int:
-    return os.open(cache.get_kernel().path, os.O_RDONLY | os.O_CLOEXEC)
+    return os.open(cache.get_kernel(architecture=board.architecture).path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:
