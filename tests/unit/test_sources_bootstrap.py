@@ -289,10 +289,29 @@ def test_without_debians_archives_it_says_so(programs: Path, root: Path, monkeyp
         DebianSource("bookworm").fetch(Blobs(str(root)), platform="", progress=Silent())
 
 
-@pytest.mark.parametrize("source", [DebianSource("bookworm"), BusyboxSource()])
-def test_another_platform_is_refused(source: DebianSource | BusyboxSource, root: Path) -> None:
+def test_another_platforms_debian(programs: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = apt_sources.AptSource("http://mirror.example/debian", ("bookworm",), ("main",), ("arch=amd64", "trusted=yes"))
+    monkeypatch.setattr(bootstrap, "find_debian_sources", lambda: [own])
+    (tmp_path / "rootfs.tar").write_bytes(layer_tar({"x": b"1"}))
+    program(programs, "mmdebstrap", f'printf "%s\\n" "$@" > {tmp_path}/asked\ncat {tmp_path}/rootfs.tar')
+    blobs = Blobs(str(root))
+    got = DebianSource("bookworm").fetch(blobs, platform="linux/s390x", progress=Silent())
+    config = parse_config(blobs.read(parse_manifest(blobs.read(got.digest)).config.digest))
+    assert config.platform == "linux/s390x"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert "--architectures=s390x" in asked
+    assert asked[-1] == "deb [trusted=yes] http://mirror.example/debian bookworm main"
+    program(programs, "mmdebstrap", "echo 'E: install arch-test for foreign architecture support' >&2; exit 1")
+    with pytest.raises(LaunchError, match="arch-test") as caught:
+        DebianSource("bookworm").fetch(blobs, platform="linux/s390x", progress=Silent())
+    assert "qemu-user-static" in caught.value.hint
+
+
+def test_platforms_that_there_are_none_for(root: Path) -> None:
+    with pytest.raises(Unsupported, match="no Debian for linux/mips"):
+        DebianSource("bookworm").fetch(Blobs(str(root)), platform="linux/mips", progress=Silent())
     with pytest.raises(Unsupported, match="for this host only"):
-        source.fetch(Blobs(str(root)), platform="linux/s390x", progress=Silent())
+        BusyboxSource().fetch(Blobs(str(root)), platform="linux/s390x", progress=Silent())
 
 
 HANG = "trap 'rm {place}/work; exit 1' TERM\ntouch {place}/work\necho $$ > {place}/pid\nwhile :; do sleep 0.05; done"

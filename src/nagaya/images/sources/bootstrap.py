@@ -29,6 +29,11 @@ SUITES = (*NUMBERS.values(), "sid", "unstable", "testing", "stable", "oldstable"
 SLIM = "-slim"
 INSTALLED = "/bin/busybox"
 PT_INTERP = 3
+# What Debian calls the CPUs of platforms.
+DEBIAN_ARCHITECTURES = {
+    "linux/386": "i386", "linux/amd64": "amd64", "linux/arm/v5": "armel", "linux/arm/v7": "armhf", "linux/arm64": "arm64",
+    "linux/ppc64le": "ppc64el", "linux/riscv64": "riscv64", "linux/s390x": "s390x",
+}  # fmt: skip
 
 
 def find_bootstrap(reference: Reference) -> DebianSource | BusyboxSource | None:
@@ -58,6 +63,7 @@ def _put(
     layer: Descriptor,
     diff_id: str,
     *,
+    platform: str,
     command: str,
     made_by: str,
     labels: dict[str, str],
@@ -65,7 +71,7 @@ def _put(
 ) -> Descriptor:
     import json
 
-    system, architecture, *variant = host_platform().split("/")
+    system, architecture, *variant = platform.split("/")
     created = format_time(created_s * 1_000_000_000)
     config: dict[str, object] = {
         "created": created,
@@ -104,8 +110,14 @@ class DebianSource:
 
     def fetch(self, blobs: Blobs, *, platform: str, progress: Progress) -> Descriptor:
         """See `Source.fetch`. Takes 10 to 30 seconds, most of it downloads and dpkg."""
-        _refuse_platform(platform, "debian")
-        lines = rewrite_suite(find_debian_sources(), self._suite)
+        platform = platform or host_platform()
+        if platform not in DEBIAN_ARCHITECTURES:
+            raise Unsupported(f"there is no Debian for {platform}", hint=f"for {', '.join(DEBIAN_ARCHITECTURES)}")
+        foreign = platform != host_platform()
+        found = find_debian_sources()
+        if foreign:  # a line for this host's CPU alone stands for its archive
+            found = [one._replace(options=tuple(o for o in one.options if not o.startswith("arch="))) for one in found]
+        lines = rewrite_suite(found, self._suite)
         if not lines:
             raise Unsupported(
                 "this machine's apt has no Debian sources to make a Debian from",
@@ -115,22 +127,37 @@ class DebianSource:
         # No file is to be younger than the archive was: the same packages then make the same image on every day.
         epoch_s = _set_epoch() or find_release_date(self._suite) or int(time.time())
         command = ["mmdebstrap", "--variant=minbase", "--format=tar", *HOST_PARTS]
+        if foreign:
+            command.append(f"--architectures={DEBIAN_ARCHITECTURES[platform]}")
         if self._slim:
             command += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "info", "locale")]
             command += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
         command += [f"--aptopt={option}" for option in find_proxies()]
         command += [self._suite, "-", *lines]
-        layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s)
+        hint = FOREIGN_HINT.format(platform) if foreign else USUAL_HINT
+        layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s, hint=hint)
         labels = {"org.opencontainers.image.title": "debian", "org.opencontainers.image.version": self._suite}
         made_by = f"mmdebstrap --variant=minbase {self._suite}"
-        return _put(blobs, layer, diff_id, command="bash", made_by=made_by, labels=labels, created_s=epoch_s)
+        return _put(
+            blobs, layer, diff_id, platform=platform, command="bash", made_by=made_by, labels=labels, created_s=epoch_s
+        )
 
 
 # mmdebstrap leaves in what it copied from this host.
 HOST_PARTS = ('--customize-hook=cd "$1/etc" && rm -f resolv.conf hostname && : > resolv.conf && : > hostname',)
 
 
-def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int) -> tuple[Descriptor, str]:
+USUAL_HINT = "check that 'apt-get update' works on this machine"
+# Its packages' own scripts have to run: the kernel starts them in an emulator that it was told of (binfmt_misc).
+FOREIGN_HINT = (
+    "check that 'apt-get update' works on this machine, and that it runs programs for {}: "
+    "apt-get install qemu-user-static binfmt-support arch-test"
+)
+
+
+def _run(
+    command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int, hint: str
+) -> tuple[Descriptor, str]:
     """Run mmdebstrap and take the tar from its standard output: (layer, diff id). Nothing stays when it fails."""
     import subprocess  # lazy: 8 ms
     import threading
@@ -167,7 +194,7 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, ep
         reading.callback(process.stdout.close)
         chunks = reading.enter_context(TarStream(cast(BinaryIO, process.stdout)))
         chunks.on_chunk(lambda done: progress.advance("mmdebstrap", done))
-        layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail))
+        layer = compress_blob(blobs, _checked(chunks, process, listener, command, tail, hint))
         diff_id = chunks.diff_id
     finally:
         _end(process)  # first of all: closing its output waits for the thread that reads it, which waits for its end
@@ -178,7 +205,12 @@ def _run(command: list[str], blobs: Blobs, progress: Progress, *, label: str, ep
 
 
 def _checked(
-    chunks: TarStream, process: subprocess.Popen[bytes], listener: threading.Thread, command: list[str], tail: list[str]
+    chunks: TarStream,
+    process: subprocess.Popen[bytes],
+    listener: threading.Thread,
+    command: list[str],
+    tail: list[str],
+    hint: str,
 ) -> Iterator[bytes]:
     """The chunks; an exception in the place of their end when mmdebstrap failed, so that no blob comes of them."""
     yield from chunks
@@ -188,7 +220,7 @@ def _checked(
         said = [line for line in tail if line.startswith("E:")] or tail
         raise LaunchError(
             f"mmdebstrap failed: {said[-1] if said else f'status {status}, and no reason given'}",
-            hint="check that 'apt-get update' works on this machine",
+            hint=hint,
             command=" ".join(command[:3]),
             status=status,
             log_tail="\n".join(tail[-20:]),
@@ -254,6 +286,7 @@ class BusyboxSource:
             blobs,
             packed.descriptor,
             packed.diff_id,
+            platform=host_platform(),
             command="sh",
             made_by="busybox-static",
             labels={"org.opencontainers.image.title": "busybox"},
