@@ -59,7 +59,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
-    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline"}
+    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline", "init"}
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.
@@ -99,5 +99,17 @@ class OomAware(Protocol):
 
 
 class Offline(Protocol):
-    def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
-        """Run one of the agent's functions on the root of a machine that is not running; the process's pid."""
+    def start_applet(
+        self,
+        rootfs: RootfsPlan | DiskPlan,
+        argv: tuple[str, ...],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *,
+        data_disk: bool = False,
+    ) -> int:
+        """Run one of the agent's functions on the root of a machine that is not running; the process's pid.
+
+        With `data_disk` on the machine's own disk, as overlayfs keeps it there: `/upper` is what it has changed.
+        """

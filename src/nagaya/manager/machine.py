@@ -257,11 +257,13 @@ class Machine:
         with attachment:
             return Completed(*attachment.communicate(stdin, timeout_s=timeout_s))
 
-    def applet(self, argv: tuple[str, ...], *, stdin: bool = False) -> Attachment:
+    def applet(self, argv: tuple[str, ...], *, stdin: bool = False, data_disk: bool = False) -> Attachment:
         """One of the agent's own functions (docs/agent-protocol.md): what `top` and `cp` are made of."""
         connection = connect(self.runtime_dir, self.name)
         process = Process(argv=argv, stdin=stdin)
-        return self._stream(connection, control.request("exec", process=to_data(process), applet=True))
+        return self._stream(
+            connection, control.request("exec", process=to_data(process), applet=True, data_disk=data_disk)
+        )
 
     def top(self) -> list[ProcessRow]:
         """Its processes."""

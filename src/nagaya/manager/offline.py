@@ -23,19 +23,22 @@ Streams = Callable[[Write, Read], tuple[int, str]]
 
 
 @contextmanager
-def open_offline(machine: Machine, argv: tuple[str, ...]) -> Iterator[Streams]:
+def open_offline(machine: Machine, argv: tuple[str, ...], *, data_disk: bool = False) -> Iterator[Streams]:
     """A function that runs the applet to its end. The machine cannot be started meanwhile."""
     with machine.lock():
         if machines.load_state(machine.paths, machine.id).phase not in (CREATED, EXITED):
             raise Conflict(f"machine '{machine.name}' has just been started", hint="try again")
-        layout = rootfs.plan_rootfs(machine.directory, machine.spec)
+        engine = open_engine(machine.spec.type)
+        plan = rootfs.plan_disks if engine.rootfs_kind == "disk" else rootfs.plan_rootfs
+        layout = plan(machine.directory, machine.spec)
 
         def run(write: Write, read: Read) -> tuple[int, str]:
             ends = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
             (stdin, feed), (out, stdout), (err, stderr) = ends
-            engine = open_engine(machine.spec.type)
             try:
-                pid = engine.start_applet(layout, argv, stdin, stdout, stderr)  # type: ignore[attr-defined]
+                pid = engine.start_applet(  # type: ignore[attr-defined]
+                    layout, argv, stdin, stdout, stderr, data_disk=data_disk
+                )
             except OSError as error:
                 raise HostError.from_os(error, f"cannot open the root of machine '{machine.name}'") from None
             finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import IntegrityError, NagayaError, NotFound, Unsupported
+from nagaya.errors import IntegrityError, NagayaError, NotFound
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, EXITED, RUNNING, STARTING, MachineState
 from nagaya.storage import events, machines, rootfs
@@ -106,12 +106,9 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
     except FileNotFoundError:
         raise NotFound(f"machine {machine_id[:12]} has been removed") from None
     with command:
+        _kill(paths, machine_id)
         for type_ in TYPES:
-            try:
-                engine = open_engine(type_)
-            except Unsupported:
-                continue  # it cannot have been of a type that this version does not have
-            engine.reclaim(machine_id)
+            open_engine(type_).reclaim(machine_id)
         with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
             attach.reclaim_machine(paths.root, machine_id)
             names = machines.names_of(paths, machine_id)
@@ -119,6 +116,16 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
             for name in names:
                 machines.release_name(paths, name, machine_id)
     events.record(paths.events, "machine", "destroy", machine_id, names[0] if names else "")
+
+
+def _kill(paths: Paths, machine_id: str) -> None:
+    """Ask its supervisor, if it has one, to end the machine, whatever its type is."""
+    from nagaya.manager.attachment import ask  # lazy: only for what is broken
+
+    try:
+        ask(paths.runtime(machine_id), machine_id[:12], "kill", signal=9)
+    except (NagayaError, OSError):
+        return  # it does not run, or no longer
 
 
 def sweep(paths: Paths) -> None:

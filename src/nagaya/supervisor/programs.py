@@ -133,10 +133,11 @@ class Programs:
         main: bool = False,
         applet: bool = False,
         discard: bool = False,
+        data_disk: bool = False,
         log: LogWriter | None = None,
     ) -> Program:
         """Ask the agent to run `process`; the program's callbacks say what came of it."""
-        channel = self.link.spawn(process, policy, main=main, applet=applet, discard=discard)
+        channel = self.link.spawn(process, policy, main=main, applet=applet, discard=discard, data_disk=data_disk)
         program = Program(self, channel, wants_stdin=process.stdin, tty=process.tty, log=log)
         self._programs[channel] = program
         return program

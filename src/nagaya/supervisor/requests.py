@@ -78,7 +78,8 @@ def _exec(machine: Supervisor, client: Client, request: dict[str, object]) -> No
     policy = machine.booted.policy
     if applet:  # the agent's own code, which needs what the agent has and no program policy
         policy = ProcessPolicy(capabilities=PRIVILEGED, no_new_privileges=False)
-    program = machine.programs.spawn(process, policy, applet=applet, discard=detach)
+    data_disk = applet and bool(request.get("data_disk")) and machine.engine.rootfs_kind == "disk"
+    program = machine.programs.spawn(process, policy, applet=applet, discard=detach, data_disk=data_disk)
 
     def started(pid: int) -> None:
         if detach:

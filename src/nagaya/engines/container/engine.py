@@ -19,7 +19,7 @@ from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net import attach
 from nagaya.static import Any, NamedTuple
-from nagaya.storage.plan import RootfsPlan
+from nagaya.storage.plan import DiskPlan, RootfsPlan
 
 CACHE = "/var/cache/nagaya"
 SYSCTL_PREFIXES = ("kernel.shm", "kernel.msg", "fs.mqueue.")
@@ -50,7 +50,7 @@ class ContainerEngine:
 
     type = "container"
     rootfs_kind = "directories"
-    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline"))
+    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init"))
 
     def __init__(self) -> None:
         self._cgroup: Cgroup | None = None
@@ -199,10 +199,20 @@ class ContainerEngine:
         if self._stub >= 0 and self._cgroup is not None:
             self._cgroup.kill()
 
-    def start_applet(self, rootfs: RootfsPlan, argv: tuple[str, ...], stdin: int, stdout: int, stderr: int) -> int:
+    def start_applet(
+        self,
+        rootfs: RootfsPlan | DiskPlan,
+        argv: tuple[str, ...],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *,
+        data_disk: bool = False,
+    ) -> int:
         """See `Offline.start_applet`."""
         from nagaya.engines.container.offline import start_applet  # lazy: only `cp` of a stopped machine
 
+        assert isinstance(rootfs, RootfsPlan) and not data_disk  # our `rootfs_kind`
         return start_applet(rootfs, argv, stdin, stdout, stderr)
 
     def _cleanup(self) -> None:

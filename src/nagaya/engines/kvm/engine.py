@@ -30,7 +30,7 @@ from nagaya.net import attach, tap
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.static import Any
-from nagaya.storage.plan import DiskPlan
+from nagaya.storage.plan import DiskPlan, RootfsPlan
 from nagaya.virtio.device import Device
 
 PLATFORM = "linux/amd64"
@@ -48,7 +48,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats"))
+    capabilities = frozenset(("pause", "stats", "offline"))
 
     def __init__(self) -> None:
         self._pid = -1
@@ -213,6 +213,22 @@ class KvmEngine:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
+
+    def start_applet(
+        self,
+        rootfs: RootfsPlan | DiskPlan,
+        argv: tuple[str, ...],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *,
+        data_disk: bool = False,
+    ) -> int:
+        """See `Offline.start_applet`."""
+        from nagaya.engines.vm.offline import start_applet  # lazy: only who works on a stopped machine
+
+        assert isinstance(rootfs, DiskPlan)  # our `rootfs_kind`
+        return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it: nothing is left."""

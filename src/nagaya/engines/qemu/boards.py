@@ -40,7 +40,33 @@ X86_64 = Board(
     one_cpu_arguments=("noreplace-smp",),  # LOCK prefixes stay, instead of being patched away one by one: 50 ms
 )
 
-BOARDS = (X86_64,)
+AARCH64 = Board(
+    platform="linux/arm64",
+    architecture="aarch64",
+    program="qemu-system-aarch64",
+    package="qemu-system-arm",
+    machine="virt,acpi=off,gic-version=3,usb=off",
+    # Atomic instructions of their own (LSE), and neither pointer signatures nor SVE, which cost where they are emulated.
+    cpu="neoverse-n1",
+    most_cpus=64,
+    transports=32,
+    power_off="acpi",  # whose firmware is QEMU itself (PSCI)
+    arguments=("console=hvc0", "swiotlb=noforce"),
+)
+RISCV64 = Board(
+    platform="linux/riscv64",
+    architecture="riscv64",
+    program="qemu-system-riscv64",
+    package="qemu-system-misc",
+    machine="virt,usb=off",
+    cpu="rv64",
+    most_cpus=8,
+    transports=8,
+    power_off="acpi",  # by the firmware that QEMU brings (OpenSBI)
+    arguments=("console=hvc0", "swiotlb=noforce"),
+)
+
+BOARDS = (X86_64, AARCH64, RISCV64)
 
 
 def find_board(platform: str) -> Board:

@@ -28,7 +28,7 @@ from nagaya.model.spec import MachineSpec
 from nagaya.net import attach, tap
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol.setup import setup_payload
-from nagaya.storage.plan import DiskPlan
+from nagaya.storage.plan import DiskPlan, RootfsPlan
 
 STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
 PROGRAM_WITHIN_S = 120.0
@@ -60,7 +60,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats"))
+    capabilities = frozenset(("pause", "stats", "offline"))
 
     def __init__(self) -> None:
         self._pid = -1
@@ -241,6 +241,22 @@ class EmulatedEngine:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
+
+    def start_applet(
+        self,
+        rootfs: RootfsPlan | DiskPlan,
+        argv: tuple[str, ...],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *,
+        data_disk: bool = False,
+    ) -> int:
+        """See `Offline.start_applet`."""
+        from nagaya.engines.vm.offline import start_applet  # lazy: only who works on a stopped machine
+
+        assert isinstance(rootfs, DiskPlan)  # our `rootfs_kind`
+        return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU: nothing is left."""
