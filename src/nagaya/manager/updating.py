@@ -17,7 +17,7 @@ _WORDS = {
 
 def plan_update(spec: MachineSpec, options: UpdateOptions) -> MachineSpec:
     """The record after the change. Raises `UsageError` for values that no machine could have."""
-    changes = {name: value for name in Limits._fields if (value := getattr(options, name)) is not None}
+    changes = {name: value for name in Limits._fields if (value := getattr(options, name, None)) is not None}
     limits = spec.limits._replace(**changes)
     restart = options.restart if options.restart is not None else spec.restart
     check_options(CreateOptions(image=spec.image, limits=limits, restart=restart, auto_remove=spec.auto_remove))
