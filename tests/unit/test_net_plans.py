@@ -109,3 +109,12 @@ def test_netlink_attributes_are_padded() -> None:
     assert netlink.attribute(3, b"ab\0") == b"\x07\x00\x03\x00ab\x00\x00"
     assert netlink.attribute(3, b"abcd") == b"\x08\x00\x03\x00abcd"
     assert netlink.number(258) == b"\x02\x01\x00\x00"
+
+
+def test_a_plain_user_gets_a_network_that_needs_no_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    plan = attach.plan_network("bridge", "abcdef1234" + "0" * 22, str(tmp_path))
+    assert (plan.kind, plan.mac, plan.bridge, plan.host_link) == ("user", "02:ab:cd:ef:12:34", "", "")
+    assert (plan.address, plan.prefix, plan.gateway) == ("10.0.2.15", 24, "10.0.2.2")
+    assert attach.plan_network("none", "0" * 32, str(tmp_path)).kind == "none"
+    assert list(tmp_path.iterdir()) == []

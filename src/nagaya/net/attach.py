@@ -8,7 +8,7 @@ import zlib
 from nagaya.errors import HostError
 from nagaya.kernel.netlink import Netlink, index_of
 from nagaya.net import addresses, firewall
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import USER_ADDRESS, USER_GATEWAY, USER_PREFIX, NetworkPlan
 from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree
 
@@ -27,9 +27,16 @@ def _directory(root: str) -> str:
 
 
 def plan_network(kind: str, machine_id: str, root: str) -> NetworkPlan:
-    """Work out a machine's network and claim its address. Nothing on the host's network changes yet."""
+    """Work out a machine's network and claim its address. Nothing on the host's network changes yet.
+
+    A plain user can make no bridge: "bridge" is a user-mode network then.
+    """
     if kind != "bridge":
         return NetworkPlan(kind)
+    if os.geteuid():
+        return NetworkPlan(
+            kind="user", address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=_mac(machine_id)
+        )
     with FileLock(f"{root}/network.lock"):  # not between the two halves of `remove_idle`
         subnet = addresses.load_subnet(_directory(root))
         address = addresses.claim(_directory(root), subnet, machine_id)
@@ -40,8 +47,12 @@ def plan_network(kind: str, machine_id: str, root: str) -> NetworkPlan:
         address=address,
         prefix=subnet.prefix,
         gateway=subnet.gateway,
-        mac="02:" + ":".join(machine_id[at : at + 2] for at in range(0, 10, 2)),  # 02: locally administered
+        mac=_mac(machine_id),
     )
+
+
+def _mac(machine_id: str) -> str:
+    return "02:" + ":".join(machine_id[at : at + 2] for at in range(0, 10, 2))  # 02: locally administered
 
 
 def prepare(plan: NetworkPlan) -> None:

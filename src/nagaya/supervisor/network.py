@@ -15,6 +15,8 @@ def wire_up(paths: Paths, spec: MachineSpec, stack: ExitStack) -> NetworkPlan:
     if spec.network in ("none", "host"):
         return NetworkPlan(spec.network)
     plan = attach.plan_network(spec.network, spec.id, paths.root)
+    if plan.kind != "bridge":
+        return plan
     stack.callback(attach.release, paths.root, spec.id)
     attach.prepare(plan)
     stack.callback(attach.disconnect, plan)

@@ -34,6 +34,10 @@ STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
 PROGRAM_WITHIN_S = 120.0
 END_WITHIN_S = 20.0
 ENTROPY_BYTES = 64
+USER_NETWORK_WARNING = (
+    "a plain user's machine has a user-mode network: nobody can reach it, and it reaches what listens on this host's "
+    "loopback by 10.0.2.2 (--network none cuts it off)"
+)
 
 
 class _Inherited:
@@ -134,6 +138,7 @@ class EmulatedEngine:
             pidfd=os.dup(self._pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
+            warnings=(USER_NETWORK_WARNING,) if request.network.kind == "user" else (),
             setup=payload,
             watch=tuple((source.fd, self.listen) for source in self._sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
