@@ -47,6 +47,7 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ARCHIVE_FAULTS = frozenset(
     (errno.ENAMETOOLONG, errno.EFBIG, errno.EINVAL, errno.EILSEQ, errno.EMLINK, errno.ENOTEMPTY)
 )
+_UPPER_SPACE = b"trusted.overlay."
 _KEPT_XATTRS = (b"user.", b"trusted.", b"system.posix_acl_", b"security.capability")
 
 
@@ -65,6 +66,7 @@ class Policy(NamedTuple):
     devices: bool  # make device nodes; refused otherwise
     fresh: bool  # the directory is new and ours alone
     rename: bytes = b""  # replaces the first component of every name
+    upper: bool = False  # the content is in overlayfs's form already: keep its marks
 
 
 LAYER = Policy(owner=True, overlay=True, devices=True, fresh=True)
@@ -80,6 +82,17 @@ def unpack_layer(chunks: Iterator[bytes], directory: str) -> Unpacked:
     """
     with Unpacker(directory, LAYER) as unpacker:
         return unpacker.run(TarReader(chunks))
+
+
+def unpack_upper(stream: BinaryIO, directory: str) -> Unpacked:
+    """Unpack a plain tar `stream` of an overlay's upper directory, from a virtual machine, into an empty `directory`.
+
+    The machine is hostile: of overlayfs's marks deletions (devices 0/0) and opaque directories are taken over, which can
+    only hide; what refers to other files is refused, and the rest dropped. For a plain user, all belongs to that user.
+    Raises `IntegrityError` naming the entry, `OSError` from the host.
+    """
+    policy = Policy(owner=os.geteuid() == 0, overlay=False, devices=True, fresh=True, upper=True)
+    return unpack_stream(stream, directory, policy)
 
 
 def extract(stream: BinaryIO, directory: str, *, preserve_owner: bool, rename: str = "") -> None:
@@ -421,6 +434,9 @@ class Unpacker:
 
     def _set_xattrs(self, target: int | bytes, entry: Entry) -> None:
         for name, value in entry.xattrs:
+            if self._policy.upper and name.startswith(_UPPER_SPACE):
+                self._set_upper_mark(target, entry, name, value)
+                continue
             if not name.startswith(_KEPT_XATTRS) or name.startswith((b"trusted.overlay.", b"user.overlay.")):
                 continue
             if not self._policy.owner and not name.startswith(b"user."):
@@ -438,6 +454,14 @@ class Unpacker:
                 if error.errno in (errno.EINVAL, errno.ERANGE, errno.E2BIG):
                     raise refuse(entry.name, f"its attribute {show_name(name)} is malformed") from None
                 raise
+
+    def _set_upper_mark(self, target: int | bytes, entry: Entry, name: bytes, value: bytes) -> None:
+        """One of overlayfs's own attributes. A redirect, or a file's metadata without its data, names another file."""
+        mark = name[len(_UPPER_SPACE) :]
+        if mark in (b"redirect", b"metacopy"):
+            raise refuse(entry.name, f"its attribute {show_name(name)} refers to another file")
+        if mark == b"opaque" and value == b"y" and entry.kind == DIRECTORY:
+            os.setxattr(target, self._space + b"overlay.opaque", b"y")
 
     def _finish_directories(self) -> None:
         """Owners, modes, times of directories: deepest first, for a mode may close the way to what is below."""
