@@ -555,6 +555,8 @@ static void set_up(const unsigned char *payload, size_t size)
 	if (failed == -2)
 		end(EXIT_LOST);
 	vm = failed ? UNUSABLE : SET_UP;
+	program_pid = vm_stub;
+	program_fd = vm_stub_fd;
 	put32(frame + HEADER_SIZE, failed ? vm_report.error : vm_report.warning_count);
 	if (failed)
 		text = vm_report.text;

@@ -72,6 +72,7 @@ enum setup_flag {
 	UF_READ_ONLY = 1,
 	UF_UNMASK = 2,
 	UF_DATA_ONLY = 4,
+	UF_OWN_PIDS = 8,
 };
 
 enum mount_kind {

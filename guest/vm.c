@@ -35,6 +35,8 @@
 #define FILES_HARD (1 << 20)
 
 struct vm_report vm_report;
+pid_t vm_stub;
+int vm_stub_fd = -1;
 static uint32_t power_off_by = UP_REBOOT; /* until SETUP says; every VMM understands it, with panic=-1 a panic too */
 
 int vm_fail(int error, const char *format, ...)
@@ -320,13 +322,11 @@ static int early(const struct field *f)
 	return 0;
 }
 
-static int system_mounts(const struct field *f)
+static int device(const struct field *f)
 {
-	const char *first = (const char *)f->bytes;
+	const char *node = (const char *)f->bytes;
 
-	if (f->tag == U_DEVICE)
-		return vm_make_device(first, first + strlen(first) + 1);
-	return f->tag == U_PIDS ? vm_limit_pids(get32(f->bytes)) : 0;
+	return f->tag == U_DEVICE ? vm_make_device(node, node + strlen(node) + 1) : 0;
 }
 
 static int file(const struct field *f)
@@ -366,7 +366,7 @@ static int each(const unsigned char *payload, size_t size, int (*step)(const str
 int vm_setup(const unsigned char *payload, size_t size)
 {
 	struct field f;
-	uint32_t flags = 0;
+	uint32_t flags = 0, pids = 0;
 	int more;
 
 	for (size_t at = 0; (more = next_field(payload, size, &at, &f)) > 0;) {
@@ -374,14 +374,16 @@ int vm_setup(const unsigned char *payload, size_t size)
 			return -2;
 		if (f.tag == U_FLAGS)
 			flags = get32(f.bytes);
+		if (f.tag == U_PIDS)
+			pids = get32(f.bytes);
 	}
 	if (more < 0)
 		return -2;
 	if (flags & UF_DATA_ONLY)
 		return each(payload, size, early) || vm_mount_data_only() ? -1 : 0;
 	/* The same order as a container's: ours first, the user's over them, and only then what makes things read-only. */
-	if (each(payload, size, early) || vm_mount_disks() || vm_switch_root() || vm_mount_system() ||
-	    each(payload, size, system_mounts) || vm_protect_groups() || each(payload, size, file) || each(payload, size, user_mount) ||
+	if (each(payload, size, early) || vm_mount_disks() || vm_switch_root() || 
+	    vm_mount_system(pids, !!(flags & UF_OWN_PIDS)) || each(payload, size, device) || each(payload, size, file) || each(payload, size, user_mount) ||
 	    vm_drop_shares() || (flags & UF_READ_ONLY && vm_protect_root()) || vm_bring_up_loopback() ||
 	    each(payload, size, network) || each(payload, size, sysctl) || (!(flags & UF_UNMASK) && vm_mask()))
 		return -1;

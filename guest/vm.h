@@ -23,6 +23,9 @@ int vm_start(void);
 int vm_setup(const unsigned char *payload, size_t size);
 /* 0 or -1 with errno. */
 int vm_set_clock(uint64_t time_ns);
+/* With UF_OWN_PIDS: the stub that MAIN will replace, and the way to it (stub.h); else 0 and -1. */
+extern pid_t vm_stub;
+extern int vm_stub_fd;
 /* Everything that could write is dead: get the disks to rest and end the machine. */
 void vm_finish(void) __attribute__((noreturn));
 /* vm_mounts.c. fork(2), into the programs' control group where there is one. */
@@ -46,15 +49,13 @@ int vm_write_file(int directory, const char *path, const char *text);
 int vm_mount_data_only(void);
 int vm_mount_disks(void);
 int vm_switch_root(void);
-int vm_mount_system(void);
+int vm_mount_system(uint32_t pids, int own_pids);
 int vm_make_device(const char *node, const char *path);
 int vm_mount_file(const char *path, const unsigned char *content, size_t size);
 int vm_mount_user(const unsigned char *field, size_t size);
 int vm_drop_shares(void);
 int vm_protect_root(void);
 int vm_mask(void);
-int vm_limit_pids(uint32_t most);
-int vm_protect_groups(void);
 
 /* vm_net.c */
 int vm_bring_up_loopback(void);

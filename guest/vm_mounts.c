@@ -14,12 +14,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "stub.h"
 #include "vm.h"
+
+int unshare(int flags); /* <sched.h> and <linux/sched.h> exclude each other, as <sys/mount.h> and <linux/mount.h> do */
 
 /* <sys/mount.h> and <linux/mount.h> exclude each other in some C libraries. */
 int mount(const char *source, const char *target, const char *type, unsigned long flags, const void *data);
@@ -38,7 +42,7 @@ struct disk {
 	char device[40];
 };
 
-static int initramfs = -1, data_disk = -1, root = -1, null_device = -1, programs = -1;
+static int initramfs = -1, data_disk = -1, root = -1, own_proc = -1, null_device = -1, programs = -1;
 static int file_count, share_count;
 static char shares[MAX_SHARES][64];
 
@@ -150,7 +154,8 @@ int vm_switch_root(void)
 {
 	unlink("/init"); /* its pages stay as long as we run */
 	initramfs = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
-	if (initramfs < 0 || mount("tmpfs", "/files", "tmpfs", QUIET, "mode=755,size=4m") || chdir("/root") ||
+	own_proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC); /* that of the programs may not know us */
+	if (initramfs < 0 || own_proc < 0 || mount("tmpfs", "/files", "tmpfs", QUIET, "mode=755,size=4m") || chdir("/root") ||
 	    mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
 		return vm_fail(errno, "cannot change the root");
 	root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
@@ -242,7 +247,7 @@ static int set_mount_flags(int fd, unsigned long flags)
 }
 
 /* Mount a copy of what `fd` is open on, a directory or a file, over `target`. */
-static int bind(int fd, int target, unsigned long flags)
+static int bind_tree(int fd, int target, unsigned long flags)
 {
 	int tree = (int)syscall(SYS_open_tree, fd, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH), failed;
 
@@ -303,23 +308,7 @@ static int make_devices(void)
 	return null_device < 0 ? vm_fail(errno, "cannot open /dev/null") : 0;
 }
 
-int vm_mount_system(void)
-{
-	umask(0);
-	if (mount_system(NULL, "proc", "/proc", 0, NULL) || mount_system(NULL, "sys", "/sys", 0, NULL) ||
-	    mount_system("tmpfs", "tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k") ||
-	    mount_system("devpts", "devpts", "/dev/pts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5") ||
-	    mount_system("tmpfs", "shm", "/dev/shm", QUIET, "mode=1777,size=65536k") || make_devices())
-		return -1;
-	if (mount_system("mqueue", "mqueue", "/dev/mqueue", QUIET, NULL) && vm_report.error != ENODEV)
-		return -1;
-	if (mount_system("cgroup2", "cgroup", "/sys/fs/cgroup", QUIET, NULL) && vm_report.error != ENODEV && vm_report.error != ENOENT)
-		return -1;
-	umask(022);
-	return 0;
-}
-
-int vm_limit_pids(uint32_t most)
+static int limit_pids(uint32_t most)
 {
 	int groups = open("/sys/fs/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC), failed;
 	char text[16];
@@ -334,7 +323,7 @@ int vm_limit_pids(uint32_t most)
 	return failed ? vm_fail(error, "the guest kernel cannot limit the number of processes") : 0;
 }
 
-int vm_protect_groups(void)
+static int protect_groups(void)
 {
 	int groups = open("/sys/fs/cgroup", O_PATH | O_CLOEXEC), failed;
 
@@ -350,6 +339,56 @@ pid_t vm_fork(void)
 
 	/* Born there: to move it in later would wait for a grace period of RCU's, tens of milliseconds. */
 	return programs < 0 ? fork() : (pid_t)syscall(SYS_clone3, &args, sizeof args);
+}
+
+/* The first process of a PID namespace of the programs' own, which MAIN will take the place of. It mounts their /proc:
+ * one shows the namespace of who has mounted it. */
+static void __attribute__((noreturn)) become_stub(int fd)
+{
+	int failed = mount_system("proc", "proc", "/proc", QUIET, NULL) ? (int)vm_report.error : 0;
+
+	if (write(fd, &failed, sizeof failed) != sizeof failed || failed)
+		_exit(125);
+	stub_become(fd);
+}
+
+static int start_stub(void)
+{
+	int pair[2], failed;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) || unshare(CLONE_NEWPID) || (vm_stub = vm_fork()) < 0)
+		return vm_fail(errno, "cannot make a PID namespace");
+	if (!vm_stub) {
+		close(pair[0]);
+		become_stub(pair[1]);
+	}
+	close(pair[1]);
+	vm_stub_fd = pair[0];
+	if (read(vm_stub_fd, &failed, sizeof failed) != sizeof failed || failed)
+		return vm_fail(failed, "cannot mount the PID namespace's /proc");
+	return 0;
+}
+
+static int mount_groups(uint32_t pids)
+{
+	if (mount_system("cgroup2", "cgroup", "/sys/fs/cgroup", QUIET, NULL))
+		return !pids && (vm_report.error == ENODEV || vm_report.error == ENOENT) ? 0 : -1; /* a kernel without */
+	return (pids && limit_pids(pids)) || protect_groups() ? -1 : 0;
+}
+
+int vm_mount_system(uint32_t pids, int own_pids)
+{
+	umask(0);
+	if (mount_system(NULL, "sys", "/sys", 0, NULL) || mount_groups(pids) ||
+	    (own_pids ? start_stub() : mount_system(NULL, "proc", "/proc", 0, NULL)) ||
+	    mount_system("tmpfs", "tmpfs", "/dev", MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536k") ||
+	    mount_system("devpts", "devpts", "/dev/pts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5") ||
+	    mount_system("tmpfs", "shm", "/dev/shm", QUIET, "mode=1777,size=65536k") || make_devices())
+		return -1;
+	if (mount_system("mqueue", "mqueue", "/dev/mqueue", QUIET, NULL) && vm_report.error != ENODEV)
+		return -1;
+	umask(022);
+	return 0;
 }
 
 int vm_make_device(const char *node, const char *path)
@@ -391,8 +430,8 @@ static int check_place(int target, const char *path)
 {
 	char descriptor[32], place[PATH_MAX];
 
-	snprintf(descriptor, sizeof descriptor, "/proc/self/fd/%d", target);
-	ssize_t n = readlink(descriptor, place, sizeof place - 1);
+	snprintf(descriptor, sizeof descriptor, "self/fd/%d", target);
+	ssize_t n = readlinkat(own_proc, descriptor, place, sizeof place - 1);
 	if (n < 0)
 		return vm_fail(errno, "cannot find out where %s is", path);
 	place[n] = 0;
@@ -425,7 +464,7 @@ int vm_mount_file(const char *path, const unsigned char *content, size_t size)
 	}
 	target = open_target(path, 1, 1, 0);
 	failed = target < 0 ? cannot_mount(errno, path) : check_place(target, path);
-	if (!failed && bind(fd, target, 0))
+	if (!failed && bind_tree(fd, target, 0))
 		failed = cannot_mount(errno, path);
 	if (target >= 0)
 		close(target);
@@ -493,7 +532,7 @@ static int mount_share(const char *source, const char *path, unsigned long flags
 		struct stat there;
 		if (!fstat(target, &there) && S_ISDIR(there.st_mode) != S_ISDIR(st.st_mode))
 			failed = cannot_mount(S_ISDIR(there.st_mode) ? EISDIR : ENOTDIR, path); /* move_mount(2) has only EINVAL */
-		else if (bind(part, target, flags))
+		else if (bind_tree(part, target, flags))
 			failed = cannot_mount(errno, path);
 	}
 	if (target >= 0)
@@ -538,7 +577,7 @@ static int protect(const char *path)
 
 	if (fd < 0)
 		return 0; /* this kernel does not have it */
-	failed = bind(fd, fd, MS_RDONLY | QUIET) ? errno : 0;
+	failed = bind_tree(fd, fd, MS_RDONLY | QUIET) ? errno : 0;
 	close(fd);
 	return failed ? vm_fail(failed, "cannot protect %s", path) : 0;
 }
@@ -555,7 +594,7 @@ static int mask(const char *path)
 	else if (S_ISDIR(st.st_mode))
 		failed = mount_at(fd, "tmpfs", "tmpfs", MS_RDONLY | QUIET, "size=0k");
 	else
-		failed = bind(null_device, fd, 0);
+		failed = bind_tree(null_device, fd, 0);
 	int error = errno;
 	close(fd);
 	return failed ? vm_fail(error, "cannot hide %s", path) : 0;

@@ -289,6 +289,26 @@ def test_what_was_written_survives_every_kind_of_end(vmlinux: str, agent: str, i
         machine.shut_down()
 
 
+def test_the_main_program_may_be_the_first_process(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    disks = Disks(image, make_data(tmp_path / "data.img"))
+    setup = GuestSetup("m", own_pids=True, pids=50, power_off="reboot", mounts=(GuestMount("tmpfs", "", "/by-link/t"),))
+    with VirtualMachine(vmlinux, agent, disks, tmp_path) as machine:
+        assert machine.set_up(setup) == SetUp(())
+        main = machine.spawn("/bin/sh", "-c", "echo I am $$; cat", main=True, stdin=True)
+        machine.wait_output(main, b"I am 1\n")
+        machine.link.send_stdin(main, b"heard\n")
+        machine.wait_output(main, b"heard\n")
+        assert sh(machine, "cat /proc/1/comm; ls -d /proc/[0-9]* | wc -l; cat /proc/1/cgroup") == "cat\n4\n0::/machine\n"
+        assert b'"pid":1,"ppid":0,"uid":0,"user":"root"' in machine.run("ps", applet=True).out
+        assert [line.split()[1] for line in sh(machine, "cat /proc/mounts").splitlines()].count("/proc") == 1
+        other = machine.spawn("/bin/sleep", "100")
+        machine.started(other)
+        machine.link.close_stdin(main)
+        assert machine.finish(main).status == 0
+        assert machine.finish(other).status == 137  # the kernel ends all others with it
+        machine.shut_down()
+
+
 def lost(machine: VirtualMachine) -> bool:
     """Whether the agent closes its stream, and the machine ends."""
     try:

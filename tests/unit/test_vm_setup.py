@@ -53,7 +53,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     numbers = {name: int(value) for name, value in re.findall(r"^\t(U[FMP]?_\w+) = (\d+),", text, re.M)}
     of = {prefix: {n[len(prefix) :]: v for n, v in numbers.items() if n.startswith(prefix)} for prefix in ("U_", "UF_")}
     assert len(of["U_"]) == 11 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
-    assert len(of["UF_"]) == 3 and of["UF_"] == {name: getattr(setup, f"_{name}") for name in of["UF_"]}
+    assert len(of["UF_"]) == 4 and of["UF_"] == {name: getattr(setup, f"_{name}") for name in of["UF_"]}
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UM_")} == setup.MOUNT_KINDS
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UP_")} == setup.POWER_OFF
 
@@ -77,12 +77,13 @@ def test_a_payload_says_everything() -> None:
             devices=(("/dev/fuse", "/dev/fuse"),),
             pids=7,
             data_only=True,
+            own_pids=True,
         )
     )
     assert sorted(fields(made)) == sorted(
         [
             (1, b"lodger"),
-            (2, U32.pack(7)),
+            (2, U32.pack(15)),
             (3, struct.pack("<Q", 1 << 60)),
             (4, b"\x01\x02"),
             (5, b"/etc/hosts\0a\0b"),
@@ -235,6 +236,7 @@ def test_a_plan_has_what_the_spec_asks_for() -> None:
     )  # fmt: skip
     assert plan(request(rootfs=DiskPlan("image", "data", read_only=True))).read_only
     assert plan(request(spec=SPEC._replace(read_only=True))).read_only
+    assert plan(request(spec=SPEC._replace(init=False))).own_pids
 
 
 def test_mounts_become_the_guests() -> None:

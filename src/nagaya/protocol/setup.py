@@ -12,7 +12,7 @@ from nagaya.protocol.frame import MAX_PAYLOAD
 from nagaya.static import NamedTuple
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
-_READ_ONLY, _UNMASK, _DATA_ONLY = 1, 2, 4
+_READ_ONLY, _UNMASK, _DATA_ONLY, _OWN_PIDS = 1, 2, 4, 8
 
 MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
 MOUNT_OPTIONS = {"nosuid": 2, "nodev": 4, "noexec": 8}  # the numbers are mount(2)'s
@@ -73,13 +73,16 @@ class GuestSetup(NamedTuple):
     power_off: str = "acpi"
     devices: tuple[tuple[str, str], ...] = ()  # (node of the guest kernel's /dev, path inside) beside the standard ones
     data_only: bool = False  # no root at all: only the data disk, for applets that run on it; all else is left alone
+    own_pids: bool = (
+        False  # the programs have a PID namespace of their own, and the main one is the first process in it
+    )
     pids: int = 0  # the most processes and threads that its programs may have; 0 = no limit
 
 
 def setup_payload(setup: GuestSetup) -> bytes:
     """SETUP's fields. Raises `UsageError` for what the agent would take for a violation."""
     flags = (_READ_ONLY if setup.read_only else 0) | (_UNMASK if setup.unmask else 0)
-    flags |= _DATA_ONLY if setup.data_only else 0
+    flags |= (_DATA_ONLY if setup.data_only else 0) | (_OWN_PIDS if setup.own_pids else 0)
     if len(_text(setup.hostname)) > HOSTNAME_MAX:
         raise UsageError(f"the host name '{setup.hostname}' is longer than {HOSTNAME_MAX} bytes")
     if len(setup.entropy) > ENTROPY_MAX:

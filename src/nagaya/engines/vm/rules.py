@@ -55,8 +55,6 @@ def _check_walls(spec: MachineSpec) -> None:
             "user namespaces are for containers: a virtual machine's root is nobody on the host in any case",
             hint="leave --userns away",
         )
-    if not spec.init:
-        raise Unsupported("a virtual machine's first process is the agent", hint="leave --init=false away")
     if spec.security.seccomp not in ("default", "unconfined"):
         raise Unsupported(
             "a seccomp profile is for containers: a virtual machine's programs speak to its own kernel, not to the host's",

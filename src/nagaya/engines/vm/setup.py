@@ -50,6 +50,7 @@ def plan_setup(
         unmask=spec.security.unmask,
         power_off=power_off,
         devices=tuple((device.host_path, device.path) for device in spec.devices),
+        own_pids=not spec.init,
         pids=spec.limits.pids,
     )
 
