@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from nagaya.engines.qemu import engine as engine_module
-from nagaya.engines.qemu.boards import X86_64
+from nagaya.engines.qemu.boards import BOARDS, X86_64, Board
 from nagaya.engines.vm import parts
+from nagaya.engines.vm.agent import agent_path
 from nagaya.errors import Conflict, LaunchError, Unsupported, UsageError
 from nagaya.kernel import namespaces
 from nagaya.kernels import cache
@@ -35,6 +36,7 @@ from tests.kernel.test_agent_vm import make_data
 from tests.kernel.test_virtiofsd import find_daemon
 
 NOBODY = 65534
+PROBE = Path(__file__).with_name("foreign_probe.c")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -357,6 +359,31 @@ def test_directories_and_files_of_the_host(disks: DiskPlan, tmp_path: Path) -> N
     )
     assert note.read_text() == "a file\n" and list((shared / "below").iterdir()) == []
     assert not any(os.path.exists(f"/proc/{pid}") for pid in helpers)
+
+
+# -- other CPUs
+
+
+@pytest.mark.parametrize("board", [board for board in BOARDS if board is not X86_64], ids=lambda board: board.platform)
+def test_a_machine_with_another_cpu(board: Board, tmp_path: Path) -> None:
+    compiler = f"{board.architecture}-linux-gnu-gcc"
+    for program in (board.program, compiler, "mkfs.erofs"):
+        require_program(program)
+    if cache.find_kernel(board.architecture) is None:
+        pytest.skip(f"needs a guest kernel for {board.architecture}: nagaya kernel build --arch {board.architecture}")
+    if not os.path.exists(agent_path(board.architecture)):
+        pytest.skip(f"needs the agent for {board.architecture}: make agent-{board.architecture}")
+    tree = tmp_path / "tree"
+    tree.mkdir(mode=0o755)
+    subprocess.run([compiler, "-O2", "-static", "-o", str(tree / "probe"), str(PROBE)], check=True)
+    subprocess.run(["mkfs.erofs", str(tmp_path / "root.erofs"), str(tree)], check=True, capture_output=True)
+    disks = DiskPlan(str(tmp_path / "root.erofs"), str(make_data(tmp_path / "data.img")))
+    spec = make_spec(platform=board.platform, limits=Limits(cpus_milli=2000))
+    with EmulatedMachine(disks, tmp_path, spec) as machine:
+        data = os.urandom(100_000)
+        result = machine.run("/probe", "7", stdin=data)
+        assert result.status == 7
+        assert result.out == f"{board.architecture} 2\n".encode() + data
 
 
 # -- what cannot be had

@@ -21,6 +21,7 @@ from nagaya.errors import Conflict, IntegrityError, NagayaError, NotFound, Usage
 from nagaya.images.changes import Change, diff
 from nagaya.images.image import Image
 from nagaya.images.layers import TEMPORARY
+from nagaya.images.manifest import host_platform
 from nagaya.images.store import ImageStore
 from tests.kernel import unpack_tars as t
 
@@ -86,6 +87,13 @@ PULL = "import sys; from nagaya.images.store import ImageStore; ImageStore(sys.a
 
 
 # -- the plain path
+
+
+def test_import_for_another_platform(store: ImageStore, tar: str) -> None:
+    assert store.import_rootfs(tar, "here").platform == host_platform()
+    assert store.import_rootfs(tar, "there", platform="aarch64").platform == "linux/arm64"
+    with pytest.raises(UsageError, match="is not a platform"):
+        store.import_rootfs(tar, "nowhere", platform="a/b/c/d")
 
 
 def test_import_find_inspect(store: ImageStore, tar: str) -> None:

@@ -12,7 +12,15 @@ from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.images.content import CHUNK
 from nagaya.images.image import Image
 from nagaya.images.instructions import apply_instructions, check_instructions
-from nagaya.images.manifest import OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD, Descriptor, format_time, host_platform
+from nagaya.images.manifest import (
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
+    Descriptor,
+    format_time,
+    host_platform,
+    normalise_platform,
+)
 from nagaya.images.pack import compress_blob, pack_layer
 from nagaya.images.progress import Progress, Silent
 from nagaya.images.pulling import adopt, read_image
@@ -36,11 +44,13 @@ def import_rootfs(
     *,
     changes: tuple[str, ...] = (),
     message: str = "",
+    platform: str = "",
     progress: Progress | None = None,
 ) -> Image:
     """See `ImageStore.import_rootfs`."""
     progress = progress or Silent()
     check_instructions(changes)
+    platform = normalise_platform(platform) if platform else host_platform()
     names = (normalise(reference),) if reference else ()
     with store.using():
         if source != "-" and os.path.isdir(source):
@@ -48,7 +58,7 @@ def import_rootfs(
         else:
             layer = _store_tar(store, source, progress)
         diff_id = store.layers.unpack_new(store.blobs, layer.digest, progress)
-        system, architecture, *variant = host_platform().split("/")
+        system, architecture, *variant = platform.split("/")
         data: dict[str, Any] = {"architecture": architecture, "os": system, "config": {}}
         if variant:
             data["variant"] = variant[0]

@@ -219,16 +219,20 @@ class ImageStore:
         *,
         changes: tuple[str, ...] = (),
         message: str = "",
+        platform: str = "",
         progress: Progress | None = None,
     ) -> Image:
         """An image of one layer from a root file system: a directory, or a tar (any compression; "-" = standard input).
 
         `changes` are Dockerfile instructions (CMD ENTRYPOINT ENV EXPOSE LABEL STOPSIGNAL USER VOLUME WORKDIR).
+        `platform` is what its programs are for; "" = this host.
         """
         from nagaya.images import making
 
         with self._sweeping_refused():
-            return making.import_rootfs(self, source, reference, changes=changes, message=message, progress=progress)
+            return making.import_rootfs(
+                self, source, reference, changes=changes, message=message, platform=platform, progress=progress
+            )
 
     def commit(
         self,

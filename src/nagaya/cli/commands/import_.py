@@ -15,7 +15,12 @@ def import_(context: Context, parsed: Parsed) -> int:
         refuse_terminal(0, f"nagaya import - {reference} < rootfs.tar")
     with open_progress(quiet=parsed.switch("quiet"), eager=False) as progress:
         image = context.host.images.import_rootfs(
-            source, reference, changes=tuple(parsed.texts("change")), message=parsed.text("message"), progress=progress
+            source,
+            reference,
+            changes=tuple(parsed.texts("change")),
+            message=parsed.text("message"),
+            platform=parsed.text("platform"),
+            progress=progress,
         )
     print(image.id)
     return 0
@@ -28,6 +33,7 @@ IMPORT = Command(
     flags=(
         Flag("-c --change", "Apply a Dockerfile instruction: CMD, ENTRYPOINT, ENV, …", value="INSTRUCTION", many=True),
         Flag("-m --message", "What it is", value="TEXT"),
+        Flag("--platform", "What its programs are for (default: this host)", value="OS/ARCH"),
         Flag("-q --quiet", "Show no progress"),
     ),
     about="The archive is a tar file, compressed or not; '-' reads it from standard input.",
