@@ -533,6 +533,11 @@ static void reap(void)
 			c->exited = 1;
 			c->status = WIFSIGNALED(status) ? 128u + (unsigned)WTERMSIG(status) : (unsigned)WEXITSTATUS(status);
 			fix_rest(c);
+			if (vm == SET_UP && c->status && vm_ran_out_of_memory()) {
+				unsigned char frame[HEADER_SIZE];
+				put_header(frame, F_OUT_OF_MEMORY, 0, 0);
+				write_all(frame, sizeof frame); /* before EXITED, which it explains */
+			}
 			if (c->report >= 0)
 				read_report(c); /* before EXITED comes STARTED */
 			else

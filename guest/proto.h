@@ -29,6 +29,7 @@ enum frame_type {
 	F_READY = 15,
 	F_SETUP_FAILED = 16,
 	F_CLOCK = 17,
+	F_OUT_OF_MEMORY = 18,
 };
 
 enum spawn_tag {

@@ -274,6 +274,24 @@ int vm_set_clock(uint64_t time_ns)
 	return clock_settime(CLOCK_REALTIME, &t);
 }
 
+int vm_ran_out_of_memory(void)
+{
+	static int told;
+	char text[8192], *count;
+	int fd = told ? -1 : open("/proc/vmstat", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return 0;
+	size_t used = 0;
+	for (ssize_t n; (n = read(fd, text + used, sizeof text - 1 - used)) > 0;) /* a page at a time */
+		used += (size_t)n;
+	close(fd);
+	text[used] = 0;
+	count = strstr(text, "\noom_kill ");
+	told = count && strtoul(count + strlen("\noom_kill "), NULL, 10) > 0;
+	return told;
+}
+
 static int add_entropy(const unsigned char *bytes, size_t size)
 {
 	union {

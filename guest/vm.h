@@ -21,6 +21,8 @@ extern struct vm_report vm_report;
 int vm_start(void);
 /* Carry SETUP out. 0; -1 when it cannot be done (see vm_report); -2 when the payload is malformed. */
 int vm_setup(const unsigned char *payload, size_t size);
+/* Whether the kernel has killed a process for want of memory; answers yes once. */
+int vm_ran_out_of_memory(void);
 /* 0 or -1 with errno. */
 int vm_set_clock(uint64_t time_ns);
 /* With UF_OWN_PIDS: the stub that MAIN will replace, and the way to it (stub.h); else 0 and -1. */

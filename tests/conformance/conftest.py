@@ -13,7 +13,7 @@ from nagaya import CreateOptions, Host, Machine
 from nagaya.errors import NagayaError
 from nagaya.manager.attachment import Attachment
 
-TYPES = ("container",)
+TYPES = tuple(os.environ.get("NAGAYA_CONFORMANCE", "container").split(","))
 BUSYBOX = "/bin/busybox"
 
 
@@ -28,7 +28,7 @@ def busybox_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy2(BUSYBOX, tree / "bin" / "busybox")
     for applet in ("sh", "cat", "echo", "sleep", "true", "false", "ls", "id", "kill", "env", "pwd", "stty", "ps", "dd",
                    "hostname", "touch", "rm", "mkdir", "ln", "wc", "head", "seq", "test", "stat", "md5sum", "tty", "nohup",
-                   "chown", "chmod", "mount", "umount", "mknod", "ip", "grep", "cut", "tr", "readlink", "date", "yes"):  # fmt: skip
+                   "chown", "chmod", "mount", "umount", "mknod", "ip", "grep", "cut", "tr", "readlink", "date", "yes", "tail"):  # fmt: skip
         os.link(tree / "bin" / "busybox", tree / "bin" / applet)
     (tree / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n")
     (tree / "etc" / "group").write_text("root:x:0:\nann:x:1000:\nstaff:x:50:ann\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nagaya.protocol import agent as protocol
-from nagaya.protocol.agent import SetUp, SetupFailed
+from nagaya.protocol.agent import Exited, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import encode
 from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
 from tests.conftest import require_program
@@ -289,6 +289,19 @@ def test_what_was_written_survives_every_kind_of_end(vmlinux: str, agent: str, i
         machine.shut_down()
 
 
+def test_want_of_memory_is_told(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    disks = Disks(image, make_data(tmp_path / "data.img"))
+    with VirtualMachine(vmlinux, agent, disks, tmp_path) as machine:
+        assert machine.set_up(GuestSetup("m", power_off="reboot")) == SetUp(())
+        assert machine.run("/bin/false").status == 1
+        assert OutOfMemory() not in machine.events
+        result = machine.run("/bin/tail", "/dev/zero", timeout_s=60)
+        assert result.status == 137
+        assert [type(event) for event in machine.events[-2:]] == [OutOfMemory, Exited]
+        assert sh(machine, "echo on") == "on\n"  # the agent itself is spared
+        machine.shut_down()
+
+
 def test_the_main_program_may_be_the_first_process(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
     disks = Disks(image, make_data(tmp_path / "data.img"))
     setup = GuestSetup("m", own_pids=True, pids=50, power_off="reboot", mounts=(GuestMount("tmpfs", "", "/by-link/t"),))
@@ -298,7 +311,9 @@ def test_the_main_program_may_be_the_first_process(vmlinux: str, agent: str, ima
         machine.wait_output(main, b"I am 1\n")
         machine.link.send_stdin(main, b"heard\n")
         machine.wait_output(main, b"heard\n")
-        assert sh(machine, "cat /proc/1/comm; ls -d /proc/[0-9]* | wc -l; cat /proc/1/cgroup") == "cat\n4\n0::/machine\n"
+        assert (
+            sh(machine, "cat /proc/1/comm; ls -d /proc/[0-9]* | wc -l; cat /proc/1/cgroup") == "cat\n4\n0::/machine\n"
+        )
         assert b'"pid":1,"ppid":0,"uid":0,"user":"root"' in machine.run("ps", applet=True).out
         assert [line.split()[1] for line in sh(machine, "cat /proc/mounts").splitlines()].count("/proc") == 1
         other = machine.spawn("/bin/sleep", "100")

@@ -20,7 +20,7 @@ from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Device, Limits, MachineSpec, Process, Security
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import agent, setup
-from nagaya.protocol.agent import AgentLink, Hello, SetUp, SetupFailed
+from nagaya.protocol.agent import AgentLink, Hello, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import Decoder, encode
 from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
 from nagaya.storage.plan import DiskPlan, MountPlan
@@ -194,6 +194,17 @@ def test_violations(frame: bytes) -> None:
     link.spawn(Process(("true",)), POLICY)
     with pytest.raises(RemoteError, match="broke its protocol"):
         link.receive(frame)
+
+
+def test_want_of_memory_is_told_once_and_after_the_set_up() -> None:
+    link = greeted()
+    frame = encode(agent.OUT_OF_MEMORY, 0)
+    assert link.receive(encode(agent.READY, 0, U32.pack(0)) + frame) == [SetUp(()), OutOfMemory()]
+    with pytest.raises(RemoteError, match="broke its protocol"):
+        link.receive(frame)
+    for wrong in (frame, encode(agent.READY, 0, U32.pack(0)) + encode(agent.OUT_OF_MEMORY, 0, b"x")):
+        with pytest.raises(RemoteError, match="broke its protocol"):
+            greeted().receive(wrong)
 
 
 @pytest.mark.parametrize("kind", [agent.READY, agent.SETUP_FAILED])

@@ -40,11 +40,13 @@ SETUP = 14
 READY = 15
 SETUP_FAILED = 16
 CLOCK = 17
+OUT_OF_MEMORY = 18
 
 _ARG, _ENV, _CWD, _USER, _FLAGS, _SIZE, _CAPS, _SECCOMP, _RLIMIT = range(1, 10)
 _TTY, _STDIN, _MAIN, _APPLET, _NO_NEW_PRIVS, _DISCARD, _DATA_DISK = 1, 2, 4, 8, 16, 32, 64
 
 _FIELD = Struct("<HHI")
+_NOTHING = Struct("")
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _PAIR = Struct("<II")
@@ -102,7 +104,11 @@ class SetupFailed(NamedTuple):
     text: str
 
 
-Event = Hello | SetUp | SetupFailed | Started | SpawnFailed | Output | StdinRoom | Exited
+class OutOfMemory(NamedTuple):
+    """The kernel of a virtual machine has killed a process for want of memory. Told once."""
+
+
+Event = Hello | SetUp | SetupFailed | OutOfMemory | Started | SpawnFailed | Output | StdinRoom | Exited
 
 
 class _Channel:
@@ -125,6 +131,7 @@ class AgentLink:
         self._channels: dict[int, _Channel] = {}
         self._next = 1
         self._greeted = False
+        self._starved = False
         self._setup = ""  # "asked" from SETUP to its answer, then "done" or "failed"
 
     def setup(self, payload: bytes) -> None:
@@ -235,6 +242,10 @@ class AgentLink:
             return self._set_up(frame)
         if self._setup in ("asked", "failed"):
             raise _violation(f"frame {frame.type} from a machine that is not set up")
+        if frame.type == OUT_OF_MEMORY and self._setup == "done" and not self._starved and not frame.channel:
+            self._starved = True
+            _unpack(_NOTHING, frame)
+            return OutOfMemory()
         channel = self._channels.get(frame.channel)
         if channel is None:
             raise _violation(f"frame {frame.type} on channel {frame.channel}, which is not in use")

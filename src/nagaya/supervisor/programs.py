@@ -112,6 +112,7 @@ class Programs:
         self._programs: dict[int, Program] = {}
         self._on_lost = on_lost
         self._problem: NagayaError | None = None
+        self.out_of_memory = False  # whether the machine's own kernel has killed a process for want of memory
         self.on_set_up: Callable[[tuple[str, ...]], None] = lambda warnings: None
         self._stream = Stream(loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush)
 
@@ -186,6 +187,9 @@ class Programs:
 
     def _handle(self, event: agent.Event) -> None:
         if isinstance(event, (agent.Hello, agent.SetupFailed)):
+            return
+        if isinstance(event, agent.OutOfMemory):
+            self.out_of_memory = True
             return
         if isinstance(event, agent.SetUp):
             self.on_set_up(event.warnings)

@@ -220,19 +220,22 @@ class Supervisor:
         for program in programs.running():
             if program is not self.main:
                 program.on_exited(KILLED)
+        ended = None
         try:
-            os.waitid(os.P_PIDFD, booted.pidfd, os.WEXITED)
+            ended = os.waitid(os.P_PIDFD, booted.pidfd, os.WEXITED)
         except ChildProcessError:
             pass  # not our child: whoever is its parent reaps it
         os.close(booted.pidfd)
         for name in list(self._timers):
             self._cancel_timer(name)
         status = self._exit_status
-        oom = "oom" in self.engine.capabilities and self.engine.oom_killed()  # type: ignore[attr-defined]
+        oom = programs.out_of_memory
+        if "oom" in self.engine.capabilities:
+            oom = self.engine.oom_killed()  # type: ignore[attr-defined]
         if status is None:
             status = KILLED
             if self._problem is None and not self.state.stop_requested:
-                self._problem = LaunchError("the machine's init was killed from outside")
+                self._problem = self._explain(ended) or LaunchError("the machine's init was killed from outside")
         try:
             self._stack.close()
         except NagayaError as problem:  # something of it stays on the host: its status is told all the same
@@ -244,6 +247,12 @@ class Supervisor:
             self._restart_later(status)
         else:
             self._finish(status)
+
+    def _explain(self, ended: os.waitid_result | None) -> NagayaError | None:
+        if "explain" not in self.engine.capabilities:
+            return None
+        problem: NagayaError | None = self.engine.explain_end(ended)  # type: ignore[attr-defined]
+        return problem
 
     def _should_restart(self, status: int) -> bool:
         policy = self.spec.restart
