@@ -54,7 +54,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     require_program("busybox")
     place = tmp_path_factory.mktemp("image")
     tree = make_layer(str(place / "tree"))
-    for name in ("date", "ping", "nc", "sync", "wc", "md5sum", "cut", "df", "seq"):
+    for name in ("date", "ping", "wget", "sync", "wc", "md5sum", "cut", "df", "seq"):
         os.symlink("busybox", f"{tree}/bin/{name}")
     subprocess.run(["mkfs.erofs", str(place / "root.erofs"), tree], check=True, capture_output=True)
     return str(place / "root.erofs")
@@ -187,6 +187,7 @@ def test_what_was_synced_survives_a_kill(disks: DiskPlan, tmp_path: Path, monkey
             parts.open_data(disks.data)
         first.engine.kill()
         assert first.ended()
+        assert first.engine.explain_end(os.waitid(os.P_PIDFD, first.booted.pidfd, os.WEXITED | os.WNOWAIT)) is None
     with EmulatedMachine(disks, tmp_path, make_spec()) as second:
         assert second.sh("cat /root/note") == "kept\n"
 
@@ -206,8 +207,19 @@ def test_a_panic_ends_it_and_is_in_the_console(disks: DiskPlan, tmp_path: Path) 
                 machine.step()
         assert machine.ended()
         assert "Kernel panic - not syncing: sysrq triggered crash" in machine.console()
-        console = machine.engine._console
-        assert console is not None and console.panic() == "sysrq triggered crash"
+        problem = machine.engine.explain_end(None)
+        assert isinstance(problem, LaunchError)
+        assert problem.message == "the machine's kernel gave up: sysrq triggered crash"
+        assert "Kernel panic" in problem.log_tail
+
+
+def test_a_qemu_that_breaks_says_how(disks: DiskPlan, tmp_path: Path) -> None:
+    with EmulatedMachine(disks, tmp_path, make_spec()) as machine:
+        signal.pidfd_send_signal(machine.booted.pidfd, signal.SIGSYS)  # as a call that its sandbox forbids
+        assert machine.ended()
+        problem = machine.engine.explain_end(os.waitid(os.P_PIDFD, machine.booted.pidfd, os.WEXITED | os.WNOWAIT))
+        assert isinstance(problem, LaunchError)
+        assert problem.message.startswith(f"QEMU was killed by signal {signal.SIGSYS.value}")
 
 
 def test_a_console_flood_is_bounded(disks: DiskPlan, tmp_path: Path) -> None:
@@ -289,7 +301,8 @@ def test_a_bridge_by_a_tap_device(disks: DiskPlan, tmp_path: Path) -> None:
 
 class _Greeter(socketserver.BaseRequestHandler):
     def handle(self) -> None:
-        self.request.sendall(b"hello from the host\n")
+        self.request.recv(4096)
+        self.request.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello from the host\n")
 
 
 def _user_network(disks: DiskPlan, place: Path, cache_home: Path) -> dict[str, object]:
@@ -302,7 +315,7 @@ def _user_network(disks: DiskPlan, place: Path, cache_home: Path) -> dict[str, o
     with socketserver.TCPServer(("127.0.0.1", 0), _Greeter) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with EmulatedMachine(disks, place, make_spec(network="bridge"), network=plan) as machine:
-            heard = machine.run("nc", "10.0.2.2", str(server.server_address[1]), stdin=b"").out
+            heard = machine.run("wget", "-q", "-O", "-", f"http://10.0.2.2:{server.server_address[1]}/").out
             uid = machine.status("Uid")[0]
         server.shutdown()
     return {"heard": heard, "uid": uid}
@@ -394,7 +407,6 @@ def test_a_machine_with_another_cpu(board: Board, tmp_path: Path) -> None:
     [
         ({"network": "host"}, Unsupported, "network of its own"),
         ({"userns": "auto"}, Unsupported, "user namespaces"),
-        ({"init": False}, Unsupported, "first process"),
         ({"security": Security(seccomp="/profile.json")}, Unsupported, "seccomp"),
         ({"limits": Limits(memory_bytes=32 << 20)}, UsageError, "64 MiB"),
         ({"limits": Limits(cpus_milli=65_000)}, UsageError, "64 CPUs"),

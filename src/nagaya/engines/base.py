@@ -6,9 +6,11 @@ through `capabilities`, never by asking for an engine's name.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from nagaya.errors import NagayaError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net.plan import NetworkPlan
@@ -59,7 +61,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
-    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline", "init"}
+    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline", "init", "explain"}
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.
@@ -96,6 +98,14 @@ class Resizable(Protocol):
 class OomAware(Protocol):
     def oom_killed(self) -> bool:
         """Whether the kernel has killed a process of the machine for want of memory."""
+
+
+class Explaining(Protocol):
+    def explain_end(self, ended: os.waitid_result | None) -> NagayaError | None:
+        """Why the machine ended although nobody had asked for it, where there is more to say than that it did.
+
+        `ended` is how its process did; None when another has reaped it.
+        """
 
 
 class Offline(Protocol):

@@ -20,7 +20,7 @@ from nagaya.engines.vm.parts import open_data, open_initramfs
 from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import require_shares, start_shares
-from nagaya.errors import HostError, LaunchError, NotFound, Unsupported, UsageError
+from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
@@ -64,7 +64,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "offline"))
+    capabilities = frozenset(("pause", "stats", "explain", "offline"))
 
     def __init__(self) -> None:
         self._pid = -1
@@ -238,6 +238,19 @@ class EmulatedEngine:
 
     def _sources(self) -> list[TextLog | Monitor]:
         return [source for source in (self._console, self._log, self._monitor) if source is not None]
+
+    def explain_end(self, ended: os.waitid_result | None) -> NagayaError | None:
+        """See `Explaining.explain_end`: a kernel that gave up has said so on its console, QEMU on its standard error."""
+        if self._console is None or self._log is None:
+            return None
+        self._console.drain()
+        panic = self._console.panic()
+        if panic:
+            return LaunchError(f"the machine's kernel gave up: {panic}", command="linux", log_tail=self._console.tail())
+        if ended is None or (ended.si_code, ended.si_status) in ((os.CLD_EXITED, 0), (os.CLD_KILLED, signal.SIGKILL)):
+            return None
+        how = "ended with status" if ended.si_code == os.CLD_EXITED else "was killed by signal"
+        return self._launch_error(f"QEMU {how} {ended.si_status}", ended)
 
     def kill(self) -> None:
         """SIGKILL to QEMU. What its guest has written is in the host's page cache by then, and stays."""
