@@ -33,7 +33,8 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
     if type_ == TYPES[0] and image.platform != host_platform():
         raise Unsupported(
             f"image '{options.image}' is for {image.platform}, and a {type_} runs on this host's CPU, {host_platform()}",
-            hint=f"get the image for this host: nagaya pull --platform {host_platform()} {options.image}",
+            hint=f"use --type emulated, or get the image for this host: "
+            f"nagaya pull --platform {host_platform()} {options.image}",
         )
     spec = MachineSpec(
         id=machine_id,

@@ -44,7 +44,7 @@ class Machines:
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
-        type_ = choose_type(options.type)
+        type_ = choose_type(options.type, platform=options.platform)
         engine = open_engine(type_)
         engine.check_host()
         image = self._store.images.ensure(

@@ -19,17 +19,29 @@ SYSTEM_FILE = "/etc/nagaya/config.toml"
 AUTO = "auto"
 CHOICES = (*TYPES, AUTO)
 DEFAULT_TYPE = "container"
+NOBODY = "Nagaya"  # has settled what nobody else has
 
 
-def choose_type(wanted: str) -> str:
+def choose_type(wanted: str, *, platform: str = "") -> str:
     """The type for a new machine: `wanted`, or what is settled when that is empty; `auto` becomes a real one.
 
+    Where nobody has settled one, a machine for another `platform` than this host's is emulated: nothing else runs it.
     Raises `UsageError` for a type that there is not, naming who asked for it.
     """
     who, name = _first_choice(wanted)
     if name not in CHOICES:
         raise UsageError(f"{who}: unknown machine type '{name}'", hint=f"one of: {', '.join(CHOICES)}")
+    if (name == AUTO or who == NOBODY) and _is_foreign(platform):
+        return "emulated"
     return _find_best() if name == AUTO else name
+
+
+def _is_foreign(platform: str) -> bool:
+    if not platform:
+        return False
+    from nagaya.images.manifest import host_platform, normalise_platform  # lazy: few name a platform
+
+    return normalise_platform(platform) != host_platform()
 
 
 def _first_choice(wanted: str) -> tuple[str, str]:
@@ -42,7 +54,7 @@ def _first_choice(wanted: str) -> tuple[str, str]:
         found = read_file(path).get("type")
         if found is not None:
             return path, found
-    return "Nagaya", DEFAULT_TYPE
+    return NOBODY, DEFAULT_TYPE
 
 
 def _find_best() -> str:
