@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -32,6 +33,8 @@ int umount2(const char *target, int flags);
 #define MNT_DETACH 2
 #endif
 
+#define BLKGETSIZE64 _IOR(0x12, 114, size_t) /* linux/fs.h, which has mount flags of its own */
+#define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
 #define QUIET (MS_NOSUID | MS_NODEV | MS_NOEXEC)
 #define MAX_LINKS 40 /* as the kernel's own MAXSYMLINKS */
 #define MAX_SHARES 64
@@ -69,7 +72,8 @@ static int find_disk(void *what)
 	return found;
 }
 
-static int mount_disk(const char *serial, const char *place, const char *type, unsigned long flags, const char *options)
+static int mount_disk(const char *serial, const char *place, const char *type, unsigned long flags, const char *options,
+		      char *device)
 {
 	struct disk disk = {.serial = serial};
 
@@ -77,6 +81,8 @@ static int mount_disk(const char *serial, const char *place, const char *type, u
 		return vm_fail(ENODEV, "the machine has no disk with the serial number '%s'", serial);
 	if (mount(disk.device, place, type, flags, options))
 		return vm_fail(errno, "cannot mount the %s disk (%s, %s)", serial, disk.device, type);
+	if (device)
+		memcpy(device, disk.device, sizeof disk.device);
 	return 0;
 }
 
@@ -95,13 +101,43 @@ static int make_upper(void)
 	return 0;
 }
 
+static uint32_t read_u32(const unsigned char *at)
+{
+	return at[0] | at[1] << 8 | at[2] << 16 | (uint32_t)at[3] << 24;
+}
+
+/* The host has made the disk larger: the file system takes the rest. Asking the kernel when there is nothing to do would
+ * cost a flush of the journal. (Offsets: Documentation/filesystems/ext4/super.rst.) */
+static void grow_data_disk(const char *device)
+{
+	unsigned char super[1024];
+	uint64_t bytes, blocks, wanted;
+	int fd = open(device, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes) || pread(fd, super, sizeof super, 1024) != sizeof super) {
+		vm_warn("cannot see how large the data disk is: %s", strerror(errno));
+	} else {
+		blocks = read_u32(super + 4) | (uint64_t)read_u32(super + 336) << 32; /* s_blocks_count_lo, _hi */
+		wanted = bytes >> (10 + read_u32(super + 24) % 16);                  /* s_log_block_size */
+		if (wanted > blocks && ioctl(data_disk, EXT4_IOC_RESIZE_FS, &wanted))
+			vm_warn("cannot grow the data disk's file system: %s", strerror(errno));
+	}
+	if (fd >= 0)
+		close(fd);
+}
+
 static int mount_data_disk(void)
 {
+	char device[sizeof((struct disk *)0)->device];
+
 	/* noinit_itable: nobody is to write zeros over the holes of a sparse file. discard: what is deleted becomes one. */
-	if (mount_disk("data", "/data", "ext4", 0, "discard,noinit_itable"))
+	if (mount_disk("data", "/data", "ext4", 0, "discard,noinit_itable", device))
 		return -1;
 	data_disk = open("/data", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	return data_disk < 0 ? vm_fail(errno, "cannot open the data disk") : 0;
+	if (data_disk < 0)
+		return vm_fail(errno, "cannot open the data disk");
+	grow_data_disk(device);
+	return 0;
 }
 
 int vm_mount_data_only(void)
@@ -124,11 +160,13 @@ int vm_enter_data_disk(void)
 
 int vm_mount_disks(void)
 {
-	if (mount_disk("root", "/lower", "erofs", MS_RDONLY, NULL) || mount_data_disk() || make_upper())
+	if (mount_disk("root", "/lower", "erofs", MS_RDONLY, NULL, NULL) || mount_data_disk() || make_upper())
 		return -1;
 	if (mkdirat(data_disk, "work", 0755) && errno != EEXIST)
 		return vm_fail(errno, "cannot make overlay's working directory");
-	if (mount("overlay", "/root", "overlay", 0, "lowerdir=/lower,upperdir=/data/upper,workdir=/data/work"))
+	/* In the plainest form, so that the host can read it back whatever the kernel's defaults are. */
+	if (mount("overlay", "/root", "overlay", 0,
+		  "lowerdir=/lower,upperdir=/data/upper,workdir=/data/work,redirect_dir=off,metacopy=off,index=off"))
 		return vm_fail(errno, "cannot mount the root file system, an overlay of the image and the data disk");
 	return 0;
 }

@@ -17,7 +17,9 @@ MKFS = "/usr/sbin/mkfs.ext4"
 @pytest.fixture(scope="session")
 def vmlinux() -> str:
     """The shipped guest kernel, built."""
-    kernel = next((kernel for kernel in cache.list_kernels() if kernel.record.fragment == "shipped"), None)
+    kernel = next(
+        (k for k in cache.list_kernels() if (k.record.fragment, k.record.architecture) == ("shipped", "x86_64")), None
+    )
     if kernel is None:
         pytest.skip("needs a built guest kernel: nagaya kernel build")
     return kernel.path

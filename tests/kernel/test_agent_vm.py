@@ -16,6 +16,7 @@ from nagaya.protocol import agent as protocol
 from nagaya.protocol.agent import Exited, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import encode
 from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
+from nagaya.storage.disks import LEAST_BYTES, create_data_disk, grow_data_disk
 from tests.conftest import require_program
 from tests.kernel.agent_machine import Lost, build_agent
 from tests.kernel.conftest import MKFS
@@ -287,6 +288,23 @@ def test_what_was_written_survives_every_kind_of_end(vmlinux: str, agent: str, i
         refused = machine.run("/bin/sh", "-c", "echo x > /x")
         assert refused.status != 0 and b"Read-only file system" in refused.err
         machine.shut_down()
+
+
+def test_a_larger_disk_is_taken_at_the_next_start(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.img"
+    create_data_disk(str(data), LEAST_BYTES)
+    disks, plain = Disks(image, data), GuestSetup("m", power_off="reboot")
+    sizes = []
+    for size in (LEAST_BYTES, 20 << 30, 20 << 30):
+        grow_data_disk(str(data), size)
+        with VirtualMachine(vmlinux, agent, disks, tmp_path) as machine:
+            assert machine.set_up(plain) == SetUp(())
+            sizes.append(1024 * int(sh(machine, "df -k / | tail -n 1 | awk '{print $2}'")))
+            assert sh(machine, "echo here >> /kept; cat /kept") == "here\n" * len(sizes)
+            machine.shut_down()
+        subprocess.run(["/usr/sbin/e2fsck", "-fn", str(data)], check=True, capture_output=True)
+    assert sizes[0] < LEAST_BYTES and sizes[1] == sizes[2] > 0.95 * (20 << 30)
+    assert data.stat().st_blocks * 512 < 64 << 20
 
 
 def test_want_of_memory_is_told(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
