@@ -46,7 +46,9 @@ EMPTY = _Config()
 def _plan(config: _Config = EMPTY, **options: Any) -> MachineSpec:
     options.setdefault("command", ())
     image: Any = _Image(config)
-    return creating.plan_machine(CreateOptions("img", **options), image, machine_id="ab" * 16, name="n")
+    return creating.plan_machine(
+        CreateOptions("img", **options), image, type_="container", machine_id="ab" * 16, name="n"
+    )
 
 
 @pytest.mark.parametrize(
