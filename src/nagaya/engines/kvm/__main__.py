@@ -54,6 +54,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--initrd", metavar="FILE", help="initial RAM disk")
     add("--append", metavar="ARGS", default="", help="kernel command line, after our own arguments")
+    add("--plain", action="store_true", help="no arguments of ours on the command line: for a guest that is not Linux")
     add("--memory", metavar="MIB", type=int, default=256, help="memory in MiB (256)")
     add("--cpus", metavar="N", type=int, default=1, help="virtual CPUs (1)")
     add("--disk", metavar="FILE[,ro]", action="append", default=[], help="a disk: vda, vdb, ...; may be repeated")
@@ -62,7 +63,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--vsock", metavar="DIRECTORY", help="a vsock device, whose host side is Unix sockets in DIRECTORY")
     add("--balloon", action="store_true", help="a memory balloon that also gives free pages back")
     add("--serial", action="store_true", help="an early serial port (earlyprintk=serial,0x3f8), on standard error")
-    add("--protocol", choices=("auto", "linux", "pvh"), default="auto", help="how the kernel is entered")
+    add("--protocol", choices=("auto", "linux", "pvh", "multiboot"), default="auto", help="how the kernel is entered")
     add("--cpu", choices=("host", "baseline"), default="host", help="the host's CPU, or one that every host has")
     add("--no-acpi", action="store_true", help="describe the machine by an MP table and kernel arguments")
     add(
@@ -81,7 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> int:
     hardware = Hardware(
         kernel=options.kernel or _find_kernel(), initrd=options.initrd,
-        command_line=f"console=hvc0 panic=-1 {options.append}".strip(), memory_bytes=options.memory << 20,
+        command_line=options.append if options.plain else f"console=hvc0 panic=-1 {options.append}".strip(), plain=options.plain, memory_bytes=options.memory << 20,
         cpus=options.cpus, huge_pages=options.huge_pages, acpi=not options.no_acpi, protocol=options.protocol,
         cpu=options.cpu, interrupts=not options.no_interrupts, pit=options.pit, serial_fd=2 if options.serial else -1, quiet=not options.verbose,
     )  # fmt: skip

@@ -54,6 +54,8 @@ class Hardware(NamedTuple):
     serial_fd: int = -1
     """Where the early serial port's output goes; -1 = the machine has none."""
     quiet: bool = True
+    plain: bool = False
+    """Nothing but `command_line` on the command line: for a guest that is not Linux."""
 
 
 def check(hardware: Hardware, devices: tuple[Device, ...]) -> None:
@@ -181,6 +183,8 @@ class Parts:
 
     def _command_line(self, hardware: Hardware, places: list[MmioDevice]) -> str:
         """Ours first: where a kernel takes the last of two, the user's wins."""
+        if hardware.plain:
+            return hardware.command_line
         words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet)
         if not hardware.acpi:
             words.append("acpi=off")

@@ -140,7 +140,11 @@ class Vcpu:
         special.idt.base, special.idt.limit = 0, 0
         special.cr0, special.cr3, special.cr4, special.efer = state.cr0, state.cr3, state.cr4, state.efer
         self.set_sregs(special)
-        self.set_regs(kvm.kvm_regs(rip=state.rip, rsp=state.rsp, rsi=state.rsi, rbx=state.rbx, rflags=_FLAGS_AT_ENTRY))
+        self.set_regs(
+            kvm.kvm_regs(
+                rax=state.rax, rbx=state.rbx, rsi=state.rsi, rsp=state.rsp, rip=state.rip, rflags=_FLAGS_AT_ENTRY
+            )
+        )
 
     def tell_paused(self) -> None:
         """Let the guest know that time went on without it, so that its watchdogs do not take that for a hang."""

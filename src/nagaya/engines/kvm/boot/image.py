@@ -57,6 +57,7 @@ class EntryState(NamedTuple):
     """TR. The IDT and LDTR are empty: no interrupt can be taken before the kernel has its own."""
     gdt_gpa: int
     gdt_limit: int
+    rax: int = 0
 
 
 class BootImage(NamedTuple):

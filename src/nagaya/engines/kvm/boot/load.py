@@ -15,8 +15,9 @@ from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageEr
 from nagaya.memory import Region
 from nagaya.static import Literal
 
-Protocol = Literal["auto", "linux", "pvh"]
+Protocol = Literal["auto", "linux", "pvh", "multiboot"]
 
+_MULTIBOOT_MAGIC = b"\x02\xb0\xad\x1b"
 _START_BYTES = 0x8100  # what the table below looks at
 _MOST_BZIMAGE_BYTES = 512 << 20
 
@@ -52,7 +53,7 @@ def load_kernel(
 ) -> BootImage:
     """What makes a machine with `memory` start the kernel at `path`: a vmlinux, or a bzImage.
 
-    `auto` is Linux's protocol for a Linux, PVH for anything else that has its entry. The image holds views of the mapped
+    `auto` is Linux's protocol for a Linux, PVH or Multiboot for anything else that has its entry or header. The image holds views of the mapped
     files; write it and let go of it. Raises `UsageError`, `Unsupported`, `NotFound`, `IntegrityError`, `HostError`.
     """
     with _about(path):
@@ -75,18 +76,26 @@ def _plan(content: memoryview, handover: Handover, protocol: Protocol) -> BootIm
     try:
         elf = _extract(content)
     except Unsupported:
-        if protocol == "pvh":
+        if protocol in ("pvh", "multiboot"):
             raise
         from nagaya.engines.kvm.boot import bzimage
 
         # Slower, but it has what it needs with it.
         return bzimage.plan_bzimage(bzimage.parse_bzimage(content), content, handover)
     kernel = parse_elf(elf)
-    if protocol == "linux" or (protocol == "auto" and (kernel.is_linux or kernel.pvh_entry is None)):
+    if protocol == "linux" or (protocol == "auto" and kernel.is_linux):
         return plan_linux(kernel, elf, handover)
-    from nagaya.engines.kvm.boot.pvh import plan_pvh  # lazy: Linux is what nearly everybody starts
+    # Lazy: Linux is what nearly everybody starts.
+    if protocol == "pvh" or (protocol == "auto" and kernel.pvh_entry is not None):
+        from nagaya.engines.kvm.boot.pvh import plan_pvh
 
-    return plan_pvh(kernel, elf, handover)
+        return plan_pvh(kernel, elf, handover)
+    if protocol == "multiboot" or _MULTIBOOT_MAGIC in bytes(elf[:_START_BYTES]):
+        from nagaya.engines.kvm.boot.multiboot import find_header, plan_multiboot
+
+        if protocol == "multiboot" or find_header(elf) is not None:
+            return plan_multiboot(kernel, elf, handover)
+    return plan_linux(kernel, elf, handover)
 
 
 def _extract(content: memoryview) -> memoryview:

@@ -57,7 +57,10 @@ def plan_pvh(kernel: ElfKernel, content: memoryview, handover: Handover) -> Boot
         writes.append((gpa, handover.initrd))
         writes.append((_MODULE_GPA, _MODULE.pack(gpa, size_bytes, 0, 0)))
         modules = 1
-    return BootImage((*writes, *_plan_start_info(handover, modules)), _enter_protected_mode(kernel.pvh_entry))
+    return BootImage(
+        (*writes, *_plan_start_info(handover, modules)),
+        enter_protected_mode(kernel.pvh_entry, rbx=layout.PVH_START_INFO_GPA),
+    )
 
 
 def _plan_start_info(handover: Handover, modules: int) -> list[Write]:
@@ -70,12 +73,18 @@ def _plan_start_info(handover: Handover, modules: int) -> list[Write]:
     return [(layout.PVH_START_INFO_GPA, start_info), (_MEMORY_MAP_GPA, memory_map)]
 
 
-def _enter_protected_mode(entry: int) -> EntryState:
+def plan_gdt() -> bytes:
+    """What belongs at `layout.GDT_GPA` for `enter_protected_mode`."""
+    return _GDT
+
+
+def enter_protected_mode(entry: int, *, rbx: int) -> EntryState:
+    """32 bits, flat segments, no paging."""
     return EntryState(
         rip=entry,
         rsp=layout.BOOT_STACK_GPA,
         rsi=0,
-        rbx=layout.PVH_START_INFO_GPA,
+        rbx=rbx,
         cr0=CR0_PROTECTED | CR0_EXTENSION_TYPE,
         cr3=0,
         cr4=0,
