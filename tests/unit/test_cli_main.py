@@ -170,7 +170,7 @@ def test_create_passes_everything_on(host: FakeHost, capsys: Out, monkeypatch: p
     monkeypatch.delenv("DOCKER_DEFAULT_PLATFORM", raising=False)
     line = (
         "create --name x -it --rm -e A=1 -v /srv:/data:ro -w /w -u 1:2 --entrypoint /bin/sh -h box -l k=v --net none"
-        " --cpus 1.5 -m 512m --pids-limit 10 --cpuset-cpus 0-1 --blkio-weight 500 --read-only --cap-drop ALL"
+        " --cpus 1.5 -m 512m --pids-limit 10 --cpuset-cpus 0-1 --blkio-weight 500 --storage 20g --read-only --cap-drop ALL"
         " --ulimit nofile=1:2 --sysctl a.b=1 --init=false --userns auto --stop-signal INT"
         " --stop-timeout 1m --dns 1.1.1.1 --add-host db:10.0.0.1 --pull never --platform linux/arm64 debian ls -l"
     )
@@ -182,7 +182,7 @@ def test_create_passes_everything_on(host: FakeHost, capsys: Out, monkeypatch: p
         env=("A=1",), workdir="/w", user="1:2", hostname="box", tty=True, stdin=True, init=False, read_only=True,
         userns="auto", network="none", mounts=(Mount("bind", "/srv", "/data", True),), devices=(),
         ulimits=options.ulimits, sysctls=(("a.b", "1"),), security=options.security,
-        limits=Limits(512 << 20, 1500, 10, "0-1", 500), restart=Restart(), auto_remove=True, stop_signal=2,
+        limits=Limits(512 << 20, 1500, 10, "0-1", storage_bytes=20 << 30, blkio_weight=500), restart=Restart(), auto_remove=True, stop_signal=2,
         stop_timeout_s=60.0, labels=(("k", "v"),), dns=("1.1.1.1",), extra_hosts=(("db", "10.0.0.1"),),
     )  # fmt: skip
 

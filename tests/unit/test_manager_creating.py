@@ -121,6 +121,8 @@ def test_stop_signals(text: str, number: int) -> None:
         {"limits": Limits(memory_bytes=1000)},
         {"limits": Limits(cpus_milli=10**9)},
         {"limits": Limits(blkio_weight=5)},
+        {"limits": Limits(storage_bytes=1)},
+        {"limits": Limits(storage_bytes=(64 << 20) - 1)},
         {"log": LogLimits(files=0)},
         {"log": LogLimits(max_bytes=1)},
         {"mounts": (Mount("tmpfs", "", "relative"),)},

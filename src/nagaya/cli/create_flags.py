@@ -41,6 +41,7 @@ FLAGS = (
     Flag("--pids-limit", "Most processes to have (-1: no limit)", value="NUMBER"),
     Flag("--cpuset-cpus", "CPUs to run on, for example 0-3,6", value="CPUS"),
     Flag("--blkio-weight", "Share of block I/O, 10 to 1000", value="WEIGHT"),
+    Flag("--storage", "Size of a virtual machine's own disk (default 10g)", value="SIZE"),
     Flag("--read-only", "Make the root file system read-only"),
     Flag("--device", "Show a device of this host", value="HOST[:PATH][:rwm]", many=True),
     Flag("--cap-add", "Give the program a capability (or ALL)", value="CAPABILITY", many=True),
@@ -141,6 +142,7 @@ def _limits(parsed: Parsed) -> Limits:
         pids=values.parse_pids(parsed.text("pids-limit", "0")),
         cpuset_cpus=values.parse_cpuset(parsed.text("cpuset-cpus")),
         blkio_weight=values.parse_weight(parsed.text("blkio-weight", "0")),
+        storage_bytes=values.parse_size(parsed.text("storage", "0"), "--storage"),
     )
 
 

@@ -112,6 +112,14 @@ def check_options(options: CreateOptions) -> None:
         raise UsageError(
             f"--cpus {limits.cpus_milli / 1000:g} is not between 0 and the {os.cpu_count()} CPUs of this host"
         )
+    if limits.storage_bytes:
+        from nagaya.storage.disks import LEAST_BYTES  # lazy: most machines take the size that there is
+
+        if limits.storage_bytes < LEAST_BYTES:
+            raise UsageError(
+                f"--storage: a machine's disk needs {LEAST_BYTES >> 20} MiB or more",
+                hint="leave it away for 10 GiB; it takes only as much of the host's as is written to it",
+            )
     if limits.blkio_weight and not 10 <= limits.blkio_weight <= 1000:
         raise UsageError(f"the block I/O weight {limits.blkio_weight} is not between 10 and 1000")
     if options.log.max_bytes < 1024 or not 1 <= options.log.files <= 1000:

@@ -87,6 +87,8 @@ class ContainerEngine:
         if spec.security.seccomp not in ("default", "unconfined"):
             seccomp_profile.load_profile(spec.security.seccomp, mask)
         warnings = list(policy.settle_rlimits(policy.rlimits(spec.ulimits))[1]) if spec.ulimits else []
+        if spec.limits.storage_bytes:
+            warnings.append("--storage is not applied to containers: they write to this host's own file system")
         for name in policy.missing_capabilities(spec.security):
             warnings.append(f"this host's root does not have CAP_{name} itself: the machine goes without")
         for device in spec.devices:
