@@ -64,6 +64,7 @@ int applet_main(int argc, char **argv)
 		{"ps", applet_ps},
 		{"tar-out", applet_tar_out},
 		{"tar-in", applet_tar_in},
+		{"bench", applet_bench},
 	};
 
 	for (size_t i = 0; i < sizeof applets / sizeof *applets; i++)
