@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -66,7 +67,7 @@ def test_what_a_kernel_is_handed() -> None:
     assert map_bytes == len(writes[map_at]) and all(entry[0] == 20 for entry in entries)
     assert [entry[1:] for entry in entries if entry[3] == 1][-1] == (1 << 20, MEMORY_BYTES - (1 << 20), 1)
     places = sorted((gpa, gpa + len(data)) for gpa, data in image.writes)
-    assert all(first[1] <= second[0] for first, second in zip(places, places[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))
 
 
 def test_without_a_module() -> None:

@@ -13,6 +13,7 @@ import select
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 from nagaya.engines import open_engine
 from nagaya.errors import HostError, NotFound, RemoteError, Unsupported, UsageError
@@ -93,6 +94,26 @@ def copy_out(machine: Machine, source: str, target: str, *, follow_links: bool, 
     feeder.raise_problem()
 
 
+def copy_changes(machine: Machine, directory: str) -> None:
+    """What is in a virtual machine's overlay, into the empty `directory` of the host, as overlayfs keeps it."""
+    from nagaya.images.unpack import unpack_upper  # lazy: most commands unpack nothing
+
+    read, write = os.pipe2(os.O_CLOEXEC)
+    feeder = _Feeder(machine, ("tar-out", "/upper/."), write, "/", data_disk=True)
+    with os.fdopen(read, "rb", buffering=1 << 20) as stream:
+        feeder.start()
+        try:
+            unpack_upper(stream, directory)
+            while stream.read(CHUNK):  # past the archive's end: what the agent still pads
+                pass
+        except OSError as error:
+            raise HostError.from_os(error, f"cannot write {directory}") from None
+        finally:
+            stream.close()
+            feeder.join()
+    feeder.raise_problem()
+
+
 def copy_in(machine: Machine, source: str, target: str, *, follow_links: bool, archive: bool) -> None:
     """`cp SOURCE MACHINE:TARGET`, with Docker's rules for what the target means."""
     import tarfile  # lazy: 8 ms, and only `cp` into a machine makes archives
@@ -136,12 +157,16 @@ def copy_in(machine: Machine, source: str, target: str, *, follow_links: bool, a
 class _Feeder:
     """Runs the agent's tar-out in a thread and feeds a pipe with it, so that the reader can be ordinary code."""
 
-    def __init__(self, machine: Machine, argv: tuple[str, ...], write: int, source: str) -> None:
+    def __init__(
+        self, machine: Machine, argv: tuple[str, ...], write: int, source: str, *, data_disk: bool = False
+    ) -> None:
         import threading  # lazy: only `cp` needs a thread
 
         self._write = write
         self._problem: BaseException | None = None
-        self._arguments = (machine, argv, lambda data: _write_all(write, data), source)
+        self._copy = partial(
+            _copy_out, machine, argv, lambda data: _write_all(write, data), source, data_disk=data_disk
+        )
         self._thread = threading.Thread(target=self._run, name="cp")
 
     def start(self) -> None:
@@ -149,7 +174,7 @@ class _Feeder:
 
     def _run(self) -> None:
         try:
-            _copy_out(*self._arguments)
+            self._copy()
         except BrokenPipeError:
             pass  # the reader gave up, and says why itself
         except BaseException as problem:
@@ -212,8 +237,10 @@ def _target_in_machine(
     return parent or "/", name
 
 
-def _copy_out(machine: Machine, argv: tuple[str, ...], write: Callable[[bytes], object], path: str) -> None:
-    status, complaint = _applet(machine, argv, write)
+def _copy_out(
+    machine: Machine, argv: tuple[str, ...], write: Callable[[bytes], object], path: str, *, data_disk: bool = False
+) -> None:
+    status, complaint = _applet(machine, argv, write, data_disk=data_disk)
     if status:
         raise RemoteError(f"cannot read {machine.name}:{path}: {complaint}")
 
@@ -229,20 +256,22 @@ def _applet(
     argv: tuple[str, ...],
     write: Callable[[bytes], object],
     read: Callable[[int], bytes] | None = None,
+    *,
+    data_disk: bool = False,
 ) -> tuple[int, str]:
     """Run one of the agent's functions to its end; its status and what it said on standard error."""
     phase = machine.state.phase
     if phase == PAUSED:
         require("exec", phase, machine.name)
     if phase == RUNNING:
-        with machine.applet(argv, stdin=read is not None) as attachment:
+        with machine.applet(argv, stdin=read is not None, data_disk=data_disk) as attachment:
             return _pump(attachment, write, read)
-    with _offline(machine, argv) as streams:
+    with _offline(machine, argv, data_disk=data_disk) as streams:
         return streams(write, read)
 
 
 def _offline(
-    machine: Machine, argv: tuple[str, ...]
+    machine: Machine, argv: tuple[str, ...], *, data_disk: bool
 ) -> AbstractContextManager[Callable[[Callable[[bytes], object], Callable[[int], bytes] | None], tuple[int, str]]]:
     engine = open_engine(machine.spec.type)
     if "offline" not in engine.capabilities:
@@ -251,7 +280,7 @@ def _offline(
         )
     from nagaya.manager.offline import open_offline
 
-    return open_offline(machine, argv)
+    return open_offline(machine, argv, data_disk=data_disk)
 
 
 def _pump(

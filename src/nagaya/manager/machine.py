@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, UsageError
@@ -334,26 +335,47 @@ class Machine:
         from nagaya.images.changes import diff
 
         self._reload()
-        return diff(f"{self.directory}/upper", rootfs.load_layers(self.directory))
+        with self._changes() as upper:
+            return diff(upper, rootfs.load_layers(self.directory))
 
     def commit(
         self, reference: str, *, author: str = "", message: str = "", changes: tuple[str, ...] = (), pause: bool = True
     ) -> Image:
         """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
         base = self._store.images.get(self.spec.image_id)
-        frozen = pause and self.state.phase == "running"
+        # The agent, which tells what is on a machine's own disk, would be frozen with it.
+        frozen = pause and self.state.phase == "running" and not rootfs.has_disk(self.directory)
         if frozen:
             self.pause()
         try:
-            return self._store.images.commit(
-                base, f"{self.directory}/upper", rootfs.load_layers(self.directory), reference,
-                author=author, message=message, changes=changes,
-            )  # fmt: skip
+            with self._changes() as upper:
+                return self._store.images.commit(
+                    base, upper, rootfs.load_layers(self.directory), reference,
+                    author=author, message=message, changes=changes,
+                )  # fmt: skip
         finally:
             if frozen:
                 self.unpause()
 
     # -- inside
+
+    @contextmanager
+    def _changes(self) -> Iterator[str]:
+        """A directory with what it has changed of its image, as overlayfs keeps it. A virtual machine's is a copy."""
+        if not rootfs.has_disk(self.directory):
+            yield f"{self.directory}/upper"
+            return
+        from nagaya.manager.copying import copy_changes
+        from nagaya.storage.tree import remove_tree
+
+        place = f"{self.directory}/changes-{os.getpid()}.tmp"
+        try:
+            remove_tree(place)
+            os.mkdir(place, 0o700)
+            copy_changes(self, place)
+            yield place
+        finally:
+            remove_tree(place)
 
     @property
     def runtime_dir(self) -> str:

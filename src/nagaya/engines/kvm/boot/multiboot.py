@@ -43,7 +43,7 @@ _INITRD_LAST_GPA = 0x7FFF_FFFF
 
 def find_header(content: memoryview) -> int | None:
     """The flags of a file's Multiboot header, which is in its first 8 KiB; None when it has none (section 3.1)."""
-    for at in range(0, min(_SEARCH_BYTES, len(content) - _HEADER.size + 1), 4):
+    for at in range(0, min(_SEARCH_BYTES, len(content)) - _HEADER.size + 1, 4):
         magic, flags, checksum = _HEADER.unpack_from(content, at)
         if magic == HEADER_MAGIC and not (magic + flags + checksum) & 0xFFFF_FFFF:
             found: int = flags
