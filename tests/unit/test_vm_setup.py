@@ -22,7 +22,7 @@ from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import agent, setup
 from nagaya.protocol.agent import AgentLink, Hello, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import Decoder, encode
-from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
+from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload, with_time
 from nagaya.storage.plan import DiskPlan, MountPlan
 
 U32 = struct.Struct("<I")
@@ -99,7 +99,14 @@ def test_a_payload_says_everything() -> None:
 
 
 def test_a_plain_payload_is_short() -> None:
-    assert [tag for tag, _ in fields(setup_payload(PLAIN))] == [1, 2, 3, 9]
+    assert sorted(tag for tag, _ in fields(setup_payload(PLAIN))) == [1, 2, 3, 9]
+
+
+def test_the_time_can_be_told_later() -> None:
+    timed = PLAIN._replace(time_ns=5, sysctls=(("a", "b"),))
+    assert with_time(setup_payload(timed), 9) == setup_payload(timed._replace(time_ns=9))
+    assert with_time(setup_payload(PLAIN), 9) == setup_payload(PLAIN)  # which leaves the clock alone
+    assert with_time(b"", 9) == b""
 
 
 @pytest.mark.parametrize(
@@ -141,8 +148,12 @@ def greeted(*, asked: bool = True) -> AgentLink:
 
 def test_setup_goes_first_and_once() -> None:
     link = AgentLink()
-    link.setup(b"payload")
+    link.setup(setup_payload(PLAIN._replace(time_ns=5)))
     link.spawn(Process(("true",)), POLICY)
+    assert link.outgoing() == b""  # the agent is not there yet
+    link.receive(encode(agent.HELLO, 0, struct.pack("<II", 1, 1)))
+    link.stamp(7)
+    assert Decoder().feed(link.outgoing())[0].payload == setup_payload(PLAIN._replace(time_ns=7))
     kinds = [(frame.type, frame.channel) for frame in Decoder().feed(link.outgoing())]
     assert kinds == [(agent.SETUP, 0), (agent.SPAWN, 1)]
     with pytest.raises(ValueError, match="first frame"):

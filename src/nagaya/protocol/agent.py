@@ -12,6 +12,7 @@ from nagaya.errors import RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
+from nagaya.protocol.setup import with_time
 from nagaya.static import NamedTuple
 
 VERSION = 1
@@ -131,18 +132,25 @@ class AgentLink:
         self._channels: dict[int, _Channel] = {}
         self._next = 1
         self._greeted = False
+        self._held: bytes | None = None  # SETUP's payload until it can go
         self._starved = False
         self._setup = ""  # "asked" from SETUP to its answer, then "done" or "failed"
 
     def setup(self, payload: bytes) -> None:
         """Have a virtual machine's agent make the machine's inside; `payload` is `setup_payload`'s.
 
-        Before anything else is asked for. What follows need not wait for the answer.
+        Before anything else is asked for. It and what follows are sent when the agent has said HELLO, so that `stamp`
+        can tell the time then; what follows need not wait for the answer.
         """
         if self._setup or self._next != 1:
             raise ValueError("SETUP is the first frame")
         self._setup = "asked"
-        self._send(SETUP, 0, payload)
+        self._held = payload
+
+    def stamp(self, time_ns: int) -> None:
+        """The time to start the machine's clock with, nanoseconds since the epoch: at HELLO, if there is a set-up."""
+        if self._held is not None:
+            self._held = with_time(self._held, time_ns)
 
     def set_clock(self, time_ns: int) -> None:
         """Put a virtual machine's clock right, which stood still while it was paused. Nanoseconds since the epoch."""
@@ -222,6 +230,11 @@ class AgentLink:
 
     def outgoing(self) -> bytes:
         """All that waits to be written."""
+        if self._held is not None:
+            if not self._greeted:
+                return b""
+            self._queue[:0] = encode(SETUP, 0, self._held)
+            self._held = None
         return bytes(self._queue)
 
     def sent(self, count: int) -> None:

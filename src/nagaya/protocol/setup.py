@@ -90,9 +90,9 @@ def setup_payload(setup: GuestSetup) -> bytes:
     if setup.power_off not in POWER_OFF:
         raise UsageError(f"no machine ends by '{setup.power_off}'", hint=f"one of: {', '.join(POWER_OFF)}")
     fields = [
+        _field(_TIME, _U64.pack(setup.time_ns)),  # first: see `with_time`
         _field(_HOSTNAME, _text(setup.hostname)),
         _field(_FLAGS, _U32.pack(flags)),
-        _field(_TIME, _U64.pack(setup.time_ns)),
         _field(_POWER_OFF, _U32.pack(POWER_OFF[setup.power_off])),
     ]
     if setup.entropy:
@@ -109,6 +109,17 @@ def setup_payload(setup: GuestSetup) -> bytes:
     if len(payload) > MAX_PAYLOAD:
         raise UsageError(f"the machine's set-up is too long ({len(payload)} bytes, at most {MAX_PAYLOAD})")
     return payload
+
+
+def with_time(payload: bytes, time_ns: int) -> bytes:
+    """The same set-up at another time: a guest may take seconds from when it was planned to where it reads it.
+
+    A set-up that leaves the clock alone does so still.
+    """
+    old, new = (_field(_TIME, _U64.pack(time)) for time in (0, time_ns))
+    if payload[: _FIELD.size] != new[: _FIELD.size] or payload.startswith(old):
+        return payload
+    return new + payload[len(new) :]
 
 
 def _mount(mount: GuestMount) -> bytes:

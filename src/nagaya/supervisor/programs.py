@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -186,7 +187,10 @@ class Programs:
         self.flush()
 
     def _handle(self, event: agent.Event) -> None:
-        if isinstance(event, (agent.Hello, agent.SetupFailed)):
+        if isinstance(event, agent.Hello):
+            self.link.stamp(time.time_ns())
+            return
+        if isinstance(event, agent.SetupFailed):
             return
         if isinstance(event, agent.OutOfMemory):
             self.out_of_memory = True
