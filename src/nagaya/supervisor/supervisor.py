@@ -359,7 +359,7 @@ class Supervisor:
             self._finish(self.state.exit_code)
             return
         self.resume()
-        self._set_timer("stop", timeout_s, self.engine.kill)
+        self._set_timer("stop", timeout_s, self._end_now)
         if self.main is not None and self.booted is not None:
             self.main.signal(self.spec.stop_signal)
 
@@ -370,7 +370,18 @@ class Supervisor:
             self._finish(self.state.exit_code)
             return
         self.resume()
-        self.engine.kill()
+        self._end_now()
+
+    def _end_now(self) -> None:
+        """End every program at once. What they have written stays written, whatever the walls are.
+
+        A kernel of the machine's own has to write it out first: pulling the plug would lose what is in its memory.
+        """
+        if self.booted is None or self.programs is None or not self.booted.setup or self.state.phase == STARTING:
+            self.engine.kill()
+            return
+        self.programs.shutdown()
+        self._set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
 
     def pause(self) -> None:
         self.engine.pause()  # type: ignore[attr-defined]
