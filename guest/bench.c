@@ -252,27 +252,35 @@ static int measure(struct work *w, int rounds, uint64_t least_ns)
 
 int applet_bench(int argc, char **argv)
 {
-	static struct work kinds[] = {
-		{NULL, step_cpu, .per_second = 1},
-		{begin_memory, step_memory, .per_second = 1},
-		{NULL, step_syscall, .unit_ns = 1},
-		{begin_write, step_write, .per_second = 1},
-		{begin_files, step_files, .per_second = 1},
-		{begin_network, step_network, .unit_ns = 1000},
-	};
+	static struct work work; /* large, and all zeros: not part of the program's file */
 	static const struct {
 		const char *name;
 		int argc;
-	} names[] = {{"cpu", 4}, {"memory", 4}, {"syscall", 4}, {"write", 5}, {"files", 5}, {"network", 6}};
+		int (*begin)(struct work *w);
+		int64_t (*step)(struct work *w);
+		int per_second;
+		double unit_ns;
+	} kinds[] = {
+		{"cpu", 4, NULL, step_cpu, .per_second = 1},
+		{"memory", 4, begin_memory, step_memory, .per_second = 1},
+		{"syscall", 4, NULL, step_syscall, .unit_ns = 1},
+		{"write", 5, begin_write, step_write, .per_second = 1},
+		{"files", 5, begin_files, step_files, .per_second = 1},
+		{"network", 6, begin_network, step_network, .unit_ns = 1000},
+	};
 
 	if (argc == 3 && !strcmp(argv[1], "serve"))
 		return serve(argv[2]);
-	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-		if (argc < 4 || strcmp(argv[1], names[i].name) || argc != names[i].argc)
+	for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+		if (argc < 4 || strcmp(argv[1], kinds[i].name) || argc != kinds[i].argc)
 			continue;
-		kinds[i].place = argc > 4 ? argv[4] : NULL;
-		kinds[i].port = argc > 5 ? argv[5] : NULL;
-		return measure(&kinds[i], atoi(argv[2]), strtoull(argv[3], NULL, 10) * 1000000u);
+		work.begin = kinds[i].begin;
+		work.step = kinds[i].step;
+		work.per_second = kinds[i].per_second;
+		work.unit_ns = kinds[i].unit_ns;
+		work.place = argc > 4 ? argv[4] : NULL;
+		work.port = argc > 5 ? argv[5] : NULL;
+		return measure(&work, atoi(argv[2]), strtoull(argv[3], NULL, 10) * 1000000u);
 	}
 	fprintf(stderr, "usage: bench cpu|memory|syscall ROUNDS MS | bench write|files ROUNDS MS DIRECTORY |"
 			" bench network ROUNDS MS ADDRESS PORT | bench serve ADDRESS\n");
