@@ -356,12 +356,12 @@ static int file(const struct field *f)
 
 static int user_mount(const struct field *f)
 {
-	return f->tag == U_MOUNT ? vm_mount_user(f->bytes, f->size) : 0;
+	return f->tag == U_MOUNT ? vm_mount_user(f->bytes) : 0;
 }
 
 static int network(const struct field *f)
 {
-	return f->tag == U_NETWORK ? vm_configure_link(f->bytes, f->size) : 0;
+	return f->tag == U_NETWORK ? vm_configure_link(f->bytes) : 0;
 }
 
 static int sysctl(const struct field *f)

@@ -30,11 +30,12 @@ extern pid_t vm_stub;
 extern int vm_stub_fd;
 /* Everything that could write is dead: get the disks to rest and end the machine. */
 void vm_finish(void) __attribute__((noreturn));
-/* vm_mounts.c. fork(2), into the programs' control group where there is one. */
+
+/* vm_system.c. fork(2), into the programs' control group where there is one. */
 pid_t vm_fork(void);
-/* In a forked child: into the data disk's own root, which has what overlay writes as it lies there. 0 or -1 with errno. */
+/* vm_disks.c. In a forked child: into the data disk's root, which has what overlay writes as it lies there. 0, -1 with errno. */
 int vm_enter_data_disk(void);
-/* vm_mounts.c. What programs have written goes to the disk; then it, and the root, become read-only. */
+/* What programs have written goes to the disk; then it, and the root, become read-only. */
 void vm_flush(void);
 void vm_rest_disks(void);
 
@@ -47,20 +48,34 @@ int vm_await(int (*look)(void *what), void *what, int limit_ms);
 ssize_t vm_read_line(const char *path, char *out, size_t size);
 int vm_write_file(int directory, const char *path, const char *text);
 
-/* vm_mounts.c. Each 0, or -1 after vm_fail. */
+/* Directories that paths start from: the initramfs, the machine's root, and a /proc that knows us. */
+extern int vm_initramfs, vm_root, vm_proc;
+
+/* All that follow: 0, or -1 after vm_fail. vm_disks.c */
 int vm_mount_data_only(void);
 int vm_mount_disks(void);
 int vm_switch_root(void);
+/* vm_system.c */
 int vm_mount_system(uint32_t pids, int own_pids);
 int vm_make_device(const char *node, const char *path);
-int vm_mount_file(const char *path, const unsigned char *content, size_t size);
-int vm_mount_user(const unsigned char *field, size_t size);
-int vm_drop_shares(void);
 int vm_protect_root(void);
 int vm_mask(void);
-
+/* vm_mounts.c */
+int vm_mount_file(const char *path, const unsigned char *content, size_t size);
+int vm_mount_user(const unsigned char *field);
+int vm_drop_shares(void);
 /* vm_net.c */
 int vm_bring_up_loopback(void);
-int vm_configure_link(const unsigned char *field, size_t size);
+int vm_configure_link(const unsigned char *field);
+
+/* vm_targets.c: these answer -1 with errno. An O_PATH descriptor of `path` in the machine's root, made when missing:
+ * directories, or an empty file. Without `follow`, a link on the way is ELOOP. */
+int vm_open_target(const char *path, int is_file, int follow);
+/* Raise MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC of the mount that `fd` is the root of. */
+int vm_set_mount_flags(int fd, unsigned long flags);
+/* Mount a copy of what `fd` is open on, a directory or a file, over `target`. */
+int vm_bind(int fd, int target, unsigned long flags);
+/* mount(2) at a descriptor: its target is a path, and "." is the one that cannot be led astray. */
+int vm_mount_at(int target, const char *source, const char *type, unsigned long flags, const char *options);
 
 #endif

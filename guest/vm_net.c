@@ -102,13 +102,12 @@ static int configure(struct link *link, unsigned prefix, int mtu, uint32_t addre
 	return 0;
 }
 
-int vm_configure_link(const unsigned char *field, size_t size)
+int vm_configure_link(const unsigned char *field)
 {
 	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
 	uint32_t address, gateway; /* in network order, as they stand there */
 	int failed;
 
-	(void)size;
 	memcpy(&address, field + 12, 4);
 	memcpy(&gateway, field + 16, 4);
 	if (link.sock < 0)
