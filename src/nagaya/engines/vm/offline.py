@@ -141,7 +141,9 @@ class _Applet:
         return started
 
     def _take(self, event: agent.Event) -> None:
-        if isinstance(event, agent.Output):
+        if isinstance(event, agent.Hello):
+            self._link.stamp(time.time_ns())
+        elif isinstance(event, agent.Output):
             _write(event.stream, event.data)
             self._link.grant(self._channel, len(event.data))
         elif isinstance(event, agent.Exited):
