@@ -400,9 +400,9 @@ int vm_setup(const unsigned char *payload, size_t size)
 	if (flags & UF_DATA_ONLY)
 		return each(payload, size, early) || vm_mount_data_only() ? -1 : 0;
 	/* The same order as a container's: ours first, the user's over them, and only then what makes things read-only. */
-	if (each(payload, size, early) || vm_mount_disks() || vm_switch_root() || 
-	    vm_mount_system(pids, !!(flags & UF_OWN_PIDS)) || each(payload, size, device) || each(payload, size, file) || each(payload, size, user_mount) ||
-	    vm_drop_shares() || (flags & UF_READ_ONLY && vm_protect_root()) || vm_bring_up_loopback() ||
+	if (each(payload, size, early) || vm_mount_disks() || vm_switch_root() ||
+	    vm_mount_system(pids, !!(flags & UF_OWN_PIDS)) || each(payload, size, device) || each(payload, size, file) ||
+	    each(payload, size, user_mount) || vm_drop_shares() || (flags & UF_READ_ONLY && vm_protect_root()) || vm_bring_up_loopback() ||
 	    each(payload, size, network) || each(payload, size, sysctl) || (!(flags & UF_UNMASK) && vm_mask()))
 		return -1;
 	return chdir("/") ? vm_fail(errno, "cannot enter the root") : 0;

@@ -108,7 +108,8 @@ int vm_bind(int fd, int target, unsigned long flags)
 
 	if (tree < 0)
 		return -1;
-	failed = vm_set_mount_flags(tree, flags) || syscall(SYS_move_mount, tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+	failed = vm_set_mount_flags(tree, flags) ||
+		 syscall(SYS_move_mount, tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
 	int error = errno;
 	close(tree);
 	errno = error;
