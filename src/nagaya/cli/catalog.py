@@ -49,6 +49,7 @@ HOST: dict[str, tuple[str, str]] = {
     "events": ("events:EVENTS", "Show what happens to machines, images and volumes"),
     "prune": ("prune:PRUNE", "Remove what nothing uses: ended machines, images without a name"),
     "version": ("version:VERSION", "Show the version of Nagaya and what it runs on"),
+    "compare": ("compare:COMPARE", "Measure what each type of machine costs here, and say which to use"),
     "doctor": ("doctor:DOCTOR", "Show what this host can run, and why not the rest"),
     "completion": ("completion:COMPLETION", "Print a completion script for bash, zsh or fish"),
 }
