@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 
+from benches import emulated, run, supervisor, virtio, vmm
 from benches import exec as exec_
-from benches import run, supervisor, virtio, vmm
 
 BENCHES = {
     "run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1), "vmm": (vmm.main, 20),
-    "virtio": (virtio.main, 20),
+    "virtio": (virtio.main, 20), "emulated": (emulated.main, 10),
 }  # fmt: skip
 
 

@@ -315,7 +315,8 @@ def _require_parts(board: Board) -> None:
     if not os.access(agent_path(board.architecture), os.R_OK):
         raise Unsupported(
             f"the guest agent for {board.platform} is not built ({agent_path(board.architecture)})",
-            hint="run 'make agent', or install the package again",
+            hint=f"in a checkout: make agent{'' if board.architecture == os.uname().machine else f'-{board.architecture}'}; "
+            "else install the package again",
         )
 
 
