@@ -17,6 +17,7 @@ import pytest
 from nagaya.errors import Unsupported
 from nagaya.images import rootimage
 from nagaya.images.image import Image
+from nagaya.images.merged import Node
 from nagaya.images.progress import Silent
 from nagaya.images.store import ImageStore
 from nagaya.kernel import mount as kernel
@@ -82,14 +83,15 @@ def base_image(store: ImageStore, tmp_path: Path) -> Image:
     return store.import_rootfs(str(root), "base")
 
 
-def second_image(store: ImageStore, base: Image, tmp_path: Path) -> Image:
+def second_image(store: ImageStore, base: Image, tmp_path: Path, *, dangling: bool = True) -> Image:
     upper = tmp_path / "upper"
     for path in ("kept/new", "opaque/shown", "fresh/file"):
         (upper / path).parent.mkdir(parents=True, exist_ok=True)
         (upper / path).write_text(path)
     os.setxattr(upper / "opaque", "trusted.overlay.opaque", b"y")
     os.mknod(upper / "gone", stat.S_IFCHR, 0)
-    os.mknod(upper / "fresh/never-was", stat.S_IFCHR, 0)  # a deletion with nothing below it
+    if dangling:
+        os.mknod(upper / "fresh/never-was", stat.S_IFCHR, 0)  # a deletion with nothing below it
     (upper / "replaced").write_text("a file now")
     os.chown(upper / "kept", 7, 8)
     os.setxattr(upper / "kept", "user.of", b"upper")
@@ -129,6 +131,11 @@ def read_tree(top: str) -> Tree:
     return tree
 
 
+def refuse_overlay(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    if fstype == "overlay":
+        raise OSError(22, "mount: Invalid argument")
+
+
 def mounted(fstype: str, source: str, options: str, target: Path) -> Tree:
     target.mkdir(exist_ok=True)
 
@@ -154,13 +161,28 @@ def test_one_layer_comes_out_as_it_is(store: ImageStore, tmp_path: Path) -> None
     assert mounted("erofs", path, "ro", tmp_path / "m") == expected
 
 
-def test_several_layers_come_out_as_an_overlay_shows_them(store: ImageStore, tmp_path: Path) -> None:
-    image = second_image(store, base_image(store, tmp_path), tmp_path)
+@pytest.mark.parametrize(("dangling", "overlay"), [(False, True), (True, True), (False, False)])
+def test_several_layers_come_out_as_an_overlay_shows_them(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dangling: bool, overlay: bool
+) -> None:
+    linked = []
+    link_tree = rootimage._link_tree
+
+    def note(nodes: list[Node], target: str) -> None:
+        linked.append(target)
+        link_tree(nodes, target)
+
+    monkeypatch.setattr(rootimage, "_link_tree", note)
+    if not overlay:
+        monkeypatch.setattr(kernel, "mount", refuse_overlay)
+    image = second_image(store, base_image(store, tmp_path), tmp_path, dangling=dangling)
     layers = store.layer_directories(image)
     assert len(layers) == 2
+    path = make(store, image)
+    monkeypatch.undo()
     shown = mounted("overlay", "overlay", f"lowerdir={layers[0]}:{layers[1]}", tmp_path / "o")
-    found = mounted("erofs", make(store, image), "ro", tmp_path / "m")
-    assert found == shown
+    found = mounted("erofs", path, "ro", tmp_path / "m")
+    assert found == shown and bool(linked) == (dangling or not overlay)
     assert {b"/kept/old", b"/kept/new", b"/opaque/shown"} <= set(found)
     assert not {b"/gone", b"/gone/x", b"/opaque/hidden", b"/fresh/never-was", b"/replaced/dir"} & set(found)
     assert found[b"/opaque"][4] == {} and found[b"/kept"][1:3] == (7, 8)

@@ -87,8 +87,8 @@ def test_layers_merge_by_name(tmp_path: Path) -> None:
         (bottom / path).parent.mkdir(parents=True, exist_ok=True)
         (bottom / path).write_text("bottom")
     (top / "dir_over_file").mkdir()
-    nodes, marked = merge((str(top), str(bottom)))
-    assert not marked
+    nodes, marked, dangling = merge((str(top), str(bottom)))
+    assert not marked and not dangling
     tree = {os.fsdecode(node.path): [name.decode() for name, _ in node.children] for node in nodes}
     assert tree == {
         str(top): ["both", "dir_over_file", "file_over_dir", "new", "old"],

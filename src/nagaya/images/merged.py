@@ -12,6 +12,7 @@ import os
 import stat
 
 from nagaya.errors import Unsupported
+from nagaya.static import NamedTuple
 
 _NO_XATTRS: tuple[tuple[str, bytes], ...] = ()
 
@@ -29,11 +30,18 @@ class Node:
         self.xattrs = _NO_XATTRS  # of a directory, without overlayfs's own
 
 
-def merge(lower: tuple[str, ...]) -> tuple[list[Node], bool]:
-    """All directories of the layers `lower` (topmost first), each before those in it; whether marks were seen.
+class Merged(NamedTuple):
+    """What layers are together."""
 
-    Marks are what only overlayfs understands: deletions, and its attributes on directories. Raises `OSError`, and
-    `Unsupported` for a path that is too long to be opened at once.
+    directories: list[Node]  # each before those in it
+    marked: bool  # there are marks that only overlayfs understands: deletions, its attributes on directories
+    dangling: bool  # there are deletions that overlayfs would list: where a directory is one layer's alone
+
+
+def merge(lower: tuple[str, ...]) -> Merged:
+    """Merge the layers `lower`, topmost first.
+
+    Raises `OSError`, and `Unsupported` for a path that is too long to be opened at once.
     """
     try:
         return _merge(lower)
@@ -46,21 +54,23 @@ def merge(lower: tuple[str, ...]) -> tuple[list[Node], bool]:
         ) from None
 
 
-def _merge(lower: tuple[str, ...]) -> tuple[list[Node], bool]:
+def _merge(lower: tuple[str, ...]) -> Merged:
     space = "trusted." if os.geteuid() == 0 else "user."  # as `unpack` marks
     top = os.fsencode(lower[0])
     root = Node(top, os.lstat(top))
     root.layers = [os.fsencode(layer) for layer in lower]
     nodes: list[Node] = []
-    marked = False
+    marked = dangling = False
     waiting = [root]
     while waiting:
         node = waiting.pop()
         nodes.append(node)
         node.xattrs, own = _read_xattrs(node.path, f"{space}overlay.")
-        marked = _read_directory(node, f"{space}overlay.opaque") or own or marked
+        deletes = _read_directory(node, f"{space}overlay.opaque")
+        marked = marked or own or deletes
+        dangling = dangling or (deletes and len(node.layers) == 1)
         waiting += [child for _, child in reversed(node.children) if stat.S_ISDIR(child.found.st_mode)]
-    return nodes, marked
+    return Merged(nodes, marked, dangling)
 
 
 def _read_directory(node: Node, opaque: str) -> bool:

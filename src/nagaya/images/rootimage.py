@@ -5,9 +5,10 @@ layers have one. mkfs.erofs writes it, uncompressed (docs/disks.md has the figur
 `HEX.erofs.tmp`; when that is on the disk it is renamed: without the ending it is whole. flock on `HEX.erofs.lock` makes
 two makers do the work once. `collect` removes those that no image needs.
 
-A plain layer is packed as it lies in the store. Several, or one with overlayfs's marks in it, are first merged into
-`HEX.merged.tmp`, a tree of new directories and of hard links to the layers' files. (A mount of the overlay would not do:
-it lists a deletion that has nothing below it, and mkfs.erofs fails on a name that nobody can look up.)
+A plain layer is packed as it lies in the store. Several are shown to mkfs.erofs as a read-only overlay at `HEX.merged.tmp`,
+in a mount namespace of its own. Where that will not do, `HEX.merged.tmp` becomes a tree of new directories and of hard links
+to the layers' files: for a plain user, for very many layers, and where an overlay would list a deletion that has nothing
+below it, a name that cannot be looked up.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from nagaya.images.image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nagaya.images.merged import Node
     from nagaya.images.progress import Progress
     from nagaya.images.store import ImageStore
 
 DIRECTORY = "roots"
 ENDING = ".erofs"
+OPTIONS_MAX = 4000  # mount(2) takes one page of options
 NAME_MAX = 254  # one less than the kernel's: what mkfs.erofs up to 1.5 can read
 _EMPTY = "sha256:" + 64 * "0"  # of an image without layers; no SHA-256 is known to come out so
 _BLOCK = 4096
@@ -120,15 +124,17 @@ def _make(store: ImageStore, image: Image, path: str, program: str, progress: Pr
     key = f"root image {image.id}"
     progress.start(key, f"making the root image of {_name(image)}", 0)
     layers = store.layer_directories(image)
-    nodes, marked = merge(layers)
-    _check_names(nodes)
+    merged = merge(layers)
+    _check_names(merged.directories)
     tree, temporary = f"{path.removesuffix(ENDING)}.merged.tmp", f"{path}.tmp"
     try:
         remove_tree(tree)
         remove_tree(temporary)
-        if marked or len(layers) > 1:
-            _link_tree(nodes, tree)
-        _run(program, temporary, tree if marked or len(layers) > 1 else layers[0], _uuid(image.layers))
+        if len(layers) == 1 and not merged.marked:
+            _run(program, temporary, layers[0], _uuid(image.layers))
+        elif merged.dangling or not _run_on_overlay(program, temporary, tree, layers, _uuid(image.layers)):
+            _link_tree(merged.directories, tree)
+            _run(program, temporary, tree, _uuid(image.layers))
         os.rename(temporary, path)
     finally:
         remove_tree(temporary)
@@ -148,7 +154,35 @@ def _check_names(nodes: list[Node]) -> None:
                 )
 
 
-def _run(program: str, target: str, source: str, uuid: bytes) -> None:
+def _run_on_overlay(program: str, target: str, place: str, layers: tuple[str, ...], uuid: bytes) -> bool:
+    """As `_run`, on a read-only overlay that only mkfs.erofs sees. False where none can be mounted."""
+    import subprocess
+
+    from nagaya.kernel import mount as kernel
+    from nagaya.kernel import namespaces
+
+    store = os.path.dirname(layers[0])
+    options = f"lowerdir={':'.join(os.path.relpath(layer, store) for layer in layers)}"
+    if os.geteuid() != 0 or len(layers) < 2 or len(options) > OPTIONS_MAX:
+        return False
+
+    def mount() -> None:
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+        kernel.mount("", "/", "", kernel.MS_PRIVATE | kernel.MS_REC)
+        os.chdir(store)
+        kernel.mount("overlay", place, "overlay", kernel.MS_RDONLY, options)
+
+    os.mkdir(place, 0o700)
+    try:
+        _run(program, target, place, uuid, before=mount)
+    except subprocess.SubprocessError:  # raised by `mount`
+        os.unlink(target)
+        os.rmdir(place)
+        return False
+    return True
+
+
+def _run(program: str, target: str, source: str, uuid: bytes, *, before: Callable[[], None] | None = None) -> None:
     """Pack the directory `source` into the new file `target`, and wait until that is on the disk."""
     import subprocess  # lazy: 16 ms
 
@@ -165,6 +199,7 @@ def _run(program: str, target: str, source: str, uuid: bytes) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             check=False,
+            preexec_fn=before,
         )
         if done.returncode:
             tail = done.stdout.decode(errors="replace").strip()[-2000:]
