@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nagaya.engines.kvm import probe
+from nagaya.engines.qemu import engine
+from nagaya.engines.qemu.boards import Board
 from nagaya.errors import Unsupported
 from nagaya.manager import doctor
 
@@ -24,3 +26,17 @@ def test_no_kvm(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     monkeypatch.setattr(probe, "probe_kvm", refuse)
     assert doctor.look_at_kvm() == doctor.Finding("kvm", doctor.MISSING, message, "opening it", "a hint")
     assert not doctor.can_run([doctor.look_at_kvm()])
+
+
+def test_what_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_require_parts", lambda board: None)
+    found = doctor.look_at_emulation()
+    assert found.status == doctor.OK and "linux/arm64" in found.found and doctor.can_run([found])
+
+    def refuse(board: Board) -> None:
+        raise Unsupported(f"{board.program} is not installed", hint="a hint", finding="PATH")
+
+    monkeypatch.setattr(engine, "_require_parts", refuse)
+    found = doctor.look_at_emulation()
+    assert (found.status, found.follows) == (doctor.MISSING, "a hint") and not doctor.can_run([found])
+    assert engine.list_platforms() == []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 from nagaya.errors import NagayaError, Unsupported
 from nagaya.static import NamedTuple
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
-TYPES = ("container", "kvm")
+TYPES = ("container", "kvm", "emulated")
 
 
 class Finding(NamedTuple):
@@ -23,7 +21,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Everything, in the order in which it is shown; `TYPES` are those that run machines."""
-    return [look_at_containers(), look_at_kvm(), look_at_qemu(), look_at_guest_kernel()]
+    return [look_at_containers(), look_at_kvm(), look_at_emulation(), look_at_guest_kernel()]
 
 
 def can_run(findings: list[Finding]) -> bool:
@@ -68,12 +66,17 @@ def look_at_kvm() -> Finding:
     return Finding("kvm", LIMITED, "software KVM (PVM)", kvm.how, "guests run, but boot in 10 to 25 s")
 
 
-def look_at_qemu() -> Finding:
-    program = "qemu-system-x86_64"
-    path = shutil.which(program)
-    if path is None:
-        return Finding("qemu", MISSING, f"no {program}", "PATH", "apt-get install qemu-system-x86")
-    return Finding("qemu", OK, path, "PATH", "there for --type emulated, which is not built yet")
+def look_at_emulation() -> Finding:
+    from nagaya.engines.qemu.engine import EmulatedEngine, list_platforms
+
+    try:
+        EmulatedEngine().check_host()
+    except NagayaError as error:
+        return _refused("emulated", error)
+    how = "QEMU in PATH, a guest kernel and an agent for each"
+    return Finding(
+        "emulated", OK, ", ".join(list_platforms()), how, "images for these platforms run, 5 to 20 times slower"
+    )
 
 
 def look_at_guest_kernel() -> Finding:

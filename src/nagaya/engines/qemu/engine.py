@@ -300,6 +300,18 @@ class EmulatedEngine:
         self._helpers = []
 
 
+def list_platforms() -> list[str]:
+    """The platforms that this host has all parts to emulate."""
+    found = []
+    for board in BOARDS:
+        try:
+            _require_parts(board)
+        except Unsupported:
+            continue
+        found.append(board.platform)
+    return found
+
+
 def _require_parts(board: Board) -> None:
     """Raise `Unsupported` for what this host lacks to emulate `board`."""
     if not _in_path(board.program):
