@@ -307,6 +307,32 @@ def test_a_larger_disk_is_taken_at_the_next_start(vmlinux: str, agent: str, imag
     assert data.stat().st_blocks * 512 < 64 << 20
 
 
+def test_synced_data_survives_the_end_of_the_vmm(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    """As a power failure: writing and syncing goes on until QEMU is killed; all that was said to be synced is there."""
+    data = tmp_path / "data.img"
+    create_data_disk(str(data), LEAST_BYTES)
+    disks, plain = Disks(image, data), GuestSetup("m", power_off="reboot")
+    synced = -1
+    for boot in range(3):
+        machine = VirtualMachine(vmlinux, agent, disks, tmp_path)
+        assert machine.set_up(plain) == SetUp(())
+        last = int(sh(machine, "ls /work | sort -n | tail -n 1") if boot else "-1")
+        assert last >= synced
+        for number in range(synced + 1) if boot else ():
+            assert sh(machine, f"cat /work/{number}") == f"content of {number}\n"
+        script = (
+            f"mkdir -p /work; i={last + 1}; while :; do echo content of $i > /work/$i; rm -f /old; ln /work/$i /old; sync;"
+            " echo $i; i=$((i+1)); done"
+        )
+        channel = machine.spawn("/bin/sh", "-c", script)
+        machine.wait_output(channel, b"%d\n" % (last + 8))
+        machine.cut()
+        machine.close()
+        synced = int(machine.output(channel).split(b"\n")[-2])
+        assert synced >= last + 8
+    assert not is_clean(data)  # the journal had something to replay each time
+
+
 def test_want_of_memory_is_told(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
     disks = Disks(image, make_data(tmp_path / "data.img"))
     with VirtualMachine(vmlinux, agent, disks, tmp_path) as machine:
