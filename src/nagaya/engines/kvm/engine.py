@@ -19,6 +19,7 @@ from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
+from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import Shares, require_shares, start_shares
@@ -86,6 +87,8 @@ class KvmEngine:
             )
         if any(mount.kind != "tmpfs" for mount in spec.mounts):
             require_shares()
+        if os.geteuid() and spec.network == "bridge":
+            require_passt()
         return rules.check_spec(spec)
 
     # -- boot
@@ -145,7 +148,7 @@ class KvmEngine:
         data = _held(open_data(disks.data), local)
         initrd = _held(open_initramfs(), local)
         self._link = request.network.host_link
-        link = _held(tap.open_link(request.network), local) if request.network.kind == "bridge" else -1
+        link = self._plug(request.network, local)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
             kernel=cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}", command_line=COMMAND_LINE,
@@ -160,6 +163,16 @@ class KvmEngine:
             kept=tuple(fd for fd in (agent, console_end, data, initrd, link, daemon) if fd >= 0), log=self._log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
+
+    def _plug(self, network: NetworkPlan, local: ExitStack) -> int:
+        """What the machine's network card is plugged into; -1 = nothing."""
+        if network.kind == "bridge":
+            return _held(tap.open_link(network), local)
+        if network.kind == "user":
+            link = start_passt(self._log_end, local)
+            self._helpers.append(link.pid)
+            return link.socket
+        return -1
 
     def _greet(self) -> None:
         """Until the machine runs. Raises what the child says instead, or `LaunchError` when it says nothing."""
@@ -324,9 +337,10 @@ def _assemble(
     ]
     if link >= 0:
         from nagaya.virtio.net import Net
-        from nagaya.virtio.net_link import Tap
+        from nagaya.virtio.net_link import Stream, Tap
 
-        devices.append(Net("net", Tap(link), mac=bytes.fromhex(network.mac.replace(":", "")), mtu=network.mtu))
+        made = Tap(link) if network.kind == "bridge" else Stream(link)
+        devices.append(Net("net", made, mac=bytes.fromhex(network.mac.replace(":", "")), mtu=network.mtu))
     if daemon >= 0:
         from nagaya.virtio.fs import FileSystem
         from nagaya.virtio.vhost_user import VhostUser
