@@ -29,7 +29,7 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
 
 
 def test_phases(create: Start) -> None:
-    machine = create("sh", "-c", "trap 'exit 4' TERM; while true; do sleep 0.05; done")
+    machine = create("sh", "-c", "trap 'exit 4' TERM; echo ready; while true; do sleep 0.05; done")
     assert machine.state.phase == "created"
     for refused in (machine.pause, machine.attach, machine.top, machine.stats, machine.kill):
         with pytest.raises(Conflict):
@@ -40,6 +40,7 @@ def test_phases(create: Start) -> None:
         machine.start()
     with pytest.raises(Conflict, match="cannot remove"):
         machine.remove()
+    _wait_for(lambda: bool(list(machine.logs())))  # by now it listens: it had only begun to run
     machine.stop()
     assert (machine.state.phase, machine.state.exit_code) == ("exited", 4)
     machine.stop()

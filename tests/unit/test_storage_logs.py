@@ -63,6 +63,21 @@ def test_rotation_keeps_the_newest_and_the_reader_follows(tmp_path: Path) -> Non
     assert late == seen[-len(late) :] and len(late) > 40
 
 
+def test_a_reader_in_the_midst_of_a_rotation(tmp_path: Path) -> None:
+    writer, reader = LogWriter(str(tmp_path), LogLimits()), LogReader(str(tmp_path), 3)
+    writer.write(1, b"one\n")
+    assert _text(list(reader.read())) == b"one\n"
+    (tmp_path / "log").rename(tmp_path / "log.1")  # and the new one is not there yet
+    assert list(reader.read()) == []
+    writer.close()
+    (tmp_path / "log").touch()
+    writer = LogWriter(str(tmp_path), LogLimits())
+    writer.write(1, b"two\n")
+    writer.close()
+    assert _text(list(reader.read())) == b"two\n"
+    reader.close()
+
+
 def test_one_file_only(tmp_path: Path) -> None:
     writer = LogWriter(str(tmp_path), LogLimits(max_bytes=1024, files=1))
     for _ in range(100):

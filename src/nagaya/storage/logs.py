@@ -153,7 +153,10 @@ class LogReader:
             except FileNotFoundError:
                 continue
             if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
-                return os.open(chain[at - 1], os.O_RDONLY | os.O_CLOEXEC) if at else -1
+                try:
+                    return os.open(chain[at - 1], os.O_RDONLY | os.O_CLOEXEC) if at else -1
+                except FileNotFoundError:
+                    return -1  # in the midst of a rotation: its writer is about to make it
         for name in self._names:  # ours was rotated away while we slept: go on with the oldest there is
             try:
                 return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
