@@ -27,7 +27,7 @@ MACHINES: dict[str, tuple[str, str]] = {
     "stats": ("stats:STATS", "Show what machines use of CPU, memory, network and disk"),
     "inspect": ("inspect:INSPECT", "Show everything about machines, images or volumes"),
     "rename": ("rename:RENAME", "Give a machine another name"),
-    "update": ("update:UPDATE", "Change limits and restart policy of machines"),
+    "update": ("update:UPDATE", "Change limits, type and restart policy of machines"),
     "diff": ("diff:DIFF", "Show what a machine has changed of its image"),
     "commit": ("commit:COMMIT", "Make an image of what a machine has changed"),
     "export": ("export:EXPORT", "Write a machine's files as a tar archive"),

@@ -79,7 +79,7 @@ def copy_out(machine: Machine, source: str, target: str, *, follow_links: bool, 
     directory, rename = _target_on_host(target, entry.type == "dir", contents)
     argv = ("tar-out", source, "--follow") if follow_links else ("tar-out", source)
     read, write = os.pipe2(os.O_CLOEXEC)
-    feeder = _Feeder(machine, argv, write, source)
+    feeder = _Feeder(write, lambda put: _copy_out(machine, argv, put, source))
     with os.fdopen(read, "rb", buffering=1 << 20) as stream:
         feeder.start()
         try:
@@ -94,12 +94,16 @@ def copy_out(machine: Machine, source: str, target: str, *, follow_links: bool, 
     feeder.raise_problem()
 
 
-def copy_changes(machine: Machine, directory: str) -> None:
-    """What is in a virtual machine's overlay, into the empty `directory` of the host, as overlayfs keeps it."""
+def copy_changes(machine: Machine, directory: str, *, locked: bool = False) -> None:
+    """What is in a virtual machine's overlay, into the empty `directory` of the host, as overlayfs keeps it.
+
+    `locked` is for who holds the machine's command lock: it does not run then.
+    """
     from nagaya.images.unpack import unpack_upper  # lazy: most commands unpack nothing
 
     read, write = os.pipe2(os.O_CLOEXEC)
-    feeder = _Feeder(machine, ("tar-out", "/upper/."), write, "/", data_disk=True)
+    argv = ("tar-out", "/upper/.")
+    feeder = _Feeder(write, lambda put: _copy_out(machine, argv, put, "/", data_disk=True, locked=locked))
     with os.fdopen(read, "rb", buffering=1 << 20) as stream:
         feeder.start()
         try:
@@ -155,18 +159,14 @@ def copy_in(machine: Machine, source: str, target: str, *, follow_links: bool, a
 
 
 class _Feeder:
-    """Runs the agent's tar-out in a thread and feeds a pipe with it, so that the reader can be ordinary code."""
+    """Copies in a thread, into a pipe, so that the reader can be ordinary code. `copy` gets what to call with data."""
 
-    def __init__(
-        self, machine: Machine, argv: tuple[str, ...], write: int, source: str, *, data_disk: bool = False
-    ) -> None:
+    def __init__(self, write: int, copy: Callable[[Callable[[bytes], object]], None]) -> None:
         import threading  # lazy: only `cp` needs a thread
 
         self._write = write
         self._problem: BaseException | None = None
-        self._copy = partial(
-            _copy_out, machine, argv, lambda data: _write_all(write, data), source, data_disk=data_disk
-        )
+        self._copy = partial(copy, lambda data: _write_all(write, data))
         self._thread = threading.Thread(target=self._run, name="cp")
 
     def start(self) -> None:
@@ -238,9 +238,15 @@ def _target_in_machine(
 
 
 def _copy_out(
-    machine: Machine, argv: tuple[str, ...], write: Callable[[bytes], object], path: str, *, data_disk: bool = False
+    machine: Machine,
+    argv: tuple[str, ...],
+    write: Callable[[bytes], object],
+    path: str,
+    *,
+    data_disk: bool = False,
+    locked: bool = False,
 ) -> None:
-    status, complaint = _applet(machine, argv, write, data_disk=data_disk)
+    status, complaint = _applet(machine, argv, write, data_disk=data_disk, locked=locked)
     if status:
         raise RemoteError(f"cannot read {machine.name}:{path}: {complaint}")
 
@@ -258,6 +264,7 @@ def _applet(
     read: Callable[[int], bytes] | None = None,
     *,
     data_disk: bool = False,
+    locked: bool = False,
 ) -> tuple[int, str]:
     """Run one of the agent's functions to its end; its status and what it said on standard error."""
     phase = machine.state.phase
@@ -266,12 +273,12 @@ def _applet(
     if phase == RUNNING:
         with machine.applet(argv, stdin=read is not None, data_disk=data_disk) as attachment:
             return _pump(attachment, write, read)
-    with _offline(machine, argv, data_disk=data_disk) as streams:
+    with _offline(machine, argv, data_disk=data_disk, locked=locked) as streams:
         return streams(write, read)
 
 
 def _offline(
-    machine: Machine, argv: tuple[str, ...], *, data_disk: bool
+    machine: Machine, argv: tuple[str, ...], *, data_disk: bool, locked: bool
 ) -> AbstractContextManager[Callable[[Callable[[bytes], object], Callable[[int], bytes] | None], tuple[int, str]]]:
     engine = open_engine(machine.spec.type)
     if "offline" not in engine.capabilities:
@@ -280,7 +287,7 @@ def _offline(
         )
     from nagaya.manager.offline import open_offline
 
-    return open_offline(machine, argv, data_disk=data_disk)
+    return open_offline(machine, argv, data_disk=data_disk, locked=locked)
 
 
 def _pump(

@@ -30,12 +30,7 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
     check_options(options)
     config = image.config
     hostname = options.hostname or machine_id[:12]
-    if type_ == TYPES[0] and image.platform != host_platform():
-        raise Unsupported(
-            f"image '{options.image}' is for {image.platform}, and a {type_} runs on this host's CPU, {host_platform()}",
-            hint=f"use --type emulated, or get the image for this host: "
-            f"nagaya pull --platform {host_platform()} {options.image}",
-        )
+    check_platform(image.platform, options.image, type_=type_)
     spec = MachineSpec(
         id=machine_id,
         name=name,
@@ -76,6 +71,16 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
     )
     open_engine(type_).check(spec)
     return spec
+
+
+def check_platform(platform: str, image: str, *, type_: str) -> None:
+    """Raise `Unsupported` when a machine of `type_` cannot run programs of the image's platform."""
+    if type_ == TYPES[0] and platform != host_platform():
+        raise Unsupported(
+            f"image '{image}' is for {platform}, and a {type_} runs on this host's CPU, {host_platform()}",
+            hint=f"use --type emulated, or get the image for this host: "
+            f"nagaya pull --platform {host_platform()} {image}",
+        )
 
 
 def name_volumes(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:

@@ -197,7 +197,10 @@ class Machine:
         self._record("rename", old=old)
 
     def update(self, options: UpdateOptions) -> list[str]:
-        """Change limits and restart policy; answers a sentence for each change saying when it holds."""
+        """Change limits and restart policy, and the type and the disk's size of one that does not run.
+
+        Answers a sentence for each change, saying when it holds.
+        """
         from nagaya.manager.updating import describe, plan_update  # lazy: rare
 
         with self.lock():
@@ -205,8 +208,13 @@ class Machine:
             planned = plan_update(self.spec, options)
             if planned == self.spec:
                 raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
-            before, self.spec = self.spec, planned
+            before = self.spec
             alive = self._settled().phase in ALIVE
+            if planned.type != before.type or planned.limits.storage_bytes != before.limits.storage_bytes:
+                from nagaya.manager.retyping import rebuild  # lazy: rarer still
+
+                rebuild(self, planned, alive=alive)
+            self.spec = planned
             machines.store_spec(self.paths, planned)
             if alive:
                 try:
@@ -344,7 +352,7 @@ class Machine:
         """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
         base = self._store.images.get(self.spec.image_id)
         # The agent, which tells what is on a machine's own disk, would be frozen with it.
-        frozen = pause and self.state.phase == "running" and not rootfs.has_disk(self.directory)
+        frozen = pause and self.state.phase == "running" and not self._has_disk()
         if frozen:
             self.pause()
         try:
@@ -359,10 +367,16 @@ class Machine:
 
     # -- inside
 
+    def _has_disk(self) -> bool:
+        """Whether it keeps its changes on a disk of its own."""
+        from nagaya.engines import open_engine  # lazy: only who looks at its changes
+
+        return open_engine(self.spec.type).rootfs_kind == "disk"
+
     @contextmanager
     def _changes(self) -> Iterator[str]:
         """A directory with what it has changed of its image, as overlayfs keeps it. A virtual machine's is a copy."""
-        if not rootfs.has_disk(self.directory):
+        if not self._has_disk():
             yield f"{self.directory}/upper"
             return
         from nagaya.manager.copying import copy_changes
@@ -376,6 +390,11 @@ class Machine:
             yield place
         finally:
             remove_tree(place)
+
+    @property
+    def images(self) -> ImageStore:
+        """The images of its store."""
+        return self._store.images
 
     @property
     def runtime_dir(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError
@@ -23,9 +23,14 @@ Streams = Callable[[Write, Read], tuple[int, str]]
 
 
 @contextmanager
-def open_offline(machine: Machine, argv: tuple[str, ...], *, data_disk: bool = False) -> Iterator[Streams]:
-    """A function that runs the applet to its end. The machine cannot be started meanwhile."""
-    with machine.lock():
+def open_offline(
+    machine: Machine, argv: tuple[str, ...], *, data_disk: bool = False, locked: bool = False
+) -> Iterator[Streams]:
+    """A function that runs the applet to its end. The machine cannot be started meanwhile.
+
+    `locked` is for who holds its command lock already.
+    """
+    with nullcontext() if locked else machine.lock():
         if machines.load_state(machine.paths, machine.id).phase not in (CREATED, EXITED):
             raise Conflict(f"machine '{machine.name}' has just been started", hint="try again")
         engine = open_engine(machine.spec.type)

@@ -59,8 +59,10 @@ class ExecOptions(NamedTuple):
 
 
 class UpdateOptions(NamedTuple):
-    """`None` = leave as it is. Limits apply live, restart policy and labels at once."""
+    """`None` = leave as it is. Limits apply live, restart policy at once; type and storage while it does not run."""
 
+    type: str | None = None  # container | kvm | emulated | auto
+    storage_bytes: int | None = None  # only more than it has
     memory_bytes: int | None = None
     cpus_milli: int | None = None
     pids: int | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from nagaya.errors import UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions, UpdateOptions
+from nagaya.manager.settings import CHOICES, choose_type
 from nagaya.model.spec import Limits, MachineSpec
 
 _WORDS = {
@@ -11,6 +13,7 @@ _WORDS = {
     "cpus_milli": "CPU limit",
     "pids": "process limit",
     "cpuset_cpus": "CPU set",
+    "storage_bytes": "disk",
     "blkio_weight": "block I/O weight",
 }
 
@@ -21,7 +24,12 @@ def plan_update(spec: MachineSpec, options: UpdateOptions) -> MachineSpec:
     limits = spec.limits._replace(**changes)
     restart = options.restart if options.restart is not None else spec.restart
     check_options(CreateOptions(image=spec.image, limits=limits, restart=restart, auto_remove=spec.auto_remove))
-    return spec._replace(limits=limits, restart=restart)
+    type_ = spec.type
+    if options.type is not None:
+        if not options.type:
+            raise UsageError("--type: no type was given", hint=f"one of: {', '.join(CHOICES)}")
+        type_ = choose_type(options.type, platform=spec.platform)
+    return spec._replace(type=type_, limits=limits, restart=restart)
 
 
 def describe(before: MachineSpec, after: MachineSpec, *, alive: bool) -> list[str]:
@@ -32,6 +40,8 @@ def describe(before: MachineSpec, after: MachineSpec, *, alive: bool) -> list[st
         for name, old, new in zip(Limits._fields, before.limits, after.limits, strict=True)
         if old != new
     ]
+    if before.type != after.type:
+        sentences.insert(0, f"type: {before.type} -> {after.type} (from the next start, with its data)")
     if before.restart != after.restart:
         sentences.append(f"restart policy: {before.restart.policy} -> {after.restart.policy} (now)")
     return sentences

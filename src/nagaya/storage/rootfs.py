@@ -25,11 +25,6 @@ def store_layers(directory: str, lower: tuple[str, ...], *, root_image: str = ""
     records.store(f"{directory}/rootfs.json", Layers(lower, root_image))
 
 
-def has_disk(directory: str) -> bool:
-    """Whether the machine keeps its changes on a disk of its own."""
-    return os.path.exists(f"{directory}/{DATA_DISK}")
-
-
 def make_data_disk(directory: str, spec: MachineSpec) -> None:
     """The disk that a virtual machine writes to. Raises `HostError` and `Unsupported`."""
     from nagaya.storage.disks import DEFAULT_BYTES, create_data_disk  # lazy: virtual machines alone have one

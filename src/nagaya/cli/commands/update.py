@@ -24,6 +24,8 @@ def update(context: Context, parsed: Parsed) -> int:
 
 def _options(parsed: Parsed) -> UpdateOptions:
     return UpdateOptions(
+        type=parsed.text("type") if parsed.given("type") else None,
+        storage_bytes=values.parse_size(parsed.text("storage"), "--storage") if parsed.given("storage") else None,
         memory_bytes=values.parse_size(parsed.text("memory"), "--memory") if parsed.given("memory") else None,
         cpus_milli=values.parse_cpus(parsed.text("cpus")) if parsed.given("cpus") else None,
         pids=values.parse_pids(parsed.text("pids-limit")) if parsed.given("pids-limit") else None,
@@ -43,8 +45,15 @@ UPDATE = Command(
         Flag("--pids-limit", "Most processes to have (-1: no limit)", value="NUMBER"),
         Flag("--cpuset-cpus", "CPUs to run on", value="CPUS"),
         Flag("--blkio-weight", "Share of block I/O, 10 to 1000 (0: the usual)", value="WEIGHT"),
+        Flag("--type", "Kind of wall: container, kvm, emulated, auto; its data goes along", value="TYPE"),
+        Flag("--storage", "Size of a virtual machine's own disk, more than it has", value="SIZE"),
         Flag("--restart", "no, on-failure[:RETRIES], always, unless-stopped", value="POLICY"),
     ),
-    about="Limits of a running machine change at once; of one that does not run, from its next start.",
-    examples=(("nagaya update -m 1g --cpus 2 web", ""), ("nagaya update --restart always web", "")),
+    about="Limits of a running machine change at once; of one that does not run, from its next start."
+    " Type and storage can be changed only while it does not run.",
+    examples=(
+        ("nagaya update --type emulated web", "behind a thicker wall, with its data"),
+        ("nagaya update -m 1g --cpus 2 web", ""),
+        ("nagaya update --restart always web", ""),
+    ),
 )
