@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
+import pkgutil
 import random
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+import nagaya.images
+import nagaya.kernel
+import nagaya.storage
 from nagaya.errors import Unsupported
 from nagaya.images import rootimage
 from nagaya.images.image import Image
 from nagaya.images.merged import Node
 from nagaya.images.progress import Silent
 from nagaya.images.store import ImageStore
+from nagaya.images.unpack import unpack_upper
 from nagaya.kernel import mount as kernel
 from nagaya.kernel import namespaces
+from tests.kernel import unpack_tars as t
 from tests.kernel.forked import in_child
 
 pytestmark = [
@@ -200,6 +210,60 @@ def test_marks_in_the_only_layer_stay_out(store: ImageStore, tmp_path: Path) -> 
 
 def leftovers(store: ImageStore) -> list[str]:
     return [name for name in os.listdir(f"{store.root}/roots") if not name.endswith(".erofs")]
+
+
+def test_a_plain_user_s_images_are_root_s_inside(tmp_path: Path) -> None:
+    """A tar with owners, devices and unreadable files, imported and committed by a user who may have none of them."""
+    with tarfile.open(tmp_path / "rootfs.tar", "w") as tar:
+        for name, kind, mode, uid in (
+            ("bin", tarfile.DIRTYPE, 0o555, 0), ("bin/su", tarfile.REGTYPE, 0o4755, 0), ("shadow", tarfile.REGTYPE, 0, 0),
+            ("null", tarfile.CHRTYPE, 0o666, 0), ("fifo", tarfile.FIFOTYPE, 0o600, 0), ("mail", tarfile.DIRTYPE, 0o2775, 8),
+            ("old", tarfile.REGTYPE, 0o644, 1000), ("etc", tarfile.DIRTYPE, 0o755, 0), ("etc/kept", tarfile.REGTYPE, 0o644, 0),
+        ):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.mode, info.uid, info.gid, info.mtime = kind, mode, uid, uid, 1_700_000_000
+            info.devmajor, info.devminor = 1, 3
+            tar.addfile(info, io.BytesIO())
+    upper = t.header(b"old", kind=b"3") + t.pax({b"SCHILY.xattr.trusted.overlay.opaque": b"y"}) + t.directory(b"etc/")
+    place = tempfile.mkdtemp(prefix="plain-")  # pytest's own directories are root's alone
+    os.chown(place, 65534, 65534)
+    rootfs = Path(place, "rootfs.tar")
+    shutil.copy(tmp_path / "rootfs.tar", rootfs)
+    rootfs.chmod(0o644)
+
+    def as_plain_user() -> list[str]:
+        # All modules now: the checkout may lie where a plain user cannot read, such as /root.
+        for package in (nagaya.images, nagaya.kernel, nagaya.storage):
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(module.name)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        store = ImageStore(f"{place}/images")
+        base = store.import_rootfs(str(rootfs), "base")
+        os.mkdir(f"{place}/upper")
+        unpack_upper(io.BytesIO(upper + t.file(b"etc/new", uid=7) + t.END), f"{place}/upper")
+        second = store.commit(base, f"{place}/upper", store.layer_directories(base), "second")
+        paths = [make(store, base), make(store, second)]
+        for number, path in enumerate(paths):
+            shutil.copy(path, f"{place}/{number}.erofs")
+        store.remove("second")
+        store.remove("base")
+        return os.listdir(f"{store.root}/layers") + os.listdir(f"{store.root}/roots")
+
+    try:
+        assert in_child(as_plain_user) == []
+        first, second = (mounted("erofs", f"{place}/{number}.erofs", "ro", tmp_path / "m") for number in range(2))
+    finally:
+        shutil.rmtree(place)
+    assert {entry[1:3] for entry in (*first.values(), *second.values())} == {(0, 0)}
+    modes = {path: stat.S_IMODE(entry[0]) for path, entry in first.items()}  # type: ignore[arg-type]
+    del modes[b""]
+    assert modes == {
+        b"/bin": 0o755, b"/bin/su": 0o4755, b"/shadow": 0o400, b"/fifo": 0o600, b"/mail": 0o2775, b"/old": 0o644,
+        b"/etc": 0o755, b"/etc/kept": 0o644,
+    }  # fmt: skip
+    assert set(first) - set(second) == {b"/old", b"/etc/kept"} and set(second) - set(first) == {b"/etc/new"}
 
 
 def test_a_name_beyond_the_program_s_is_refused(store: ImageStore, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ class Packer:
     def __init__(self, write: Callable[[bytes], object], *, overlay: bool) -> None:
         self._write = write
         self._overlay = overlay
+        self._plain_user = os.geteuid()  # 0 = root, whose layers have owners
+        self._space = b"user." if self._plain_user else b"trusted."  # as `unpack` marks
         self._seen: dict[tuple[int, int], bytes] = {}
         self.entries = 0
 
@@ -174,7 +176,7 @@ class Packer:
             raise Unsupported(
                 f"a directory is nested deeper than {DEPTH_MAX} levels", finding=os.fsdecode(path[:200]) + "…"
             )
-        opaque = self._overlay and xattrs.get(b"trusted.overlay.opaque") == b"y"
+        opaque = self._overlay and xattrs.get(self._space + b"overlay.opaque") == b"y"
         names = sorted(os.fsencode(name) for name in os.listdir(fd))
         self._add(path + b"/" if path else b"./", DIRECTORY, os.fstat(fd), xattrs=xattrs)
         if path:
@@ -252,7 +254,10 @@ class Packer:
         if fraction or not 0 <= seconds < 1 << 33:
             pax.append((b"mtime", _format_time(found.st_mtime_ns)))
             seconds = min(max(seconds, 0), (1 << 33) - 1)
-        numbers = [(b"uid", found.st_uid, 7), (b"gid", found.st_gid, 7), (b"size", size, 11)]
+        owner = (found.st_uid, found.st_gid)
+        if self._plain_user and found.st_uid == self._plain_user:
+            owner = (0, 0)  # as this user's machines show it
+        numbers = [(b"uid", owner[0], 7), (b"gid", owner[1], 7), (b"size", size, 11)]
         for name, value, digits in numbers:
             if value >= 1 << (3 * digits):
                 pax.append((name, b"%d" % value))
@@ -279,7 +284,7 @@ class Packer:
                 size,
                 prefix=prefix,
                 mode=stat.S_IMODE(found.st_mode),
-                owner=(found.st_uid, found.st_gid),
+                owner=owner,
                 seconds=seconds,
                 link=link[:100],
                 device=(os.major(found.st_rdev), os.minor(found.st_rdev)) if device else (0, 0),

@@ -191,7 +191,8 @@ def _run(program: str, target: str, source: str, uuid: bytes, *, before: Callabl
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # By descriptor: should we be killed, it goes on writing to this file, and never to the next maker's.
-        argv = [program, "--quiet", "-d1", f"-U{text}", f"/proc/self/fd/{fd}", source]
+        owners = [] if os.geteuid() == 0 else ["--all-root"]  # a plain user's layers have none
+        argv = [program, "--quiet", "-d1", f"-U{text}", *owners, f"/proc/self/fd/{fd}", source]
         done = subprocess.run(
             argv,
             pass_fds=(fd,),

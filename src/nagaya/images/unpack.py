@@ -67,9 +67,11 @@ class Policy(NamedTuple):
     fresh: bool  # the directory is new and ours alone
     rename: bytes = b""  # replaces the first component of every name
     upper: bool = False  # the content is in overlayfs's form already: keep its marks
+    plain: bool = False  # by a plain user: no owners, no devices, and everything stays readable to that user
 
 
 LAYER = Policy(owner=True, overlay=True, devices=True, fresh=True)
+PLAIN_LAYER = LAYER._replace(owner=False, plain=True)
 
 
 def unpack_layer(chunks: Iterator[bytes], directory: str) -> Unpacked:
@@ -78,9 +80,10 @@ def unpack_layer(chunks: Iterator[bytes], directory: str) -> Unpacked:
     Owners, modes, set-id bits, times, hard links, holes, devices and attributes come out as the layer has them (the
     machine's mount decides what a device or set-id bit is worth); `trusted.overlay.*` from the image is dropped, and
     security labels are the host's own business. Directories that are only implied are root's, 0755.
+    A plain user's layer has neither owners nor devices; what shows it (`rootimage`) gives all to root.
     Raises `IntegrityError` naming the entry, `OSError` from the host; removing the directory is the caller's part.
     """
-    with Unpacker(directory, LAYER) as unpacker:
+    with Unpacker(directory, LAYER if os.geteuid() == 0 else PLAIN_LAYER) as unpacker:
         return unpacker.run(TarReader(chunks))
 
 
@@ -88,10 +91,11 @@ def unpack_upper(stream: BinaryIO, directory: str) -> Unpacked:
     """Unpack a plain tar `stream` of an overlay's upper directory, from a virtual machine, into an empty `directory`.
 
     The machine is hostile: of overlayfs's marks deletions (devices 0/0) and opaque directories are taken over, which can
-    only hide; what refers to other files is refused, and the rest dropped. For a plain user, all belongs to that user.
+    only hide; what refers to other files is refused, and the rest dropped. A plain user gets neither owners nor devices.
     Raises `IntegrityError` naming the entry, `OSError` from the host.
     """
-    policy = Policy(owner=os.geteuid() == 0, overlay=False, devices=True, fresh=True, upper=True)
+    root = os.geteuid() == 0
+    policy = Policy(owner=root, overlay=False, devices=True, fresh=True, upper=True, plain=not root)
     return unpack_stream(stream, directory, policy)
 
 
@@ -387,6 +391,8 @@ class Unpacker:
                 raise refuse(entry.name, "the device 0:0 is what overlayfs marks deleted files with")
         mode = self._mode(entry)
         device = os.makedev(entry.major, entry.minor)
+        if self._policy.plain and entry.kind != FIFO and device:
+            return  # mknod(2) is root's, but for 0/0
         try:
             os.mknod(base, kind | (mode & 0o777), device, dir_fd=parent)
         except FileExistsError:
@@ -430,6 +436,8 @@ class Unpacker:
     # -- attributes
 
     def _mode(self, entry: Entry) -> int:
+        if self._policy.plain:
+            return entry.mode | (0o700 if entry.kind == DIRECTORY else 0o400)
         return entry.mode if self._policy.owner else entry.mode & 0o1777
 
     def _set_xattrs(self, target: int | bytes, entry: Entry) -> None:
