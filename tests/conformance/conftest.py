@@ -1,4 +1,4 @@
-"""One suite for every engine: a type is added to `TYPES`, and must pass the same cases."""
+"""One suite for every engine: each type must pass the same cases (`types.py` says which run)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,39 @@ import pytest
 from nagaya import CreateOptions, Host, Machine
 from nagaya.errors import NagayaError
 from nagaya.manager.attachment import Attachment
+from tests.conformance.types import TYPES, Table, choose, find_obstacle
 
-TYPES = tuple(os.environ.get("NAGAYA_CONFORMANCE", "container").split(","))
+TABLE = Table()
 BUSYBOX = "/bin/busybox"
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "core: run by default even where a type takes ten seconds to boot")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [item for item in items if str(item.path).startswith(HERE)]
+    _, left = choose(ours)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        out = set(left)
+        items[:] = [item for item in items if item not in out]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    TABLE.take(report)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not TABLE.types():
+        return
+    terminalreporter.section("conformance of the types")
+    for line in TABLE.totals() + TABLE.failures():
+        terminalreporter.line(line)
+    path = os.environ.get("NAGAYA_CONFORMANCE_TABLE", "")
+    if path:
+        Path(path).write_text(TABLE.markdown())
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +94,9 @@ Start = Callable[..., Machine]
 @pytest.fixture(params=TYPES)
 def create(request: pytest.FixtureRequest, host: Host) -> Iterator[Start]:
     """Make a machine of the engine under test; all are removed afterwards."""
+    obstacle = find_obstacle(request.param)
+    if obstacle:
+        pytest.skip(f"needs {request.param}: {obstacle}")
     made: list[Machine] = []
 
     def make(*argv: str, **options: object) -> Machine:
