@@ -56,12 +56,32 @@ class Stats(NamedTuple):
     net_tx_bytes: int = -1
 
 
+# What `inspect` tells of each type, in these words: an engine names in `missing` those that it lacks, and why.
+FEATURES = (
+    "pause",  # and unpause
+    "stats",
+    "limits",  # that change while the machine runs
+    "offline",  # cp, diff, commit and export of a machine that does not run
+    "devices",  # --device of this host
+    "host-network",  # --network host
+    "userns",  # --userns auto
+    "seccomp-profile",  # --security-opt seccomp=PROFILE
+    "cpuset",  # --cpuset-cpus
+    "blkio",  # --blkio-weight
+    "storage",  # --storage
+    "own-kernel",
+    "other-cpus",  # --platform
+)
+
+
 class Engine(Protocol):
     """One instance boots one machine at a time, inside that machine's supervisor."""
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
     capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline", "init", "explain"}
+
+    missing: dict[str, str]  # those of FEATURES that it lacks: why
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.

@@ -298,15 +298,21 @@ class Machine:
 
     def inspect(self) -> dict[str, object]:
         """Everything about it, JSON-ready."""
+        from nagaya.engines import open_engine  # lazy: an engine is large
+        from nagaya.engines.base import FEATURES
+
         state = self.state
         spec: dict[str, object] = to_data(self.spec)
         spec["labels"] = dict(self.spec.labels)
         spec["sysctls"] = dict(self.spec.sysctls)
+        missing = open_engine(self.spec.type).missing
         return {
             **spec,
             "state": {**to_data(state), "warnings": list(state.warnings)},
             "directory": self.directory,
             "log_path": f"{self.directory}/log",
+            "capabilities": [feature for feature in FEATURES if feature not in missing],
+            "missing": dict(missing),
         }
 
     # -- files

@@ -45,12 +45,21 @@ def agent_path() -> str:
     return f"{package}/_guest/nagaya-agent"
 
 
+# See `engines.base.FEATURES`.
+MISSING = {
+    "storage": "a container's files lie on this host's file system",
+    "own-kernel": "a container's programs run on this host's kernel",
+    "other-cpus": "a container's programs run on this host's CPU",
+}
+
+
 class ContainerEngine:
     """Boots one container; one instance lives in each supervisor."""
 
     type = "container"
     rootfs_kind = "directories"
     capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init"))
+    missing = MISSING
 
     def __init__(self) -> None:
         self._cgroup: Cgroup | None = None

@@ -50,6 +50,7 @@ class KvmEngine:
     type = "kvm"
     rootfs_kind = "disk"
     capabilities = frozenset(("pause", "stats", "offline"))
+    missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
         self._pid = -1

@@ -65,6 +65,7 @@ class EmulatedEngine:
     type = "emulated"
     rootfs_kind = "disk"
     capabilities = frozenset(("pause", "stats", "explain", "offline"))
+    missing = rules.MISSING
 
     def __init__(self) -> None:
         self._pid = -1

@@ -11,6 +11,16 @@ from nagaya.model.spec import MachineSpec
 DEFAULT_MEMORY_BYTES = 512 << 20
 LEAST_MEMORY_BYTES = 64 << 20  # kernel, agent and a shell; with less the guest kernel kills the agent
 _MEMORY_STEP = 2 << 20
+# See `engines.base.FEATURES`: what no virtual machine has.
+MISSING = {
+    "limits": "a virtual machine's memory and CPUs are those that it was started with",
+    "devices": "--device shows a device of the virtual machine's own kernel, and none of this host's",
+    "host-network": "a virtual machine has a network of its own",
+    "userns": "a virtual machine's root is nobody on this host in any case",
+    "seccomp-profile": "a virtual machine's programs speak to its own kernel, not to this host's",
+    "cpuset": "a virtual machine's CPUs run where this host has room",
+    "blkio": "a virtual machine's disk has no weight",
+}
 HOSTNAME_MAX = 64  # sethostname(2)
 
 
