@@ -6,12 +6,11 @@ import fcntl
 import os
 import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from nagaya.errors import Conflict, HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
+from nagaya.errors import Conflict, HostError, LaunchError, NotFound, Unsupported, UsageError
 from nagaya.kernel.locks import pack_lock
 from nagaya.storage import disks
 
@@ -89,25 +88,45 @@ def test_beyond_the_host_s_largest_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "kind", "hint"),
+    ("script", "said"),
     [
-        (FileNotFoundError(2, "No such file or directory"), Unsupported, "apt install e2fsprogs"),
-        (subprocess.CompletedProcess([], 1, b"warning\nmke2fs: No space left on device\n"), LaunchError, "df -h"),
-        (OSError(28, "No space left on device"), HostError, ""),
+        ("echo warning; echo 'mke2fs: No space left on device' >&2; exit 1", "No space left on device"),
+        ("exit 3", "status 3"),
+        ("kill -9 $$", "status -9"),
     ],
 )
-def test_what_goes_wrong_is_said_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: object, kind: type[NagayaError], hint: str
+def test_what_the_program_says_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
-    def run(*arguments: object, **options: object) -> object:
-        if isinstance(behaviour, BaseException):
-            raise behaviour
-        return behaviour
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(kind) as refusal:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/mke2fs").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "bin/mke2fs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with pytest.raises(LaunchError, match="could not make the machine's disk") as refusal:
         disks.create_data_disk(str(tmp_path / "d"), disks.LEAST_BYTES)
-    assert hint in refusal.value.hint and os.listdir(tmp_path) == []
+    assert said in refusal.value.message and "df -h" in refusal.value.hint and os.listdir(tmp_path) == ["bin"]
+
+
+def test_without_the_program_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(Unsupported) as refusal:
+        disks.create_data_disk(str(tmp_path / "d"), disks.LEAST_BYTES)
+    assert refusal.value.hint == "apt install e2fsprogs" and os.listdir(tmp_path) == []
+
+
+@needs_mke2fs
+def test_it_does_not_matter_which_descriptors_are_free(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    for number, free in enumerate(((3,), (), (3, 4, 5))):
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+        for fd in [fd for fd in held if fd in free]:
+            os.close(fd)
+            held.remove(fd)
+        disks.create_data_disk(str(tmp_path / f"{number}"), disks.LEAST_BYTES)
+        assert Superblock(tmp_path / f"{number}").magic == 0xEF53
+        for fd in held:
+            os.close(fd)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_growing(tmp_path: Path) -> None:

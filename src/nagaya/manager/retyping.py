@@ -84,6 +84,7 @@ def _make_disk(machine: Machine, planned: MachineSpec) -> None:
 
 
 def _make_directories(machine: Machine, planned: MachineSpec) -> None:
+    from nagaya.images.layers import sync_file_system
     from nagaya.manager.copying import copy_changes
 
     if os.geteuid():
@@ -95,6 +96,7 @@ def _make_directories(machine: Machine, planned: MachineSpec) -> None:
             remove_tree(path)
         os.mkdir(fresh, 0o755)
         copy_changes(machine, fresh, locked=True)
+        sync_file_system(fresh)  # the disk goes in a moment
         os.mkdir(f"{directory}/work", 0o700)
         os.rename(fresh, upper)
     except OSError as error:

@@ -28,11 +28,12 @@ _FEATURES = (
 _EXTENDED = "discard,lazy_itable_init=0,lazy_journal_init=1"
 _JOURNAL_MIB = 64  # at most: it is written from end to end, and its blocks stay
 _GROWTH_BLOCKS = (1 << 40) // BLOCK  # reserve descriptors for growing to 1 TiB, where it is smaller
+_DISK = "/proc/self/fd/3"  # as the programs see it
 _LINE_MAX = 4000  # of a debugfs command; it reads 8191 bytes at once and would take the rest for another command
 
 
 def create_data_disk(path: str, size_bytes: int) -> None:
-    """A new, empty disk at `path`. Takes 10 to 20 ms and less than 1 MiB of the host's, whatever its size up to 100 GiB.
+    """A new, empty disk at `path`. Takes 5 to 20 ms and less than 1 MiB of the host's, whatever its size up to 100 GiB.
 
     Raises `UsageError` for a size that is none, `Unsupported` without mke2fs, `HostError`, `LaunchError`; leaves nothing
     then. A disk that is there already stays as it is: `HostError`.
@@ -108,7 +109,7 @@ def _make(path: str, size_bytes: int, upper: str) -> None:
             _format_with(fd, size_bytes, upper, f"{path}.upper")
             os.fsync(fd)
         else:
-            _run(fd, _format_command(fd, size_bytes))
+            _run(fd, _format_command(size_bytes))
     except BaseException as error:
         os.unlink(path)
         if isinstance(error, OSError):
@@ -119,7 +120,7 @@ def _make(path: str, size_bytes: int, upper: str) -> None:
         os.close(fd)
 
 
-def _format_command(fd: int, size_bytes: int) -> list[str]:
+def _format_command(size_bytes: int) -> list[str]:
     blocks = size_bytes // BLOCK
     extended = f"{_EXTENDED},resize={_GROWTH_BLOCKS}" if blocks < _GROWTH_BLOCKS else _EXTENDED
     argv = [
@@ -141,7 +142,7 @@ def _format_command(fd: int, size_bytes: int) -> list[str]:
     ]
     if size_bytes >= 2 << 30:
         argv += ["-J", f"size={_JOURNAL_MIB}"]
-    return [*argv, f"/proc/self/fd/{fd}"]
+    return [*argv, _DISK]
 
 
 def _format_with(fd: int, size_bytes: int, upper: str, staging: str) -> None:
@@ -151,11 +152,10 @@ def _format_with(fd: int, size_bytes: int, upper: str, staging: str) -> None:
     remove_tree(staging)
     try:
         os.makedirs(f"{staging}/upper")
-        argv = _format_command(fd, size_bytes)
+        argv = _format_command(size_bytes)
         _run(fd, [*argv[:-1], "-d", staging, argv[-1]], bind=(upper, f"{staging}/upper"))
-        _run(
-            fd, ["debugfs", "-w", "-f", "/proc/self/fd/0", argv[-1]], feed=b"".join(_time_commands(os.fsencode(upper)))
-        )
+        commands = b"".join(_time_commands(os.fsencode(upper)))
+        _run(fd, ["debugfs", "-w", "-f", "/proc/self/fd/0", _DISK], feed=commands)
     finally:
         remove_tree(staging)
 
@@ -179,39 +179,57 @@ def _time_commands(upper: bytes) -> list[bytes]:
 
 
 def _run(fd: int, argv: list[str], *, bind: tuple[str, str] | None = None, feed: bytes = b"") -> None:
-    """Run one of e2fsprogs on the disk `fd`. With `bind` = (source, target) it alone sees that mounted."""
-    import subprocess  # lazy: 16 ms
-
-    def mount() -> None:
-        from nagaya.kernel import mount as kernel
-        from nagaya.kernel import namespaces
-
-        assert bind is not None
-        namespaces.unshare(namespaces.CLONE_NEWNS)
-        kernel.mount("", "/", "", kernel.MS_PRIVATE | kernel.MS_REC)
-        kernel.mount(bind[0], bind[1], "", kernel.MS_BIND)
-
-    environment = {
-        "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin", "LC_ALL": "C", "MKE2FS_CONFIG": "/dev/null",
-        "DEBUGFS_PAGER": "cat",
-    }  # fmt: skip
-    try:
-        done = subprocess.run(
-            argv, pass_fds=(fd,), input=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-            env=environment, preexec_fn=mount if bind else None,
-        )  # fmt: skip
-    except FileNotFoundError:
+    """Run one of e2fsprogs on the disk `fd`, in `argv` called _DISK. With `bind` = (source, target) it sees that mounted."""
+    search = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    programs = (f"{directory}/{argv[0]}" for directory in search.split(":") if directory)
+    program = next((path for path in programs if os.access(path, os.X_OK)), "")
+    if not program:
         raise Unsupported(
             f"a machine with a kernel of its own needs {argv[0]}, to make its disk",
             hint="apt install e2fsprogs",
             finding=f"{argv[0]} is not in the PATH, nor in /usr/sbin",
-        ) from None
-    except subprocess.SubprocessError as error:  # raised between fork and exec
-        raise HostError(f"cannot show mke2fs the machine's files: {error}", operation="mount") from None
-    if done.returncode:
-        said = done.stdout.decode(errors="replace").strip()
+        )
+    # What it reads and says is in memory: no pipe to watch, and none of subprocess's 16 ms on the way to a machine.
+    given, said = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("given", "said"))
+    high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 10) for each in (given, said, said, fd)]
+    try:
+        view = memoryview(feed)
+        while view:
+            view = view[os.write(given, view) :]
+        os.lseek(given, 0, os.SEEK_SET)
+        status = os.waitstatus_to_exitcode(os.waitpid(_start(program, argv, high, bind), 0)[1])
+        told = os.pread(said, 64 << 10, 0).decode(errors="replace").strip()
+    finally:
+        for each in (given, said, *high):
+            os.close(each)
+    if status:
         raise LaunchError(
-            f"{argv[0]} could not make the machine's disk: {said.splitlines()[-1] if said else f'status {done.returncode}'}",
+            f"{argv[0]} could not make the machine's disk: {told.splitlines()[-1] if told else f'status {status}'}",
             hint="look whether the disk is full (df -h), and whether --storage has room for the machine's files",
-            command=" ".join(argv), status=done.returncode, log_tail=said[-2000:],
+            command=" ".join(argv), status=status, log_tail=told[-2000:],
         )  # fmt: skip
+
+
+def _start(program: str, argv: list[str], fds: list[int], bind: tuple[str, str] | None) -> int:
+    """Execute it with `fds`, which are larger, as its descriptors 0 to 3; its pid."""
+    environment = {"PATH": os.defpath, "LC_ALL": "C", "MKE2FS_CONFIG": "/dev/null", "DEBUGFS_PAGER": "cat"}
+    if bind is None:
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
+        return os.posix_spawn(program, argv, environment, file_actions=actions)
+    from nagaya.kernel import mount as kernel
+    from nagaya.kernel import namespaces
+
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+        kernel.mount("", "/", "", kernel.MS_PRIVATE | kernel.MS_REC)
+        kernel.mount(bind[0], bind[1], "", kernel.MS_BIND)
+        os.execve(program, argv, environment)
+    except OSError as error:
+        os.write(2, f"cannot show it the machine's files: {error.strerror}\n".encode())
+    finally:
+        os._exit(1)
