@@ -7,8 +7,10 @@ import os
 from nagaya.cli import values
 from nagaya.cli.flags import Flag, Parsed
 from nagaya.cli.progress import open_progress
+from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError, NotFound, UsageError
 from nagaya.manager.options import CreateOptions
+from nagaya.manager.settings import Setting, choose_type, read_settings
 from nagaya.model.spec import Limits, Mount
 
 TYPE_CHECKING = False
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from nagaya.manager.machine import Machine
 
 FLAGS = (
-    Flag("--type", "Kind of wall: container (default)", value="TYPE"),
+    Flag("--type", "Kind of wall: container (default), kvm, emulated, auto (NAGAYA_TYPE)", value="TYPE"),
     Flag("--name", "Name of the machine (default: a made-up one)", value="NAME"),
     Flag("-i --interactive", "Pass standard input to the program"),
     Flag("-t --tty", "Give the program a terminal"),
@@ -73,13 +75,14 @@ def read_options(parsed: Parsed) -> CreateOptions:
     image, *command = parsed.words
     if not image:
         raise UsageError("the image's name is empty", hint="for example nagaya run debian")
+    settings = read_settings()
     return CreateOptions(
         image=image,
         command=tuple(command),
         entrypoint=_entrypoint(parsed),
         name=parsed.text("name"),
         type=parsed.text("type"),
-        platform=parsed.text("platform") or os.environ.get("DOCKER_DEFAULT_PLATFORM", ""),
+        platform=_platform(parsed),
         pull=_pull(parsed.text("pull", "missing")),
         env=values.parse_environment(parsed.texts("env"), parsed.texts("env-file")),
         workdir=parsed.text("workdir") if parsed.text("workdir") else None,
@@ -90,13 +93,13 @@ def read_options(parsed: Parsed) -> CreateOptions:
         init=parsed.switch("init"),
         read_only=parsed.switch("read-only"),
         userns=parsed.text("userns"),
-        network=parsed.text("network", "bridge"),
+        network=_settled(parsed, settings, "network", "bridge").text,
         mounts=_mounts(parsed),
         devices=tuple(values.parse_device(text) for text in parsed.texts("device")),
         ulimits=tuple(values.parse_ulimit(text) for text in parsed.texts("ulimit")),
         sysctls=values.parse_sysctls(parsed.texts("sysctl")),
         security=values.parse_security(parsed.texts("cap-add"), parsed.texts("cap-drop"), parsed.texts("security-opt")),
-        limits=_limits(parsed),
+        limits=_limits(parsed, settings),
         restart=values.parse_restart(parsed.text("restart", "no")),
         log=values.parse_log_options(parsed.texts("log-opt")),
         auto_remove=parsed.switch("rm"),
@@ -135,14 +138,33 @@ def _mounts(parsed: Parsed) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
-def _limits(parsed: Parsed) -> Limits:
+def _settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: str) -> Setting:
+    """A flag's value, else what the files say, else the default."""
+    if parsed.given(key):
+        return Setting(parsed.text(key), f"--{key}")
+    return settings.get(key) or Setting(default, f"--{key}")
+
+
+def _platform(parsed: Parsed) -> str:
+    return parsed.text("platform") or os.environ.get("DOCKER_DEFAULT_PLATFORM", "")
+
+
+def _has_disk(parsed: Parsed) -> bool:
+    type_ = choose_type(parsed.text("type"), platform=_platform(parsed))
+    return open_engine(type_).rootfs_kind == "disk"
+
+
+def _limits(parsed: Parsed, settings: dict[str, Setting]) -> Limits:
+    memory, cpus, storage = (_settled(parsed, settings, key, "0") for key in ("memory", "cpus", "storage"))
+    if storage.source != "--storage" and not _has_disk(parsed):
+        storage = Setting("0", "")  # settled for virtual machines, and this is none
     return Limits(
-        memory_bytes=values.parse_size(parsed.text("memory", "0"), "--memory"),
-        cpus_milli=values.parse_cpus(parsed.text("cpus", "0")),
+        memory_bytes=values.parse_size(*memory),
+        cpus_milli=values.parse_cpus(*cpus),
         pids=values.parse_pids(parsed.text("pids-limit", "0")),
         cpuset_cpus=values.parse_cpuset(parsed.text("cpuset-cpus")),
         blkio_weight=values.parse_weight(parsed.text("blkio-weight", "0")),
-        storage_bytes=values.parse_size(parsed.text("storage", "0"), "--storage"),
+        storage_bytes=values.parse_size(*storage),
     )
 
 

@@ -116,14 +116,14 @@ def parse_integer(text: str, what: str, *, least: int, most: int = (1 << 63) - 1
     return number
 
 
-def parse_cpus(text: str) -> int:
+def parse_cpus(text: str, what: str = "--cpus") -> int:
     """Thousandths of a CPU: "1.5" is 1500."""
     number, rest = _split_number(text)
     if not number or rest:
-        raise UsageError(f"--cpus: '{text}' is not a number of CPUs", hint="for example 1.5")
+        raise UsageError(f"{what}: '{text}' is not a number of CPUs", hint="for example 1.5")
     milli = round(float(number) * 1000)
     if milli < 1 and float(number) > 0:
-        raise UsageError(f"--cpus: {text} is too small", hint="the smallest is 0.001")
+        raise UsageError(f"{what}: {text} is too small", hint="the smallest is 0.001")
     return milli
 
 

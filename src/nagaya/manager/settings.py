@@ -1,10 +1,14 @@
-"""What a user, or a host's administrator, has settled for all machines: two TOML files, and the environment above them.
+"""What a user, or a host's administrator, has settled for all new machines: two TOML files, and the environment above them.
 
 /etc/nagaya/config.toml                         the host's
 $XDG_CONFIG_HOME/nagaya/config.toml             the user's (~/.config), which wins
-NAGAYA_TYPE                                     wins over both
+NAGAYA_TYPE                                     wins over both; a flag wins over all
 
 type = "kvm"        # container | kvm | emulated | auto
+memory = "1g"       # of those that are not given --memory
+cpus = 2
+storage = "20g"     # of virtual machines that are not given --storage
+network = "none"    # bridge | host | none
 """
 
 from __future__ import annotations
@@ -13,13 +17,31 @@ import os
 
 from nagaya.engines import TYPES
 from nagaya.errors import UsageError
-from nagaya.static import Any
+from nagaya.static import NamedTuple
 
 SYSTEM_FILE = "/etc/nagaya/config.toml"
 AUTO = "auto"
 CHOICES = (*TYPES, AUTO)
 DEFAULT_TYPE = "container"
+NETWORKS = ("bridge", "host", "none")
 NOBODY = "Nagaya"  # has settled what nobody else has
+# key -> (what it has to be, the texts that it may be; () = whatever the flag of that name takes)
+KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "type": (f"one of: {', '.join(CHOICES)}", CHOICES),
+    "memory": ("a size", ()),
+    "cpus": ("a number of CPUs", ()),
+    "storage": ("a size", ()),
+    "network": (f"one of: {', '.join(NETWORKS)}", NETWORKS),
+}
+NUMBERS = ("memory", "cpus", "storage")  # may be TOML's numbers as well as texts
+EXAMPLES = {"type": '"kvm"', "memory": '"1g"', "cpus": "2", "storage": '"20g"', "network": '"none"'}
+
+
+class Setting(NamedTuple):
+    """`source` begins a sentence about it: the file and the key."""
+
+    text: str
+    source: str
 
 
 def choose_type(wanted: str, *, platform: str = "") -> str:
@@ -50,11 +72,8 @@ def _first_choice(wanted: str) -> tuple[str, str]:
     settled = os.environ.get("NAGAYA_TYPE", "")
     if settled:
         return "NAGAYA_TYPE", settled
-    for path in (user_file(), SYSTEM_FILE):
-        found = read_file(path).get("type")
-        if found is not None:
-            return path, found
-    return NOBODY, DEFAULT_TYPE
+    found = read_settings().get("type")
+    return (found.source, found.text) if found is not None else (NOBODY, DEFAULT_TYPE)
 
 
 def _find_best() -> str:
@@ -74,8 +93,17 @@ def user_file() -> str:
     return f"{base}/nagaya/config.toml"
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """A file's settings; none when there is no such file. Raises `UsageError` for what is not TOML, or not a setting."""
+def read_settings() -> dict[str, Setting]:
+    """What the two files say, by key. Raises `UsageError` for a file that is damaged, or a key that there is not."""
+    found = {}
+    for path in (SYSTEM_FILE, user_file()):
+        for key, text in read_file(path).items():
+            found[key] = Setting(text, f"{path}: '{key}'")
+    return found
+
+
+def read_file(path: str) -> dict[str, str]:
+    """A file's settings as texts; none when there is no such file. Raises `UsageError`."""
     try:
         with open(path, "rb") as file:
             raw = file.read()
@@ -89,9 +117,16 @@ def read_file(path: str) -> dict[str, Any]:
         found = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}", hint='a line is like: type = "kvm"') from None
-    for key, value in found.items():
-        if key != "type":
-            raise UsageError(f"{path}: there is no setting '{key}'", hint="there is one: type")
-        if not isinstance(value, str):
-            raise UsageError(f"{path}: 'type' is not a text", hint=f"one of: {', '.join(CHOICES)}, in quotation marks")
-    return found
+    return {key: _check(path, key, value) for key, value in found.items()}
+
+
+def _check(path: str, key: str, value: object) -> str:
+    """A setting as text. What the text says is for whoever uses it to judge, as with a flag's."""
+    if key not in KEYS:
+        raise UsageError(f"{path}: there is no setting '{key}'", hint=f"there are: {', '.join(KEYS)}")
+    what, choices = KEYS[key]
+    if isinstance(value, str) and (not choices or value in choices):
+        return value
+    if key in NUMBERS and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise UsageError(f"{path}: '{key}' is not {what}", hint=f"for example: {key} = {EXAMPLES[key]}")

@@ -1,0 +1,114 @@
+"""What is settled for new machines: a flag before the environment before the user's file before the host's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nagaya.cli.commands.run import RUN
+from nagaya.cli.create_flags import read_options
+from nagaya.cli.flags import parse
+from nagaya.errors import UsageError
+from nagaya.manager import settings
+from nagaya.manager.options import CreateOptions
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(the user's file, the host's), neither of which is there yet."""
+    user, system = tmp_path / "nagaya" / "config.toml", tmp_path / "system.toml"
+    user.parent.mkdir()
+    monkeypatch.delenv("NAGAYA_TYPE", raising=False)
+    monkeypatch.delenv("DOCKER_DEFAULT_PLATFORM", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(settings, "SYSTEM_FILE", str(system))
+    return user, system
+
+
+def options(*argv: str) -> CreateOptions:
+    return read_options(parse("run", RUN, [*argv, "debian"]))
+
+
+def test_the_order(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    user, system = files
+    assert settings.choose_type("") == settings.DEFAULT_TYPE
+    system.write_text('type = "emulated"\n')
+    assert settings.choose_type("") == "emulated"
+    user.write_text('type = "kvm"\n')
+    assert settings.choose_type("") == "kvm"
+    monkeypatch.setenv("NAGAYA_TYPE", "container")
+    assert settings.choose_type("") == "container"
+    assert settings.choose_type("emulated") == "emulated"
+
+
+def test_each_key_has_its_own_order(files: tuple[Path, Path]) -> None:
+    user, system = files
+    system.write_text('memory = "1g"\ncpus = 1\nnetwork = "host"\n')
+    user.write_text('memory = 536870912\nnetwork = "none"\n')
+    found = options()
+    assert (found.limits.memory_bytes, found.limits.cpus_milli, found.network) == (512 << 20, 1000, "none")
+    found = options("--memory", "64m", "--cpus", "0", "--network", "bridge")
+    assert (found.limits.memory_bytes, found.limits.cpus_milli, found.network) == (64 << 20, 0, "bridge")
+
+
+def test_a_disk_is_for_those_that_have_one(files: tuple[Path, Path]) -> None:
+    files[0].write_text('storage = "20g"\ntype = "emulated"\n')
+    assert options().limits.storage_bytes == 20 << 30
+    assert options("--storage", "30g").limits.storage_bytes == 30 << 30
+    assert options("--type", "container").limits.storage_bytes == 0
+
+
+def test_nothing_settled_is_nothing_changed() -> None:
+    assert options() == CreateOptions(image="debian")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("type = 'jail'", "'type' is not one of: container, kvm, emulated, auto"),
+        ("type = 3", "'type' is not one of"),
+        ("tpye = 'kvm'", "there is no setting 'tpye'"),
+        ("[kvm]\nmemory = '1g'", "there is no setting 'kvm'"),
+        ("network = 'wlan'", "'network' is not one of: bridge, host, none"),
+        ("memory = true", "'memory' is not a size"),
+        ("memory = ['1g']", "'memory' is not a size"),
+        ("memory = 'much'", "'memory': 'much' is not a size"),
+        ("cpus = -1", "'cpus': '-1' is not a number of CPUs"),
+        ("type = kvm", "is not TOML"),
+        ("type = 'kvm'\ntype = 'kvm'", "is not TOML"),
+    ],
+)
+def test_one_sentence_names_file_and_key(files: tuple[Path, Path], text: str, message: str) -> None:
+    files[0].write_text(text)
+    with pytest.raises(UsageError) as caught:
+        settings.choose_type(options().type)
+    assert str(caught.value).startswith(str(files[0]))
+    assert message in str(caught.value)
+    assert caught.value.hint
+
+
+def test_what_is_no_text_is_told(files: tuple[Path, Path]) -> None:
+    files[0].write_bytes(b"type = '\xff'")
+    with pytest.raises(UsageError, match="is not TOML"):
+        options()
+    files[0].unlink()
+    files[0].mkdir()
+    with pytest.raises(UsageError, match="cannot read the settings"):
+        options()
+
+
+def test_a_wrong_type_names_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"^--type: unknown"):
+        settings.choose_type("jail")
+    monkeypatch.setenv("NAGAYA_TYPE", "jail")
+    with pytest.raises(UsageError, match=r"^NAGAYA_TYPE: unknown"):
+        settings.choose_type("")
+
+
+def test_no_file_costs_no_import() -> None:
+    code = "import sys; from nagaya.manager import settings; settings.SYSTEM_FILE = '/none'; settings.read_settings(); print('tomllib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
