@@ -7,6 +7,7 @@ import secrets
 import select
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class EmulatedMachine(Host):
 
     def __enter__(self) -> EmulatedMachine:
         self.wait_for(lambda event: isinstance(event, Hello), BOOT_S)
+        self.link.stamp(time.time_ns())
         answer = self.wait_for(lambda event: isinstance(event, (SetUp, SetupFailed)), BOOT_S)
         assert answer == SetUp(())
         return self
