@@ -6,7 +6,8 @@ import pytest
 
 from nagaya.engines import TYPES, open_engine
 from nagaya.engines.base import FEATURES
-from nagaya.errors import NagayaError
+from nagaya.engines.vm.rules import check_spec
+from nagaya.errors import NagayaError, Unsupported, UsageError
 from nagaya.model.spec import Limits, MachineSpec, Process, Security
 
 # Features that are abilities of the engine's object, and by which name `capabilities` has them.
@@ -63,3 +64,25 @@ def test_who_asks_for_what_is_missing_is_told(type_: str, feature: str) -> None:
         assert refusal.message and not refusal.message.endswith(".")
     else:
         assert len(warnings) > len(before)
+
+
+@pytest.mark.parametrize("changes", [{"kernel": "/boot/vmlinuz"}, {"append": "quiet"}])
+def test_a_container_has_no_kernel_to_choose(changes: dict[str, str]) -> None:
+    with pytest.raises(Unsupported, match="this host's kernel"):
+        open_engine("container").check(make_spec("container")._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": "/no/such/kernel"}, "--kernel: cannot read /no/such/kernel"),
+        ({"kernel": "/dev/null"}, "--kernel: /dev/null is no file"),
+        ({"kernel": "/etc"}, "--kernel: /etc is no file"),
+        ({"append": "a\nb"}, "one printable line"),
+        ({"append": "x" * 1025}, "at most 1024 bytes"),
+    ],
+)
+def test_a_kernel_that_cannot_be(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_spec(make_spec("kvm")._replace(**changes))
+    assert check_spec(make_spec("kvm")._replace(kernel="/etc/hosts", append="a=1 b")) == []

@@ -54,6 +54,8 @@ FLAGS = (
         value="OPTION",
         many=True,
     ),
+    Flag("--kernel", "Boot this kernel instead of Nagaya's own (virtual machines)", value="PATH"),
+    Flag("--append", "Words to add to the kernel's command line (virtual machines)", value="TEXT"),
     Flag("--ulimit", "Set a resource limit of setrlimit(2)", value="NAME=SOFT[:HARD]", many=True),
     Flag("--sysctl", "Set a kernel parameter of the machine's namespaces", value="KEY=VALUE", many=True),
     Flag("--init", "Run the program below an init that reaps and forwards signals", default=True),
@@ -108,6 +110,8 @@ def read_options(parsed: Parsed) -> CreateOptions:
         labels=values.parse_labels(parsed.texts("label"), parsed.texts("label-file")),
         dns=tuple(values.parse_address(text, "--dns") for text in parsed.texts("dns")),
         extra_hosts=values.parse_hosts(parsed.texts("add-host")),
+        kernel=os.path.abspath(parsed.text("kernel")) if parsed.text("kernel") else "",
+        append=parsed.text("append"),
         insecure=parsed.switch("insecure"),
     )
 

@@ -68,6 +68,8 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
         labels=tuple(dict(config.labels + options.labels).items()),
         dns=options.dns,
         extra_hosts=options.extra_hosts,
+        kernel=options.kernel,
+        append=options.append,
     )
     open_engine(type_).check(spec)
     return spec

@@ -42,6 +42,8 @@ class CreateOptions(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
     dns: tuple[str, ...] = ()
     extra_hosts: tuple[tuple[str, str], ...] = ()
+    kernel: str = ""  # absolute path on this host; "" = Nagaya's own
+    append: str = ""  # words for the kernel's command line
     insecure: bool = False  # plain HTTP or unverified TLS to a loopback registry
 
 

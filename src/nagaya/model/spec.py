@@ -107,3 +107,5 @@ class MachineSpec(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
     dns: tuple[str, ...] = ()  # nameservers; empty = the host's
     extra_hosts: tuple[tuple[str, str], ...] = ()  # (name, address) lines for /etc/hosts
+    kernel: str = ""  # absolute host path of a virtual machine's kernel; "" = Nagaya's own
+    append: str = ""  # words behind a virtual machine's kernel command line

@@ -92,6 +92,12 @@ class ContainerEngine:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         if len(os.fsencode(spec.hostname)) > HOSTNAME_MAX:
             raise UsageError(f"the host name '{spec.hostname}' is longer than {HOSTNAME_MAX} bytes")
+        if spec.kernel or spec.append:
+            raise Unsupported(
+                f"a container runs on this host's kernel: {'--kernel' if spec.kernel else '--append'} is for machines"
+                " that have their own",
+                hint="use --type kvm or --type emulated",
+            )
         mask = policy.capability_mask(spec.security)
         if spec.security.seccomp not in ("default", "unconfined"):
             seccomp_profile.load_profile(spec.security.seccomp, mask)

@@ -152,7 +152,8 @@ class KvmEngine:
         link = self._plug(request.network, local)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
-            kernel=cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}", command_line=COMMAND_LINE,
+            kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}",
+            command_line=f"{COMMAND_LINE} {spec.append}".rstrip(),
             memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
         )  # fmt: skip
         assemble = partial(

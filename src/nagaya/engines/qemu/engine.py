@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import time
 from contextlib import ExitStack
 
@@ -165,7 +166,7 @@ class EmulatedEngine:
             name=request.spec.id,
             cpus=rules.cpus(request.spec),
             memory_bytes=rules.memory_bytes(request.spec),
-            kernel=inherited.add(_open_kernel(board)),
+            kernel=inherited.add(_open_kernel(request.spec, board)),
             initrd=inherited.add(open_initramfs(board.architecture)),
             root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
             data=inherited.add(open_data(disks.data)),
@@ -173,6 +174,7 @@ class EmulatedEngine:
             agent=-1,
             console=console_number,
             card=_plug(request.network, inherited),
+            append=request.spec.append,
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
         self._memory_bytes = machine.memory_bytes
@@ -338,8 +340,19 @@ def _in_path(program: str) -> bool:
     return any(os.access(f"{directory}/{program}", os.X_OK) for directory in directories)
 
 
-def _open_kernel(board: Board) -> int:
-    return os.open(cache.get_kernel(architecture=board.architecture).path, os.O_RDONLY | os.O_CLOEXEC)
+def _open_kernel(spec: MachineSpec, board: Board) -> int:
+    path = spec.kernel or cache.get_kernel(architecture=board.architecture).path
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if os.geteuid() or os.fstat(fd).st_mode & stat.S_IROTH:
+        return fd
+    # QEMU opens it anew as another user, who may not read this one: as distributions keep theirs in /boot.
+    try:
+        copy = os.memfd_create("kernel", os.MFD_CLOEXEC)
+        while os.sendfile(copy, fd, None, 1 << 24):
+            pass
+    finally:
+        os.close(fd)
+    return copy
 
 
 def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:

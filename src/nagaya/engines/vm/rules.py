@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from nagaya.engines.mount_rules import check_options, check_target
 from nagaya.engines.program_rules import rlimits, wanted_capabilities
 from nagaya.errors import Unsupported, UsageError
@@ -21,6 +24,7 @@ MISSING = {
     "cpuset": "a virtual machine's CPUs run where this host has room",
     "blkio": "a virtual machine's disk has no weight",
 }
+APPEND_MAX = 1024  # x86's whole command line is 2048 bytes (COMMAND_LINE_SIZE), and ours is in it too
 HOSTNAME_MAX = 64  # sethostname(2)
 
 
@@ -29,6 +33,7 @@ def check_spec(spec: MachineSpec) -> list[str]:
     if len(spec.hostname.encode()) > HOSTNAME_MAX:
         raise UsageError(f"the host name '{spec.hostname}' is longer than {HOSTNAME_MAX} bytes")
     _check_walls(spec)
+    _check_kernel(spec)
     plan_policy(spec)
     for mount in spec.mounts:
         check_target(mount.target)
@@ -70,6 +75,22 @@ def _check_walls(spec: MachineSpec) -> None:
             "a seccomp profile is for containers: a virtual machine's programs speak to its own kernel, not to the host's",
             hint="leave --security-opt seccomp=PROFILE away",
         )
+
+
+def _check_kernel(spec: MachineSpec) -> None:
+    if spec.kernel:
+        try:
+            kernel = os.open(spec.kernel, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise UsageError(f"--kernel: cannot read {spec.kernel}: {error.strerror}") from None
+        regular = stat.S_ISREG(os.fstat(kernel).st_mode)
+        os.close(kernel)
+        if not regular:
+            raise UsageError(
+                f"--kernel: {spec.kernel} is no file", hint="for example the vmlinux that 'nagaya kernel path' names"
+            )
+    if len(spec.append.encode()) > APPEND_MAX or not spec.append.isprintable():
+        raise UsageError(f"--append: the words have to be one printable line of at most {APPEND_MAX} bytes")
 
 
 def plan_policy(spec: MachineSpec) -> ProcessPolicy:
