@@ -100,6 +100,16 @@ def test_half_a_megabyte_in_and_out(machine: EmulatedMachine) -> None:
     assert machine.run("cat", stdin=data).out == data
 
 
+def test_a_kernel_and_arguments_of_the_users(disks: DiskPlan, tmp_path: Path, vmlinux: str) -> None:
+    own = tmp_path / "vmlinuz"
+    shutil.copyfile(vmlinux, own)
+    own.chmod(0o600)  # as distributions keep theirs: QEMU runs as somebody who may not read it
+    with EmulatedMachine(disks, tmp_path, make_spec(kernel=str(own), append="lodger.word=1 loglevel=3")) as machine:
+        words = machine.sh("cat /proc/cmdline").split()
+    # QEMU itself adds the places of devices behind them.
+    assert [word for word in words if not word.startswith("virtio_mmio.")][-2:] == ["lodger.word=1", "loglevel=3"]
+
+
 # -- what QEMU has
 
 
