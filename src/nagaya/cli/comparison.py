@@ -128,7 +128,7 @@ def write_picture(comparison: Comparison, path: str, *, title: str) -> None:
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
     axes.set_xlabel("times the bare host's time or memory (logarithmic; 1 = as the bare host)")
     axes.set_title(title)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(columns))
     axes.grid(axis="x", linewidth=0.3)
     try:
         figure.savefig(path, format="png", dpi=150)

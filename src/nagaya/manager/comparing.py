@@ -81,7 +81,9 @@ Report = Callable[[str], None]
 Bench = Callable[[tuple[str, ...]], str]
 
 
-def compare(host: Host, image: str, *, types: tuple[str, ...] = (), starts: int = 0, report: Report) -> Comparison:
+def compare(
+    host: Host, image: str, *, types: tuple[str, ...] = (), network: str = "bridge", starts: int = 0, report: Report
+) -> Comparison:
     """Measure `image` as each of `types` (none: as all that this host runs), and the bare host in turn with each.
 
     `starts` per type (0: 3 to 10, by what they take). Raises what stands in the way of a type that was named, and of
@@ -93,7 +95,7 @@ def compare(host: Host, image: str, *, types: tuple[str, ...] = (), starts: int 
     left_out: dict[str, str] = {}
     for type_ in types or TYPES:
         try:
-            columns.append(_measure(host, image, type_, starts, report))
+            columns.append(_measure(host, image, type_, network, starts, report))
         except NagayaError as error:
             if types or isinstance(error, (NotFound, UsageError)) or (not columns and type_ == TYPES[-1]):
                 raise
@@ -131,7 +133,7 @@ class _Samples:
         self.own.setdefault(key, []).append(own)
 
 
-def _measure(host: Host, image: str, type_: str, starts: int, report: Report) -> Column:
+def _measure(host: Host, image: str, type_: str, network: str, starts: int, report: Report) -> Column:
     report(f"{type_}: preparing the image")
     # Whatever is done once for an image, and whatever this host refuses, comes before the first start.
     host.machines.create(CreateOptions(image, command=PROGRAM, type=type_, network="none")).remove(volumes=True)
@@ -141,7 +143,7 @@ def _measure(host: Host, image: str, type_: str, starts: int, report: Report) ->
     while not last:
         number += 1
         report(f"{type_}: start {number}")
-        with _started(PROGRAM) as (process, bare_s), _run(host, image, type_) as (machine, own_s):
+        with _started(PROGRAM) as (process, bare_s), _run(host, image, type_, network) as (machine, own_s):
             samples.add("start", bare_s, own_s)
             time.sleep(SETTLE_S)
             bare_pid, own_pid = process.pid, machine.state.pid
@@ -263,13 +265,13 @@ def _complaint(file: IO[bytes]) -> str:
 
 
 @contextmanager
-def _run(host: Host, image: str, type_: str) -> Iterator[tuple[Machine, float]]:
+def _run(host: Host, image: str, type_: str, network: str) -> Iterator[tuple[Machine, float]]:
     """A machine as `nagaya run` makes it, removed at the end of the block, and the seconds to its first output."""
     with tempfile.TemporaryDirectory(prefix="nagaya-compare-") as scratch:
         cidfile = f"{scratch}/id"
         argv = (
             sys.executable, "-m", "nagaya", "--root", host.paths.root, "--run-dir", host.paths.run, "run", "--rm", "-i",
-            "--quiet", "--pull", "never", "--type", type_, "--cidfile", cidfile, image, *PROGRAM,
+            "--quiet", "--pull", "never", "--type", type_, "--network", network, "--cidfile", cidfile, image, *PROGRAM,
         )  # fmt: skip
         machine = None
         try:

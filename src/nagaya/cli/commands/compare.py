@@ -27,7 +27,10 @@ def run(context: Context, parsed: Parsed) -> int:
     image = parsed.words[0]
     notice = _Notice(quiet=parsed.switch("quiet"))
     try:
-        found = compare(context.host, image, types=tuple(parsed.texts("type")), starts=starts, report=notice.show)
+        found = compare(
+            context.host, image, types=tuple(parsed.texts("type")), network=parsed.text("network", "bridge"),
+            starts=starts, report=notice.show,
+        )  # fmt: skip
     finally:
         notice.clear()
     if picture:
@@ -92,6 +95,7 @@ COMPARE = Command(
     words=(1, 1),
     flags=(
         Flag("--type", "Measure this type (default: all that this host runs)", value="TYPE", many=True),
+        Flag("--net --network", "Network of the machines: bridge (default), none", value="NETWORK"),
         Flag("--starts", "How often to start each (default 3 to 10)", value="NUMBER"),
         Flag("--png", "Draw the bars into this file as well", value="FILE"),
         JSON,
