@@ -34,7 +34,7 @@
 #define COPY_BYTES (16 << 20)	  /* beyond the second cache */
 #define SYSCALL_BATCH 100
 #define PIECE 65536
-#define PASS_BYTES (4 << 20)
+#define PASS_BYTES (1 << 20)	  /* where the kernel is emulated, each takes seconds */
 #define FILE_BYTES 4096
 #define MESSAGE 64
 #define PATIENCE_S 5
