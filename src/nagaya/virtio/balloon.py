@@ -12,7 +12,7 @@ from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault
 from nagaya.memory import PAGE_BYTES, GuestMemory
-from nagaya.virtio.device import BALLOON, Activated
+from nagaya.virtio.device import BALLOON, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
 from nagaya.virtio.views import gather
@@ -93,11 +93,7 @@ class Balloon:
         self._work()
 
     def kicked(self, queue: int) -> None:
-        try:
-            self._serve(queue)
-        except GuestFault:
-            self.reset()
-            raise
+        self._serve(queue)
 
     def reset(self) -> None:
         self._turn.cancel()
@@ -118,13 +114,7 @@ class Balloon:
                 self._serve(number)
 
     def _guarded_work(self) -> None:
-        live = self._live
-        try:
-            self._work()
-        except GuestFault as fault:
-            self.reset()
-            if live is not None:
-                live.fault(fault)
+        guard(self._live, self._work)
 
     def _serve(self, number: int) -> None:
         live = self._live

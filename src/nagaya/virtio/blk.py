@@ -12,7 +12,7 @@ from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from nagaya.kernel.locks import pack_lock
 from nagaya.static import NamedTuple
-from nagaya.virtio.device import BLOCK, Activated
+from nagaya.virtio.device import BLOCK, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
 from nagaya.virtio.views import after, gather, scatter
@@ -133,12 +133,7 @@ class Blk:
             self._turns[queue].ask(live.loop, lambda: self._go_on(queue))
 
     def _go_on(self, queue: int) -> None:
-        live = self._live
-        try:
-            self.kicked(queue)
-        except GuestFault as fault:
-            if live is not None:
-                live.fault(fault)
+        guard(self._live, lambda: self.kicked(queue))
 
     def reset(self) -> None:
         """See `Device`."""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nagaya.errors import GuestFault
-from nagaya.virtio.device import CONSOLE, Activated
+from nagaya.virtio.device import CONSOLE, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
 from nagaya.virtio.views import after, gather, scatter
@@ -97,7 +97,6 @@ class Port:
         self._watched: set[int] = set()
         self._input_polls = _is_pollable(input_fd)
         self._lost: Callable[[], None] = self._forget
-        self._fault: Callable[[GuestFault], None] | None = None
 
     @property
     def host_open(self) -> bool:
@@ -109,10 +108,9 @@ class Port:
         *,
         queues: tuple[Queue | None, Queue | None],
         lost: Callable[[], None],
-        fault: Callable[[GuestFault], None],
     ) -> None:
         """Use these queues, receive and transmit; `lost` is called when the back end goes away."""
-        self._live, self._lost, self._fault = live, lost, fault
+        self._live, self._lost = live, lost
         self._receive, self._transmit = queues
         self._starved = False
 
@@ -275,12 +273,7 @@ class Port:
             self._turn.ask(self._live.loop, self._guarded_move)
 
     def _guarded_move(self) -> None:
-        try:
-            self.move()
-        except GuestFault as fault:
-            if self._fault is None:
-                raise
-            self._fault(fault)
+        guard(self._live, self.move)
 
     def _forget(self) -> None:
         if self._live is not None:
@@ -327,22 +320,22 @@ class Console:
             self._live.config_changed()
         for number, port in enumerate(self.ports):
             if port.console and port.guest_open:
-                self._guarded(lambda number=number: self._send_size(number))  # type: ignore[misc]
+                guard(self._live, lambda number=number: self._send_size(number))  # type: ignore[misc]
 
     def attach(self, number: int, *, input_fd: int, output_fd: int) -> None:
         """Give a port another back end: non-blocking descriptors, the port's from here on. Loop thread."""
         port = self.ports[number]
         was_open = port.host_open
-        self._guarded(lambda: port.attach(input_fd, output_fd))
+        guard(self._live, lambda: port.attach(input_fd, output_fd))
         if not was_open:
-            self._guarded(lambda: self._send(number, PORT_OPEN, 1))
+            guard(self._live, lambda: self._send(number, PORT_OPEN, 1))
 
     def detach(self, number: int) -> None:
         """Take a port's back end away, and tell the guest. Loop thread."""
         port = self.ports[number]
         if port.host_open:
-            self._guarded(port.detach)
-            self._guarded(lambda: self._send(number, PORT_OPEN, 0))
+            guard(self._live, port.detach)
+            guard(self._live, lambda: self._send(number, PORT_OPEN, 0))
 
     def activate(self, live: Activated) -> None:
         self._live = live
@@ -354,7 +347,6 @@ class Console:
                 live,
                 queues=(receive, transmit),
                 lost=lambda number=number: self._send(number, PORT_OPEN, 0),  # type: ignore[misc]
-                fault=self._stop,
             )
             port.guest_open = not live.features & F_MULTIPORT  # a driver without control messages is always there
             port.move()
@@ -362,33 +354,16 @@ class Console:
             self._take_messages()
 
     def kicked(self, queue: int) -> None:
-        try:
-            if queue == CONTROL_RECEIVE:
-                self._deliver()
-            elif queue == CONTROL_TRANSMIT:
-                self._take_messages()
+        if queue == CONTROL_RECEIVE:
+            self._deliver()
+        elif queue == CONTROL_TRANSMIT:
+            self._take_messages()
+        else:
+            port = self.ports[queue // 2 - 1 if queue > CONTROL_TRANSMIT else 0]
+            if queue % 2:
+                port.transmit()
             else:
-                port = self.ports[queue // 2 - 1 if queue > CONTROL_TRANSMIT else 0]
-                if queue % 2:
-                    port.transmit()
-                else:
-                    port.feed()
-        except GuestFault:
-            self.reset()
-            raise
-
-    def _guarded(self, step: Callable[[], None]) -> None:
-        """What the host asked for may meet a fault of the guest, which is not the host's caller's."""
-        try:
-            step()
-        except GuestFault as fault:
-            self._stop(fault)
-
-    def _stop(self, fault: GuestFault) -> None:
-        live = self._live
-        self.reset()
-        if live is not None:
-            live.fault(fault)
+                port.feed()
 
     def reset(self) -> None:
         for port in self.ports:

@@ -44,6 +44,16 @@ class Activated(NamedTuple):
     """For a fault found outside of `activate` and `kicked`: does what the transport does when those raise it."""
 
 
+def guard(live: Activated | None, step: Callable[[], None]) -> None:
+    """Run what the loop or the host's side calls: a fault of the guest's in it stops the device, and not the caller."""
+    try:
+        step()
+    except GuestFault as fault:
+        if live is None:
+            raise
+        live.fault(fault)
+
+
 class Device(Protocol):
     """One virtio device. All but the configuration space is used on the loop's thread only, so it needs no lock."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from nagaya.errors import GuestFault
-from nagaya.virtio.device import NET, Activated
+from nagaya.virtio.device import NET, Activated, guard
 from nagaya.virtio.net_link import (
     DROPPED,
     ETHERNET_BYTES,
@@ -99,15 +99,11 @@ class Net:
         self._move()
 
     def kicked(self, queue: int) -> None:
-        try:
-            if queue == RECEIVE:
-                self._receive()
-            else:
-                self._send()
-            self._watch()
-        except GuestFault:
-            self.reset()
-            raise
+        if queue == RECEIVE:
+            self._receive()
+        else:
+            self._send()
+        self._watch()
 
     def reset(self) -> None:
         live, self._live = self._live, None
@@ -138,13 +134,7 @@ class Net:
         self._watch()
 
     def _guarded_move(self) -> None:
-        live = self._live
-        try:
-            self._move()
-        except GuestFault as fault:
-            self.reset()
-            if live is not None:
-                live.fault(fault)
+        guard(self._live, self._move)
 
     def _receive(self) -> None:
         buffers = self._buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from nagaya.errors import GuestFault
-from nagaya.virtio.device import ENTROPY, Activated
+from nagaya.virtio.device import ENTROPY, Activated, guard
 from nagaya.virtio.queue import Chain
 from nagaya.virtio.turn import Turn
 
@@ -59,12 +59,7 @@ class Rng:
         requests.signal()
 
     def _go_on(self) -> None:
-        live = self._live
-        try:
-            self.kicked(0)
-        except GuestFault as fault:
-            if live is not None:
-                live.fault(fault)
+        guard(self._live, lambda: self.kicked(0))
 
     def _fill(self, chain: Chain) -> int:
         if not chain.writable:

@@ -14,12 +14,11 @@ import errno
 import os
 import struct
 from collections import deque
-from collections.abc import Callable
 
 from nagaya.errors import GuestFault
 from nagaya.kernel import unix
 from nagaya.static import NamedTuple
-from nagaya.virtio.device import VSOCK, Activated
+from nagaya.virtio.device import VSOCK, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
 from nagaya.virtio.views import after, first, gather, scatter
@@ -110,23 +109,19 @@ class Vsock:
         self._take_packets()
 
     def kicked(self, queue: int) -> None:
-        try:
-            if queue == RECEIVE:
-                self._starved = False
-                self._serve()
-                if self._stalled:
-                    self._take_packets()
-            elif queue == TRANSMIT:
+        if queue == RECEIVE:
+            self._starved = False
+            self._serve()
+            if self._stalled:
                 self._take_packets()
-        except GuestFault:
-            self.reset()
-            raise
+        elif queue == TRANSMIT:
+            self._take_packets()
 
     def announce_reset(self) -> None:
         """The connections are gone, as after a restored snapshot: the guest's sockets get errors. Loop thread."""
         self._drop_connections()
         self._listen()
-        self._guarded(self._tell_reset)
+        guard(self._live, self._tell_reset)
 
     def _tell_reset(self) -> None:
         queue = self._queue(EVENT)
@@ -167,16 +162,6 @@ class Vsock:
         if self._live is not None:
             self._live.loop.unwatch(fd)
 
-    def _guarded(self, step: Callable[[], None]) -> None:
-        """Run what the loop calls back."""
-        live = self._live
-        try:
-            step()
-        except GuestFault as fault:
-            self.reset()
-            if live is not None:
-                live.fault(fault)
-
     # From the host
 
     def _listen(self) -> None:
@@ -203,7 +188,7 @@ class Vsock:
             return
         os.set_blocking(fd, False)
         self._greeting[fd] = bytearray()
-        live.loop.watch(fd, lambda: self._guarded(lambda: self._greet(fd)))
+        live.loop.watch(fd, lambda: guard(self._live, lambda: self._greet(fd)))
         self._listen()
 
     def _greet(self, fd: int) -> None:
@@ -281,7 +266,7 @@ class Vsock:
         if any(wanted):
             live.loop.watch(
                 connection.fd,
-                lambda: self._guarded(lambda: self._moved(connection)),
+                lambda: guard(self._live, lambda: self._moved(connection)),
                 readable=wanted[0],
                 writable=wanted[1],
             )
@@ -422,7 +407,7 @@ class Vsock:
             self._take_packet(chain)
             queue.publish(chain, 0)
         else:
-            self._turn.ask(self._live.loop, lambda: self._guarded(self._take_packets))
+            self._turn.ask(self._live.loop, lambda: guard(self._live, self._take_packets))
         queue.signal()
         self._serve()
 
