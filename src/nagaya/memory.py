@@ -53,7 +53,12 @@ class GuestMemory:
         Raises `UsageError` for a size that no guest can have, `HostError` when the host has not got it.
         """
         page_bytes = HUGE_PAGE_BYTES if huge else PAGE_BYTES
-        if not 0 < size_bytes <= _MOST_BYTES or size_bytes % page_bytes:
+        if not 0 < size_bytes <= _MOST_BYTES:
+            raise UsageError(
+                f"{size_bytes} bytes cannot be a guest's memory",
+                hint=f"from {page_bytes} bytes to {_MOST_BYTES >> 30} GiB",
+            )
+        if size_bytes % page_bytes:
             raise UsageError(f"{size_bytes} bytes cannot be a guest's memory", hint=f"a multiple of {page_bytes} bytes")
         flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0)
         try:

@@ -266,7 +266,9 @@ def _open(path: str, *, read_only: bool) -> int:
     try:
         fd = os.open(path, flags)
     except FileNotFoundError:
-        raise NotFound(f"there is no disk {path}") from None
+        raise NotFound(
+            f"there is no disk {path}", hint="check its path, or make an empty one: truncate -s 1G FILE"
+        ) from None
     except IsADirectoryError:
         raise UsageError(f"the disk {path} is a directory", hint="name a file or a block device") from None
     except OSError as error:

@@ -50,12 +50,15 @@ def own_descriptor(fd: int) -> int:
     """A non-blocking descriptor for what `fd` is open on, for a `Port` to have; `fd` stays the caller's.
 
     A terminal or pipe is opened anew, for the mode belongs to the opening, and other processes share the caller's.
-    A socket cannot be: its mode changes for all.
+    A socket cannot be, nor what another user made: its mode changes for all.
     """
     mode = os.fstat(fd).st_mode
     if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
         flags = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except PermissionError:  # another user's, as after su(1)
+            pass
     made = os.dup(fd)
     os.set_blocking(made, False)
     return made

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from nagaya.engines.kvm.machine import Hardware, Machine
 from nagaya.engines.kvm.vcpu import Ending
-from nagaya.errors import NagayaError, UsageError
+from nagaya.errors import HostError, NagayaError, UsageError
 from nagaya.virtio.device import Device
 
 EXAMPLES = """\
@@ -80,6 +80,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.timeout is not None and options.timeout <= 0:
+        raise UsageError(f"a machine cannot run for {options.timeout:g} s", hint="a number of seconds above 0")
     hardware = Hardware(
         kernel=options.kernel or _find_kernel(), initrd=options.initrd,
         command_line=options.append if options.plain else f"console=hvc0 panic=-1 {options.append}".strip(), plain=options.plain, memory_bytes=options.memory << 20,
@@ -133,15 +135,26 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
             raise UsageError(f"'{mode}' is no mode of a disk", hint="FILE, or FILE,ro")
         yield Blk(f"blk{number}", path, read_only=mode == "ro", queues=options.disk_queues)
     for number, tap in enumerate(options.net):
-        yield Net(f"net{number}", Tap(open_tap(tap)), mac=bytes((2, 0x6E, 0x67, *os.urandom(3))))
+        with _host_error(f"cannot open the tap device {tap}"):
+            fd = open_tap(tap)
+        yield Net(f"net{number}", Tap(fd), mac=bytes((2, 0x6E, 0x67, *os.urandom(3))))
     if options.vsock:
         from nagaya.kernel.unix import listen
         from nagaya.virtio.vsock import Vsock
 
-        listener = listen(options.vsock, "vsock")
+        with _host_error("cannot listen for the guest's vsock connections"):
+            listener = listen(options.vsock, "vsock")
         yield Vsock("vsock0", guest_cid=3, listener_fd=listener, directory=options.vsock, socket_name="vsock")
     if options.balloon:
         yield Balloon("balloon0")
+
+
+@contextmanager
+def _host_error(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError.from_os(error, operation) from None
 
 
 @contextmanager

@@ -43,17 +43,28 @@ def open_kvm() -> int:
 def _explain(error: OSError) -> Unsupported:
     finding = f"opening {DEVICE}: {error.strerror}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return Unsupported(
-            f"this user may not use {DEVICE}",
-            hint="join its group: usermod -aG kvm USER, then log in anew",
-            finding=finding,
-        )
+        return Unsupported(f"this user may not use {DEVICE}", hint=_explain_rights(), finding=finding)
     if error.errno == errno.ENOENT:
         return Unsupported(
             "this host has no KVM", finding=finding,
             hint="load kvm_intel or kvm_amd, turn on virtualization in the firmware, or use --type emulated",
         )  # fmt: skip
     return Unsupported(f"this host's KVM cannot be used: {error.strerror}", hint="use --type emulated", finding=finding)
+
+
+def _explain_rights() -> str:
+    """Some hosts give the device to root alone, and no group would help."""
+    import grp  # lazy: only who is refused wants to know
+    import stat
+
+    try:
+        status = os.stat(DEVICE)
+        group = grp.getgrgid(status.st_gid).gr_name
+    except (OSError, KeyError):
+        return "run it as root, or use --type emulated"
+    if status.st_gid and status.st_mode & stat.S_IRGRP and status.st_mode & stat.S_IWGRP:
+        return f"join its group: usermod -aG {group} USER, then log in anew"
+    return f"let a group use it, as root: groupadd -rf kvm; chgrp kvm {DEVICE}; chmod 660 {DEVICE}; then join it, or use --type emulated"
 
 
 class Vm:

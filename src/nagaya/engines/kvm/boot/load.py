@@ -40,6 +40,11 @@ _STRANGERS = (
     (0, b"#!", "a script"),
 )
 
+_MISSING_HINTS = {
+    "kernel": "name a vmlinux or bzImage file; 'nagaya kernel build' makes one, and 'nagaya kernel path' shows where",
+    "initial RAM disk": "check its path",
+}
+
 
 def load_kernel(
     path: str,
@@ -164,11 +169,12 @@ def _opened(path: str, what: str) -> Iterator[tuple[int, int]]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
             raise UsageError(
-                f"{path} is {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}", hint=f"name a {what}'s file"
+                f"{path} is {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}",
+                hint=f"name the file of the {what}",
             )
         yield fd, status.st_size
     except FileNotFoundError:
-        raise NotFound(f"there is no {what} {path}") from None
+        raise NotFound(f"there is no {what} {path}", hint=_MISSING_HINTS[what]) from None
     except OSError as error:
         raise HostError.from_os(error, f"cannot read the {what} {path}") from None
     finally:
