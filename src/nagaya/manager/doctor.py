@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from nagaya.errors import NagayaError, Unsupported
-from nagaya.static import NamedTuple
+from nagaya.manager.facilities import look_at_facilities
+from nagaya.manager.finding import LIMITED, MISSING, OK, Finding
 
-OK, LIMITED, MISSING = "ok", "limited", "missing"
 TYPES = ("container", "kvm", "emulated")
 
 
-class Finding(NamedTuple):
-    """`how` it was found out, and what `follows` for the user."""
+def examine(root: str = "") -> list[Finding]:
+    """Everything, in the order in which it is shown; `TYPES` are those that run machines. `root`: the store, "" = the default."""
+    from nagaya.storage.paths import find_paths
 
-    topic: str
-    status: str
-    found: str
-    how: str
-    follows: str
-
-
-def examine() -> list[Finding]:
-    """Everything, in the order in which it is shown; `TYPES` are those that run machines."""
-    return [look_at_containers(), look_at_kvm(), look_at_emulation(), look_at_guest_kernel()]
+    types = [look_at_containers(), look_at_kvm(), look_at_emulation(), look_at_guest_kernel()]
+    return types + look_at_facilities(find_paths(root).root)
 
 
 def can_run(findings: list[Finding]) -> bool:

@@ -10,14 +10,15 @@ from nagaya.manager.doctor import can_run, examine
 
 def doctor(context: Context, parsed: Parsed) -> int:
     """What this host can do; 1 when it can run nothing."""
-    findings = examine()
+    findings = examine(context.root)
     if parsed.switch("json"):
         print_json([finding._asdict() for finding in findings])
     else:
+        width = max(len(finding.topic) for finding in findings) + 2
         for topic, status, found, how, follows in findings:
-            print(f"{topic + ':':<14}{status:<9}{found} ({how})")
+            print(f"{topic + ':':<{width}}{status:<9}{found} ({how})")
             if follows:
-                print(f"{'':<14}{follows}")
+                print(f"{'':<{width}}{follows}")
     return 0 if can_run(findings) else 1
 
 
