@@ -244,3 +244,16 @@ def test_short_headers_and_buffers_are_the_guests_fault(wire: Wire) -> None:
     wire.rig.settle()
     with pytest.raises(GuestFault, match="12 bytes"):
         wire.rig.add(RECEIVE, room=(12,))
+
+
+@pytest.mark.parametrize(("link", "kind"), [(Datagrams, socket.SOCK_SEQPACKET), (Stream, socket.SOCK_STREAM)])
+def test_a_link_never_blocks(link: type[Datagrams] | type[Stream], kind: int) -> None:
+    """A socket that does would stop every device of the machine at the first look for a frame."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    assert os.get_blocking(theirs.fileno())
+    made = link(theirs.detach())
+    try:
+        assert not os.get_blocking(made.fd)
+    finally:
+        os.close(made.fd)
+        ours.close()

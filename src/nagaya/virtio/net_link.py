@@ -207,7 +207,9 @@ class Tap:
     )  # fmt: skip
 
     def __init__(self, fd: int) -> None:
+        """`fd` belongs to this object from here on. It is made not to block: one that does would stop all devices."""
         self.fd = fd
+        os.set_blocking(fd, False)
 
     def start(self, features: int) -> None:
         tun.set_vnet_header(self.fd, HEADER_BYTES)
@@ -253,7 +255,9 @@ class Datagrams:
     features = 0
 
     def __init__(self, fd: int) -> None:
+        """`fd` belongs to this object from here on. It is made not to block: one that does would stop all devices."""
         self.fd = fd
+        os.set_blocking(fd, False)
 
     def start(self, features: int) -> None:
         """Nothing to agree on."""
@@ -293,7 +297,9 @@ class Stream:
     _LENGTH_BYTES = 4
 
     def __init__(self, fd: int) -> None:
+        """`fd` belongs to this object from here on. It is made not to block: one that does would stop all devices."""
         self.fd = fd
+        os.set_blocking(fd, False)
         self._read = memoryview(bytearray(4 * (self._LENGTH_BYTES + MOST_FRAME_BYTES)))
         self._start = self._end = 0  # what of it is still to be handed on
         self._tail = b""  # what the socket did not take of a frame; the guest's buffers are free by then
