@@ -247,7 +247,7 @@ def test_short_headers_and_buffers_are_the_guests_fault(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(("link", "kind"), [(Datagrams, socket.SOCK_SEQPACKET), (Stream, socket.SOCK_STREAM)])
-def test_a_link_never_blocks(link: type[Datagrams] | type[Stream], kind: int) -> None:
+def test_a_link_never_blocks(link: type[Datagrams | Stream], kind: int) -> None:
     """A socket that does would stop every device of the machine at the first look for a frame."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     assert os.get_blocking(theirs.fileno())
