@@ -26,7 +26,7 @@ BOOTS = int(os.environ.get("NAGAYA_BOOTS", "2"))
 CPUS = (4, 1, 2)
 BOOT_S = 180.0
 BUSYBOX = "/bin/busybox"
-APPLETS = ("sh", "mount", "cat", "echo", "nproc", "touch", "ls", "ip", "poweroff", "sync", "stty")
+APPLETS = ("sh", "mount", "cat", "echo", "nproc", "touch", "ls", "ip", "poweroff", "reboot", "sync", "stty")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_shell_answers(vmlinux: str, root_disk: Path, number: int) -> None:
                 raise AssertionError(f"no answer in {BOOT_S} s; {_describe(machine)}\n{text.decode(errors='replace')}")
             text += ours.recv(65536)
         took = time.monotonic() - began
-        ours.send(b"poweroff -f\n")
+        ours.send(b"poweroff -f\n" if hardware.acpi else b"reboot -f\n")
         ending = machine.wait(30)
         counters = machine.counters()
     said = text.decode(errors="replace").replace("\r", "")
