@@ -97,7 +97,7 @@ else:
             own = {key: field_at(index, "") for index, key in enumerate(fields)}
             facts = {
                 "__new__": _make_constructor(name, fields, defaults), "__match_args__": fields, "_fields": fields,
-                "_field_defaults": defaults,
+                "_field_defaults": defaults, "__doc__": f"{name}({', '.join(fields)})",
             }  # fmt: skip
             return type(name, (tuple,), {**_SHARED, **facts, **namespace, **own})
 

@@ -84,7 +84,7 @@ def test_wrong_values_are_type_errors(point: type[RealPoint]) -> None:
 
 
 def test_one_without_fields_and_one_in_the_wrong_order() -> None:
-    assert Empty() == ()
+    assert Empty() == () and Empty.__doc__ == "Empty()"
     with pytest.raises(TypeError):
         type(Light.__mro_entries__(())[0])("Wrong", (), {"__annotations__": {"a": "int", "b": "int"}, "a": 1})  # type: ignore[attr-defined]
 
