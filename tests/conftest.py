@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -66,7 +67,10 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def _mark() -> Iterator[None]:
     """Every process that this session starts, and every process that those start, carries the mark."""
     os.environ[leftovers.MARK] = secrets.token_hex(8)
+    # A shell without job control starts what it sends to the background with Ctrl-C ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     del os.environ[leftovers.MARK]
 
 

@@ -101,7 +101,7 @@ def test_figures(key: str, value: float, text: str) -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    pytest.importorskip("matplotlib", reason="optional: matplotlib")
     path = tmp_path / "walls.png"
     comparison.write_picture(ALL, str(path), title="test")
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

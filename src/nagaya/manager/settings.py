@@ -102,6 +102,14 @@ def read_settings() -> dict[str, Setting]:
     return found
 
 
+def _can_enter(directory: str) -> bool:
+    try:
+        os.stat(f"{directory}/.")
+    except OSError:
+        return False
+    return True
+
+
 def read_file(path: str) -> dict[str, str]:
     """A file's settings as texts; none when there is no such file. Raises `UsageError`."""
     try:
@@ -109,6 +117,10 @@ def read_file(path: str) -> dict[str, str]:
             raw = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError as error:
+        if not _can_enter(os.path.dirname(path)):  # $HOME is another user's, as after su(1): there is nothing of ours
+            return {}
+        raise UsageError(f"cannot read the settings in {path}: {error.strerror}") from None
     except OSError as error:
         raise UsageError(f"cannot read the settings in {path}: {error.strerror}") from None
     import tomllib  # lazy: 6 ms, for those who have such a file
