@@ -259,5 +259,5 @@ def test_busy_descriptor_does_not_keep_calls_out(loop: Loop, kick: int) -> None:
     begun = time.monotonic()
     for _ in range(20):
         loop.call(lambda: None)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 10  # for ever, otherwise
     loop.unwatch(kick)
