@@ -181,4 +181,7 @@ def _raw_terminal() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the machine is closed: taking the interpreter down besides costs 3 ms

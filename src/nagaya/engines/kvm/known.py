@@ -47,7 +47,7 @@ def find_kvm() -> Finding:
 def _identify() -> str:
     """This boot, and this load of KVM's module, whose device node is made anew with it; "" when there is no such."""
     try:
-        with open(_BOOT_ID, encoding="ascii") as file:
+        with open(_BOOT_ID, encoding="utf-8") as file:  # other codecs have to be imported
             boot_id = file.read().strip()
         node = os.stat(DEVICE)
     except OSError:
@@ -64,7 +64,7 @@ def _read(path: str, key: str) -> str:
     try:
         if os.fstat(fd).st_uid != os.geteuid():
             return ""
-        found, _, kind = os.read(fd, _MOST_BYTES).decode("ascii", "replace").rpartition(" ")
+        found, _, kind = os.read(fd, _MOST_BYTES).decode("utf-8", "replace").rpartition(" ")
     finally:
         os.close(fd)
     return kind if found == key else ""
@@ -77,7 +77,7 @@ def _write(path: str, note: str) -> None:
         make_directory(os.path.dirname(path))
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.write(fd, note.encode("ascii"))
+            os.write(fd, note.encode())
         finally:
             os.close(fd)
         os.replace(temporary, path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from nagaya.engines.kvm.boot.elf import MAGIC, parse_elf
 from nagaya.engines.kvm.boot.image import BootImage, Handover
@@ -61,10 +60,10 @@ def load_kernel(
     `auto` is Linux's protocol for a Linux, PVH or Multiboot for anything else that has its entry or header. The image holds views of the mapped
     files; write it and let go of it. Raises `UsageError`, `Unsupported`, `NotFound`, `IntegrityError`, `HostError`.
     """
-    with _about(path):
+    with _About(path):
         content = _read_kernel(path)
     disk = _map_initrd(initrd) if initrd is not None else b""
-    with _about(path):
+    with _About(path):
         return _plan(content, Handover(memory, command_line, disk, rsdp_gpa, rng_seed), protocol)
 
 
@@ -73,7 +72,7 @@ def extract_vmlinux(path: str) -> memoryview:
 
     Raises as `load_kernel`; `Unsupported` too for what only the kernel itself can decompress.
     """
-    with _about(path):
+    with _About(path):
         return _extract(_read_kernel(path))
 
 
@@ -117,7 +116,7 @@ def _extract(content: memoryview) -> memoryview:
 
 def _read_kernel(path: str) -> memoryview:
     """All of a vmlinux, mapped and not read yet, or of a bzImage."""
-    with _opened(path, "kernel") as (fd, size_bytes):
+    with _Opened(path, "kernel") as (fd, size_bytes):
         start = os.pread(fd, _START_BYTES, 0)
         if start[:4] == MAGIC:
             return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
@@ -132,7 +131,7 @@ def _read_kernel(path: str) -> memoryview:
 
 
 def _map_initrd(path: str) -> memoryview:
-    with _opened(path, "initial RAM disk") as (fd, _):
+    with _Opened(path, "initial RAM disk") as (fd, _):
         return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
 
 
@@ -149,34 +148,55 @@ def _name_stranger(start: bytes) -> NagayaError:
     return UsageError("it is not a kernel", hint="name a vmlinux or bzImage file")
 
 
-@contextmanager
-def _about(path: str) -> Iterator[None]:
+class _About:  # contextlib would be half a millisecond of a start of ten
     """Name the file in errors of those who only see what is in it."""
-    try:
-        yield
-    except NagayaError as error:
-        error.message = f"cannot start {path}: {error.message}"
-        error.args = (error.message,)
-        raise
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, NagayaError):
+            error.message = f"cannot start {self._path}: {error.message}"
+            error.args = (error.message,)
 
 
-@contextmanager
-def _opened(path: str, what: str) -> Iterator[tuple[int, int]]:
+class _Opened:
     """The descriptor and size of a file that is not empty, for as long as the block lasts."""
-    fd = -1
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for a named pipe's other end
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+
+    def __init__(self, path: str, what: str) -> None:
+        self._path, self._what = path, what
+        self._fd = -1
+
+    def __enter__(self) -> tuple[int, int]:
+        try:
+            # O_NONBLOCK: not to wait for a named pipe's other end
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
+        except OSError as error:
+            self._close()
+            raise self._failure(error) from None
+        regular = stat.S_ISREG(status.st_mode)
+        if not regular or not status.st_size:
+            self._close()
             raise UsageError(
-                f"{path} is {'empty' if stat.S_ISREG(status.st_mode) else 'not a file'}",
-                hint=f"name the file of the {what}",
+                f"{self._path} is {'empty' if regular else 'not a file'}", hint=f"name the file of the {self._what}"
             )
-        yield fd, status.st_size
-    except FileNotFoundError:
-        raise NotFound(f"there is no {what} {path}", hint=_MISSING_HINTS[what]) from None
-    except OSError as error:
-        raise HostError.from_os(error, f"cannot read the {what} {path}") from None
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        return self._fd, status.st_size
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._close()
+        if isinstance(error, OSError):
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> NagayaError:
+        if isinstance(error, FileNotFoundError):
+            return NotFound(f"there is no {self._what} {self._path}", hint=_MISSING_HINTS[self._what])
+        return HostError.from_os(error, f"cannot read the {self._what} {self._path}")
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
