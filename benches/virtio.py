@@ -16,7 +16,7 @@ from benches.measure import Check, report, take_turns
 from nagaya.memory import GuestMemory
 from nagaya.virtio import blk
 from nagaya.virtio.blk import Blk
-from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1
+from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Device
 from nagaya.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Queue
 from tests.virtio_driver import BUFFERS_GPA, RINGS_GPA, Driver
 
@@ -92,9 +92,10 @@ def _run_queue(length: int, *, indirect: bool) -> float:
 class Reader:
     """A driver with `BATCH` requests ready in indirect tables, each for another part of the disk."""
 
-    def __init__(self, path: str, *, size_bytes: int) -> None:
+    def __init__(self, path: str, *, size_bytes: int, device: Device | None = None) -> None:
+        """`device`: the disk, if it is not to be one in this process."""
         self.size_bytes = size_bytes
-        self.driver = Driver(Blk("blk0", path), memory_bytes=MEMORY_BYTES)
+        self.driver = Driver(device or Blk("blk0", path), memory_bytes=MEMORY_BYTES)
         self.driver.start(features=FEATURES, size=SIZE)
         pieces = max(1, size_bytes >> 16)  # a large request's memory is not in one piece
         for number in range(BATCH):

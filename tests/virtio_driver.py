@@ -166,3 +166,15 @@ class Driver:
             return os.eventfd_read(self.interrupt_fd)
         except BlockingIOError:
             return 0
+
+
+class ApartDriver(Driver):
+    """A driver of a device in a process of its own: what a kick causes has happened when that process answers again."""
+
+    ROUNDS = 4  # of its loop: the kick, and turns that it asked itself for
+
+    def kick(self, queue: int = 0) -> None:
+        self.write(mmio.QUEUE_NOTIFY, queue)
+        for _ in range(self.ROUNDS):
+            self.device.counters()
+        self.pump()  # what it had to tell

@@ -104,6 +104,10 @@ class GuestMemory:
         if size_bytes:
             self._map.madvise(mmap.MADV_REMOVE, self.hva(gpa, size_bytes) - self.regions[0].hva, size_bytes)
 
+    def keep_from_children(self) -> None:
+        """Do not show the memory in processes forked from now on; they can map `fd` themselves."""
+        self._map.madvise(mmap.MADV_DONTFORK)
+
     def close(self) -> None:
         """Unmap, as soon as nobody holds a slice any more, and close the memfd. May be called twice."""
         if self.fd < 0:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nagaya.engines.kvm.machine import Hardware, Machine
+from nagaya.virtio.apart import DeviceProcess
 from nagaya.virtio.blk import Blk
 from nagaya.virtio.console import Console, Port
 from nagaya.virtio.net import Net
@@ -62,18 +63,19 @@ def test_a_shell_answers(vmlinux: str, root_disk: Path, number: int) -> None:
     far, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     theirs.setblocking(False)
     console = theirs.detach()
+    drives = DeviceProcess((Blk("blk0", str(root_disk)),))
     devices = (
         Console("console0", (Port("console", console=True, input_fd=console, output_fd=console),)),
         Rng("rng0"),
         Net("net0", Datagrams(near.detach()), mac=b"\x02\0\0\0\0\x01"),
-        Blk("blk0", str(root_disk)),
+        *drives.devices,
     )
     hardware = Hardware(
         kernel=vmlinux, command_line="console=hvc0 panic=-1 root=/dev/vda rw init=/sbin/init", memory_bytes=128 << 20,
         cpus=cpus, acpi=bool(number % 2),
     )  # fmt: skip
     began = time.monotonic()
-    with ours, far, Machine(hardware, devices) as machine:
+    with ours, far, Machine(hardware, devices, apart=drives) as machine:
         machine.start()
         text = b""
         ours.send(

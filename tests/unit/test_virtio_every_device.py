@@ -9,16 +9,33 @@ from pathlib import Path
 import pytest
 
 from nagaya.virtio import mmio
-from nagaya.virtio.device import ENTROPY, NET, RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1
+from nagaya.virtio.apart import DeviceProcess
+from nagaya.virtio.blk import Blk
+from nagaya.virtio.device import ENTROPY, NET, RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Device
 from nagaya.virtio.queue import DESC_F_NEXT, DESC_F_WRITE
-from tests.fuzz.test_virtio_fuzz import SUBJECTS, Subject
-from tests.virtio_driver import BUFFERS_GPA, MEMORY_BYTES, RING_STEP, RINGS_GPA, Driver
+from tests.fuzz.test_virtio_fuzz import SUBJECTS, DiskSubject, Subject
+from tests.virtio_driver import BUFFERS_GPA, MEMORY_BYTES, RING_STEP, RINGS_GPA, ApartDriver, Driver
 
 FINE = mmio.ACKNOWLEDGE | mmio.DRIVER | mmio.FEATURES_OK | mmio.DRIVER_OK
 RINGS = pytest.mark.parametrize("rings", [0, RING_EVENT_IDX, RING_INDIRECT_DESC, RING_EVENT_IDX | RING_INDIRECT_DESC])
 
 
-@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.__name__.removesuffix("Subject") or "Rng")
+class ApartSubject(DiskSubject):
+    """A disk in a process of its own."""
+
+    def make(self) -> Device:
+        disk = super().make()
+        assert isinstance(disk, Blk)
+        self.process = DeviceProcess((disk,))
+        self.process.start()
+        return self.process.devices[0]
+
+    def close(self) -> None:
+        super().close()
+        self.process.close()
+
+
+@pytest.fixture(params=[*SUBJECTS, ApartSubject], ids=lambda subject: subject.__name__.removesuffix("Subject") or "Rng")
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     made: Subject = request.param(random.Random(7), tmp_path)
     yield made
@@ -27,7 +44,7 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]
 
 @pytest.fixture
 def driver(subject: Subject) -> Iterator[Driver]:
-    made = Driver(subject.device)
+    made = (ApartDriver if isinstance(subject, ApartSubject) else Driver)(subject.device)
     yield made
     made.close()
 

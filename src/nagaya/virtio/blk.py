@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 
 from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
@@ -36,6 +37,8 @@ _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _MOST_RANGE_SECTORS = 1 << 22  # 2 GiB in a request: a driver splits more, and other requests come between
 _MOST_RANGES = 32
 _MOST_IOVECS = 1024  # IOV_MAX
+_LOCK_TRIES, _LOCK_PAUSE_S = 15, 0.02
+"""A machine that was killed a moment ago lets go of its disks when its processes are all gone."""
 _BURST = 16
 """Requests before whoever waits for this loop has a turn: a reset, above all, and the driver's other queues."""
 
@@ -152,6 +155,10 @@ class Blk:
     def counters(self) -> dict[str, int]:
         """See `Device`."""
         return dict(self._counters)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """See `apart.Movable`."""
+        return (self._fd,)
 
     # -- requests
 
@@ -275,15 +282,20 @@ def _open(path: str, *, read_only: bool) -> int:
         raise HostError.from_os(error, f"cannot open the disk {path}") from None
     # One lock for each opening (F_OFD_SETLK), gone with the last descriptor of it, however this process ends.
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, pack_lock(kind))
-    except (BlockingIOError, PermissionError):
-        os.close(fd)
-        raise Conflict(
-            f"the disk {path} is in use by another machine", hint="end that machine, or use a copy", state="in use"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+    for patience in range(_LOCK_TRIES, -1, -1):
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, pack_lock(kind))
+        except (BlockingIOError, PermissionError):
+            if patience:
+                time.sleep(_LOCK_PAUSE_S)
+                continue
+            os.close(fd)
+            raise Conflict(
+                f"the disk {path} is in use by another machine", hint="end that machine, or use a copy", state="in use"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        break
     return fd
 
 

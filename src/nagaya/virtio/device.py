@@ -42,6 +42,10 @@ class Activated(NamedTuple):
     """Tells the driver that the configuration space is not what it was. Any thread."""
     fault: Callable[[GuestFault], None] = _raise
     """For a fault found outside of `activate` and `kicked`: does what the transport does when those raise it."""
+    kick_fds: tuple[int, ...] = ()
+    """By queue: where the driver's notifications arrive. For a device that takes them itself (`apart`)."""
+    interrupt_fd: int = -1
+    """Each write to it is an edge on the device's interrupt line. Likewise."""
 
 
 def guard(live: Activated | None, step: Callable[[], None]) -> None:

@@ -89,7 +89,7 @@ class Loop:
         return call.wait() if elsewhere else function()
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread = threading.Thread(target=self.run, name=self.name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -108,7 +108,8 @@ class Loop:
             self._epoll.close()
             os.close(self._wake_fd)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """What the thread does, for a caller that is one itself; returns after `close`."""
         while True:
             for fd, _ in self._epoll.poll():
                 if fd == self._wake_fd:

@@ -11,6 +11,7 @@ from functools import partial
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
+from nagaya.virtio.apart import Remote
 from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated, Device
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
@@ -59,6 +60,7 @@ class MmioTransport:
     def __init__(self, device: Device, memory: GuestMemory, loop: Loop, *, interrupt_fd: int) -> None:
         """`interrupt_fd`: an eventfd, each write to which is an edge on the device's interrupt line."""
         self.device = device
+        self._remote = device if isinstance(device, Remote) else None
         self.fault = ""
         """What the guest did wrong last; the device stands still from then until the driver resets it."""
         self.faults = 0
@@ -105,7 +107,7 @@ class MmioTransport:
             word = self._selected[DEVICE_FEATURES_SEL]
             return self._offered >> 32 * word if word < 2 else 0
         if offset == INTERRUPT_STATUS:
-            return self._pending
+            return self._pending | (self._remote.raised[0] if self._remote is not None else 0)
         if offset == STATUS:
             return self._status
         if offset == CONFIG_GENERATION:
@@ -131,6 +133,8 @@ class MmioTransport:
         elif offset == INTERRUPT_ACK:
             with self._lock:
                 self._pending &= ~value
+                if self._remote is not None and value & USED_BUFFER:
+                    self._remote.raised[0] = 0  # what it raises from now on comes with an edge of its own
         elif offset == STATUS:
             self._loop.call(partial(self._set_status, value))
         elif offset in self._selected:
@@ -186,11 +190,14 @@ class MmioTransport:
             queues = tuple(self._make_queue(number) for number in range(len(self._registers)))
             self._active = True
             for number, fd in enumerate(self.kick_fds):
-                if queues[number] is not None:
+                if queues[number] is not None and self._remote is None:
                     self._loop.watch(fd, partial(self._kicked, number))
             self.device.activate(
-                Activated(self._memory, queues, self._features, self._loop, self._config_changed, self._fail)
-            )
+                Activated(
+                    self._memory, queues, self._features, self._loop, self._config_changed, self._fail, self.kick_fds,
+                    self._interrupt_fd,
+                )
+            )  # fmt: skip
         except GuestFault as fault:
             self._fail(fault)
 
@@ -269,8 +276,10 @@ class MmioTransport:
 
     def counters(self) -> dict[str, int]:
         """The device's, and the transport's own."""
-        mine = {"kicks": self.kicks, "interrupts": self.interrupts, "faults": self.faults}
-        return {**self.device.counters(), **mine}
+        counters = self.device.counters()
+        for key, count in (("kicks", self.kicks), ("interrupts", self.interrupts), ("faults", self.faults)):
+            counters[key] = count + (counters.get(key, 0) if self._remote is not None else 0)
+        return counters
 
 
 _CONSTANTS = {

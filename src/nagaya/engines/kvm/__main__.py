@@ -11,7 +11,12 @@ from contextlib import ExitStack, contextmanager
 from nagaya.engines.kvm.machine import Hardware, Machine
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import HostError, NagayaError, UsageError
-from nagaya.virtio.device import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.virtio.apart import DeviceProcess
+    from nagaya.virtio.blk import Blk
+    from nagaya.virtio.device import Device
 
 EXAMPLES = """\
 examples:
@@ -89,7 +94,9 @@ def _run(options: argparse.Namespace) -> int:
         cpu=options.cpu, interrupts=not options.no_interrupts, pit=options.pit, serial_fd=2 if options.serial else -1, quiet=not options.verbose,
     )  # fmt: skip
     with ExitStack() as stack:
-        machine = stack.enter_context(Machine(hardware, tuple(_make_devices(options))))
+        drives = _move_disks(options) if options.disk else None
+        devices = (*_make_devices(options), *(drives.devices if drives is not None else ()))
+        machine = stack.enter_context(Machine(hardware, devices, apart=drives))
         stack.enter_context(_raw_terminal())
         machine.start()
         try:
@@ -118,7 +125,6 @@ def _find_kernel() -> str:
 def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
     from nagaya.kernel.tun import open_tap
     from nagaya.virtio.balloon import Balloon
-    from nagaya.virtio.blk import Blk
     from nagaya.virtio.console import Console, Port, own_descriptor
     from nagaya.virtio.net import Net
     from nagaya.virtio.net_link import Tap
@@ -129,11 +135,6 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
         size = os.get_terminal_size(1) if os.isatty(1) else os.terminal_size((0, 0))
         yield Console("console0", (port,), columns=size.columns, rows=size.lines)
         yield Rng("rng0")
-    for number, disk in enumerate(options.disk):
-        path, _, mode = disk.partition(",")
-        if mode not in ("", "ro", "rw"):
-            raise UsageError(f"'{mode}' is no mode of a disk", hint="FILE, or FILE,ro")
-        yield Blk(f"blk{number}", path, read_only=mode == "ro", queues=options.disk_queues)
     for number, tap in enumerate(options.net):
         with _host_error(f"cannot open the tap device {tap}"):
             fd = open_tap(tap)
@@ -147,6 +148,22 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
         yield Vsock("vsock0", guest_cid=3, listener_fd=listener, directory=options.vsock, socket_name="vsock")
     if options.balloon:
         yield Balloon("balloon0")
+
+
+def _move_disks(options: argparse.Namespace) -> DeviceProcess:
+    from nagaya.virtio.apart import DeviceProcess
+
+    return DeviceProcess(tuple(_make_disks(options)))
+
+
+def _make_disks(options: argparse.Namespace) -> Iterator[Blk]:
+    from nagaya.virtio.blk import Blk
+
+    for number, disk in enumerate(options.disk):
+        path, _, mode = disk.partition(",")
+        if mode not in ("", "ro", "rw"):
+            raise UsageError(f"'{mode}' is no mode of a disk", hint="FILE, or FILE,ro")
+        yield Blk(f"blk{number}", path, read_only=mode == "ro", queues=options.disk_queues)
 
 
 @contextmanager

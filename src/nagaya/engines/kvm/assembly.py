@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 
@@ -202,6 +203,12 @@ class Parts:
             if self.pvm is not None:
                 self.pvm.prepare(vcpu)
         self.vcpus[0].enter(state)
+
+    def keep_from_children(self) -> None:
+        """Let a process forked from now on have no part in the virtual machine, which would live as long as it does."""
+        self.memory.keep_from_children()
+        for vcpu in self.vcpus:
+            vcpu.page.madvise(mmap.MADV_DONTFORK)
 
     def close(self) -> None:
         """Give back everything but devices and loops. No vCPU runs any more."""

@@ -64,6 +64,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         threading.Thread(target=_serve, args=(machine, plan.control), name="control", daemon=True).start()
         ending = machine.wait()
         assert ending is not None
+        machine.close()  # the disks are free when the supervisor hears of the end
         _send(plan.control, {"ended": ending.kind, "reason": ending.reason})
     except NagayaError as error:
         _send(plan.control, {"failed": to_wire(error)})
@@ -123,7 +124,7 @@ def _resume(machine: Machine) -> None:
 
 
 def _counters(machine: Machine) -> dict[str, Any]:
-    return {"counters": machine.counters(), "faults": machine.faults()}
+    return {"counters": machine.counters(), "faults": machine.faults(), "processes": machine.processes()}
 
 
 _ANSWERS: dict[str, Callable[[Machine], Any]] = {"pause": _pause, "resume": _resume, "counters": _counters}

@@ -196,11 +196,13 @@ class KvmEngine:
         self._ask("resume")
 
     def stats(self) -> Stats:
-        """CPU time and memory of the machine's process; what its devices have moved."""
+        """CPU time of the machine's processes, memory of the first; what its devices have moved."""
         from nagaya.kernel.process import read_usage  # lazy: only who asks
 
-        counters = self._ask("counters")["counters"]
+        answer = self._ask("counters")
+        counters = answer["counters"]
         cpu_ns, resident_bytes = read_usage(self._pid)
+        cpu_ns += sum(read_usage(pid)[0] for pid in answer["processes"])  # their memory is nearly all the machine's too
         disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
@@ -321,6 +323,7 @@ def _assemble(
     daemon: int,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
+    from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.balloon import Balloon
     from nagaya.virtio.blk import Blk
     from nagaya.virtio.console import Console, Port
@@ -330,10 +333,15 @@ def _assemble(
         Port("console", console=True, input_fd=console, output_fd=console),
         Port(AGENT_PORT, input_fd=agent, output_fd=agent),
     )
+    drives = DeviceProcess(
+        (
+            Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
+            Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
+        )
+    )
     devices: list[Device] = [
         Console("console", ports),
-        Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
-        Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
+        *drives.devices,
         Rng("rng"),
         Balloon("balloon"),
     ]
@@ -350,4 +358,4 @@ def _assemble(
         connection = VhostUser(daemon)
         connection.greet()
         devices.append(FileSystem("shares", connection, tag=SHARES_TAG))
-    return Machine(hardware, tuple(devices))
+    return Machine(hardware, tuple(devices), apart=drives)

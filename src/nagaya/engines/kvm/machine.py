@@ -16,11 +16,12 @@ from nagaya.engines.kvm import layout
 from nagaya.engines.kvm.assembly import Hardware, Parts, check
 from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
-from nagaya.errors import Conflict, NagayaError
+from nagaya.errors import Conflict, HostError, NagayaError
 from nagaya.static import Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
 
@@ -33,11 +34,17 @@ class Machine:
     States: made, running, paused, ended; what does not fit the state raises `Conflict`. Methods are for any thread.
     """
 
-    def __init__(self, hardware: Hardware, devices: tuple[Device, ...] = ()) -> None:
-        """Check what was asked for. Takes nothing of the host yet. Raises `UsageError`."""
+    def __init__(
+        self, hardware: Hardware, devices: tuple[Device, ...] = (), *, apart: DeviceProcess | None = None
+    ) -> None:
+        """Check what was asked for. Takes nothing of the host yet. Raises `UsageError`.
+
+        `apart` is the process of those `devices` that are to have one of their own: it starts and ends with the machine.
+        """
         check(hardware, devices)
         self.hardware = hardware
         self.devices = devices
+        self._apart = apart
         self.software_kvm = False
         self._control = threading.RLock()
         """Held by all that changes the state from outside: one at a time. `end` and `wait` do without it."""
@@ -74,9 +81,21 @@ class Machine:
             parts, self._made = self._made, None
             assert parts is not None
             share_interpreter()
+            if self._apart is not None:
+                self._start_apart(self._apart, parts)
             for loop in self._loops:
                 loop.start()
             self._run(parts)
+
+    def _start_apart(self, process: DeviceProcess, parts: Parts) -> None:
+        parts.keep_from_children()
+        for remote in process.devices:
+            remote.on_lost = lambda reason: self.end(Ending("failed", reason))
+        try:
+            process.start()
+        except OSError as error:
+            parts.close()
+            raise HostError.from_os(error, "cannot start the process of the machine's devices") from None
 
     def _make_loops(self) -> None:
         from nagaya.virtio.device import BLOCK
@@ -236,6 +255,10 @@ class Machine:
                 }
             return {"exits": exits, **{item.device.name: item.counters() for item in parts.transports}}
 
+    def processes(self) -> tuple[int, ...]:
+        """Processes that work for the machine beside this one."""
+        return (self._apart.pid,) if self._apart is not None and self._apart.pid else ()
+
     def faults(self) -> dict[str, str]:
         """What the guest did wrong last, by device."""
         with self._control:
@@ -256,7 +279,9 @@ class Machine:
                 loop.close()
             for device in self.devices:  # on no thread of their own any more
                 device.close()
-            self.devices, self._loops = (), []
+            if self._apart is not None:
+                self._apart.close()
+            self.devices, self._loops, self._apart = (), [], None
 
     def __enter__(self) -> Self:
         return self
