@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0)
     arguments = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["NAGAYA_TYPE"] = "container"  # where a benchmark names no type
     names = arguments.names or [*BENCHES, "unpack"]
     kept = True
     for name in names:

@@ -15,6 +15,8 @@ import pytest
 from tests.e2e import leftovers
 from tests.e2e.command import PROGRAM, Cli
 
+os.environ["NAGAYA_TYPE"] = "container"  # where a test names no type: what it is by default depends on the host
+
 WATCHED = ("tests/e2e/", "tests/kernel/", "tests/conformance/")
 
 

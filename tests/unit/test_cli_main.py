@@ -178,7 +178,7 @@ def test_create_passes_everything_on(host: FakeHost, capsys: Out, monkeypatch: p
     assert capsys.readouterr().out == "d" * 32 + "\n"
     ((_, options),) = host.calls
     assert options == CreateOptions(
-        image="debian", command=("ls", "-l"), entrypoint=("/bin/sh",), name="x", platform="linux/arm64", pull="never",
+        image="debian", command=("ls", "-l"), entrypoint=("/bin/sh",), type="container", name="x", platform="linux/arm64", pull="never",
         env=("A=1",), workdir="/w", user="1:2", hostname="box", tty=True, stdin=True, init=False, read_only=True,
         userns="auto", network="none", mounts=(Mount("bind", "/srv", "/data", True),), devices=(),
         ulimits=options.ulimits, sysctls=(("a.b", "1"),), security=options.security,
@@ -190,7 +190,7 @@ def test_create_passes_everything_on(host: FakeHost, capsys: Out, monkeypatch: p
 def test_defaults_leave_the_image_its_say(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DOCKER_DEFAULT_PLATFORM", raising=False)
     assert main(["create", "debian"]) == 0
-    assert host.calls[0][1] == CreateOptions(image="debian")
+    assert host.calls[0][1] == CreateOptions(image="debian", type="container")  # which the suite has settled
 
 
 def test_an_empty_entrypoint_clears_the_images(host: FakeHost) -> None:

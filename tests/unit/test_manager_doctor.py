@@ -29,11 +29,11 @@ def test_no_kvm(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
 
 
 def test_what_can_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_require_parts", lambda board: None)
+    monkeypatch.setattr(engine, "_require_parts", lambda board, kernel="": None)
     found = doctor.look_at_emulation()
     assert found.status == doctor.OK and "linux/arm64" in found.found and doctor.can_run([found])
 
-    def refuse(board: Board) -> None:
+    def refuse(board: Board, kernel: str = "") -> None:
         raise Unsupported(f"{board.program} is not installed", hint="a hint", finding="PATH")
 
     monkeypatch.setattr(engine, "_require_parts", refuse)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nagaya import engines
 from nagaya.cli.commands.run import RUN
 from nagaya.cli.create_flags import read_options
 from nagaya.cli.flags import parse
-from nagaya.errors import UsageError
+from nagaya.engines.kvm import known
+from nagaya.errors import Unsupported, UsageError
+from nagaya.kernels import cache
 from nagaya.manager import settings
 from nagaya.manager.options import CreateOptions
 
@@ -34,14 +38,13 @@ def options(*argv: str) -> CreateOptions:
 
 def test_the_order(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     user, system = files
-    assert settings.choose_type("") == settings.DEFAULT_TYPE
     system.write_text('type = "emulated"\n')
-    assert settings.choose_type("") == "emulated"
+    assert settings.choose_type("").type == "emulated"
     user.write_text('type = "kvm"\n')
-    assert settings.choose_type("") == "kvm"
+    assert settings.choose_type("").type == "kvm"
     monkeypatch.setenv("NAGAYA_TYPE", "container")
-    assert settings.choose_type("") == "container"
-    assert settings.choose_type("emulated") == "emulated"
+    assert settings.choose_type("").type == "container"
+    assert settings.choose_type("emulated").type == "emulated"
 
 
 def test_each_key_has_its_own_order(files: tuple[Path, Path]) -> None:
@@ -112,3 +115,73 @@ def test_no_file_costs_no_import() -> None:
     code = "import sys; from nagaya.manager import settings; settings.SYSTEM_FILE = '/none'; settings.read_settings(); print('tomllib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# -- auto, which is what nobody's word means
+
+
+class Emulated:
+    """An engine that says what it lacks."""
+
+    def __init__(self, lacks: str) -> None:
+        self.lacks = lacks
+
+    def check_host(self, *, kernel: str = "") -> None:
+        if self.lacks:
+            raise Unsupported(self.lacks)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What the host has: a built kernel, which KVM ("" = none), what QEMU lacks, whether we are root."""
+
+    def have(*, kernel: bool = True, kvm: str = "", lacks: str = "", root: bool = True) -> None:
+        def probe() -> known.Finding:
+            if not kvm:
+                raise Unsupported("there is no /dev/kvm")
+            return known.make_finding(kvm)
+
+        monkeypatch.setattr(cache, "find_kernel", lambda architecture="": object() if kernel else None)
+        monkeypatch.setattr(known, "find_kvm", probe)
+        monkeypatch.setattr(engines, "open_engine", lambda type_: Emulated(lacks))
+        monkeypatch.setattr("os.geteuid", lambda: 0 if root else 1000)
+
+    return have
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_auto_is_kvm_where_the_cpu_runs_guests_itself(host: Callable[..., None], root: bool) -> None:
+    host(kvm=known.HARDWARE, root=root)
+    assert settings.choose_type("") == settings.choose_type("auto") == ("kvm", "")
+
+
+@pytest.mark.parametrize("kvm", ["", known.PVM])
+def test_auto_is_emulated_where_it_does_not(host: Callable[..., None], kvm: str) -> None:
+    host(kvm=kvm)
+    assert settings.choose_type("") == ("emulated", "")
+
+
+def test_auto_says_that_it_took_a_container(host: Callable[..., None]) -> None:
+    host(kernel=False, kvm=known.HARDWARE)
+    type_, note = settings.choose_type("")
+    assert type_ == "container" and "no guest kernel has been built" in note and "--type" in note
+    host(lacks="qemu-system-x86_64 is not installed")
+    type_, note = settings.choose_type("")
+    assert type_ == "container" and "qemu-system-x86_64 is not installed" in note
+
+
+def test_auto_with_a_kernel_of_ones_own_needs_none_of_ours(host: Callable[..., None]) -> None:
+    host(kernel=False, kvm=known.HARDWARE)
+    assert settings.choose_type("", kernel="/boot/vmlinuz") == ("kvm", "")
+
+
+def test_a_plain_user_hears_from_the_emulated_engine_what_is_missing(host: Callable[..., None]) -> None:
+    host(kernel=False, root=False)
+    assert settings.choose_type("") == ("emulated", "")
+
+
+def test_a_settled_type_is_never_another_one(host: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    host(kernel=False)
+    for name in ("kvm", "emulated", "container"):
+        monkeypatch.setenv("NAGAYA_TYPE", name)
+        assert settings.choose_type("") == (name, "")

@@ -17,15 +17,15 @@ def _nothing_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NAGAYA_TYPE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(settings, "SYSTEM_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr(settings, "_find_best", lambda: "kvm")
+    monkeypatch.setattr(settings, "_find_best", lambda kernel: settings.Choice("kvm"))
 
 
 @pytest.mark.parametrize(
     ("wanted", "settled", "platform", "type_"),
     [
-        ("", "", "", settings.DEFAULT_TYPE),
+        ("", "", "", "kvm"),
         ("", "", FOREIGN, "emulated"),
-        ("", "", f"linux/{os.uname().machine}", settings.DEFAULT_TYPE),
+        ("", "", f"linux/{os.uname().machine}", "kvm"),
         ("", "auto", FOREIGN, "emulated"),
         ("auto", "", FOREIGN, "emulated"),
         ("auto", "", "", "kvm"),
@@ -36,4 +36,4 @@ def _nothing_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_chooses(wanted: str, settled: str, platform: str, type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if settled:
         monkeypatch.setenv("NAGAYA_TYPE", settled)
-    assert settings.choose_type(wanted, platform=platform) == type_
+    assert settings.choose_type(wanted, platform=platform).type == type_

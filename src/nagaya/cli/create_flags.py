@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nagaya.manager.machine import Machine
 
 FLAGS = (
-    Flag("--type", "Kind of wall: container (default), kvm, emulated, auto (NAGAYA_TYPE)", value="TYPE"),
+    Flag("--type", "Kind of wall: container, kvm, emulated, auto (default; NAGAYA_TYPE)", value="TYPE"),
     Flag("--name", "Name of the machine (default: a made-up one)", value="NAME"),
     Flag("-i --interactive", "Pass standard input to the program"),
     Flag("-t --tty", "Give the program a terminal"),
@@ -154,8 +154,8 @@ def _platform(parsed: Parsed) -> str:
 
 
 def _has_disk(parsed: Parsed) -> bool:
-    type_ = choose_type(parsed.text("type"), platform=_platform(parsed))
-    return open_engine(type_).rootfs_kind == "disk"
+    chosen = choose_type(parsed.text("type"), platform=_platform(parsed), kernel=parsed.text("kernel"))
+    return open_engine(chosen.type).rootfs_kind == "disk"
 
 
 def _limits(parsed: Parsed, settings: dict[str, Setting]) -> Limits:
@@ -179,6 +179,10 @@ def create_machine(context: Context, parsed: Parsed, options: CreateOptions, *, 
         raise Conflict(
             f"--cidfile: '{cidfile}' exists already", hint=f"remove it, if its machine is gone: rm {cidfile}"
         )
+    chosen = choose_type(options.type, platform=options.platform, kernel=options.kernel)
+    if chosen.note:
+        tell((chosen.note,))
+    options = options._replace(type=chosen.type)
     with open_progress(quiet=parsed.switch("quiet"), eager=False) as progress:
         machine = context.host.machines.create(options, progress=progress, starting=starting)
     if cidfile:

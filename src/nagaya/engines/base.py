@@ -89,8 +89,11 @@ class Engine(Protocol):
         Raises `HostError`, `Unsupported`, `UsageError`; on a raise nothing is left behind.
         """
 
-    def check_host(self) -> None:
-        """Raise `Unsupported` when this user on this host could boot nothing at all: known before an image is pulled."""
+    def check_host(self, *, kernel: str = "") -> None:
+        """Raise `Unsupported` when this user on this host could boot nothing at all: known before an image is pulled.
+
+        `kernel` is the path of the machine's own; "" = it boots ours.
+        """
 
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise `UsageError` or `Unsupported` for what this engine could not boot; answers warnings. Changes nothing."""

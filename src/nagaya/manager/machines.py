@@ -44,9 +44,9 @@ class Machines:
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
-        type_ = choose_type(options.type, platform=options.platform)
+        type_ = choose_type(options.type, platform=options.platform, kernel=options.kernel).type
         engine = open_engine(type_)
-        engine.check_host()
+        engine.check_host(kernel=options.kernel)
         image = self._store.images.ensure(
             options.image, platform=options.platform, pull=options.pull, insecure=options.insecure, progress=progress
         )

@@ -37,7 +37,7 @@ def rebuild(machine: Machine, planned: MachineSpec, *, alive: bool) -> None:
     before, after = open_engine(machine.spec.type), open_engine(planned.type)
     if planned.type != machine.spec.type:
         check_platform(planned.platform, planned.image, type_=planned.type)
-        after.check_host()
+        after.check_host(kernel=planned.kernel)
     after.check(planned)
     if before.rootfs_kind != after.rootfs_kind:
         (_make_disk if after.rootfs_kind == "disk" else _make_directories)(machine, planned)

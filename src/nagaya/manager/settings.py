@@ -22,7 +22,7 @@ from nagaya.static import NamedTuple
 SYSTEM_FILE = "/etc/nagaya/config.toml"
 AUTO = "auto"
 CHOICES = (*TYPES, AUTO)
-DEFAULT_TYPE = "container"
+DEFAULT_TYPE = AUTO
 NETWORKS = ("bridge", "host", "none")
 NOBODY = "Nagaya"  # has settled what nobody else has
 # key -> (what it has to be, the texts that it may be; () = whatever the flag of that name takes)
@@ -44,18 +44,25 @@ class Setting(NamedTuple):
     source: str
 
 
-def choose_type(wanted: str, *, platform: str = "") -> str:
+class Choice(NamedTuple):
+    """A type for a new machine. `note`: what whoever did not choose it has to know; "" for nothing."""
+
+    type: str
+    note: str = ""
+
+
+def choose_type(wanted: str, *, platform: str = "", kernel: str = "") -> Choice:
     """The type for a new machine: `wanted`, or what is settled when that is empty; `auto` becomes a real one.
 
-    Where nobody has settled one, a machine for another `platform` than this host's is emulated: nothing else runs it.
-    Raises `UsageError` for a type that there is not, naming who asked for it.
+    `auto` is `emulated` for another `platform` than this host's, which nothing else runs; with a `kernel` of the
+    machine's own it does not ask for ours. Raises `UsageError` for a type that there is not, naming who asked for it.
     """
     who, name = _first_choice(wanted)
     if name not in CHOICES:
         raise UsageError(f"{who}: unknown machine type '{name}'", hint=f"one of: {', '.join(CHOICES)}")
-    if (name == AUTO or who == NOBODY) and _is_foreign(platform):
-        return "emulated"
-    return _find_best() if name == AUTO else name
+    if name != AUTO:
+        return Choice(name)
+    return Choice("emulated") if _is_foreign(platform) else _find_best(kernel)
 
 
 def _is_foreign(platform: str) -> bool:
@@ -76,15 +83,38 @@ def _first_choice(wanted: str) -> tuple[str, str]:
     return (found.source, found.text) if found is not None else (NOBODY, DEFAULT_TYPE)
 
 
-def _find_best() -> str:
-    """`kvm` where the host's CPU does the work, else `emulated`: a software KVM boots a kernel more slowly than QEMU."""
-    from nagaya.engines.kvm.known import HARDWARE, find_kvm  # lazy: only who does not choose
-    from nagaya.errors import NagayaError
+def _find_best(kernel: str) -> Choice:
+    """`kvm` where the host's CPU does the work, else `emulated`: a software KVM boots a kernel more slowly than QEMU.
+
+    Root can do without a kernel or QEMU: a container is the thinner wall, so it is said that it was taken.
+    """
+    from nagaya.errors import NagayaError  # lazy: only who does not choose
+    from nagaya.kernels.cache import find_kernel
+
+    if not kernel and find_kernel() is None:
+        return _settle_for_container("no guest kernel has been built (once: 'nagaya kernel build')")
+    from nagaya.engines.kvm.known import HARDWARE, find_kvm
 
     try:
-        return "kvm" if find_kvm().kind == HARDWARE else "emulated"
+        if find_kvm().kind == HARDWARE:
+            return Choice("kvm")
     except NagayaError:
-        return "emulated"
+        pass
+    from nagaya.engines import open_engine
+
+    try:
+        open_engine("emulated").check_host(kernel=kernel)
+    except NagayaError as error:
+        return _settle_for_container(error.message)
+    return Choice("emulated")
+
+
+def _settle_for_container(reason: str) -> Choice:
+    if os.geteuid():
+        return Choice("emulated")  # which says what is missing: a plain user has no containers
+    return Choice(
+        "container", f"no type was asked for, and this is a container, because {reason}; --type container says so"
+    )
 
 
 def user_file() -> str:

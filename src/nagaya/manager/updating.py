@@ -28,7 +28,7 @@ def plan_update(spec: MachineSpec, options: UpdateOptions) -> MachineSpec:
     if options.type is not None:
         if not options.type:
             raise UsageError("--type: no type was given", hint=f"one of: {', '.join(CHOICES)}")
-        type_ = choose_type(options.type, platform=spec.platform)
+        type_ = choose_type(options.type, platform=spec.platform, kernel=spec.kernel).type
     return spec._replace(type=type_, limits=limits, restart=restart)
 
 

@@ -69,7 +69,7 @@ class ContainerEngine:
 
     # -- before a boot
 
-    def check_host(self) -> None:
+    def check_host(self, *, kernel: str = "") -> None:
         """See `Engine.check_host`."""
         if os.geteuid() != 0:
             raise Unsupported(

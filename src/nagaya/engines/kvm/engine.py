@@ -66,15 +66,16 @@ class KvmEngine:
 
     # -- before a boot
 
-    def check_host(self) -> None:
+    def check_host(self, *, kernel: str = "") -> None:
         """See `Engine.check_host`."""
         if os.uname().machine != "x86_64":
             raise Unsupported("machines of type 'kvm' run on x86-64 hosts so far", hint="use --type emulated")
         find_kvm()
-        try:
-            cache.get_kernel()
-        except NotFound as missing:
-            raise Unsupported(missing.message, hint=missing.hint) from None
+        if not kernel:
+            try:
+                cache.get_kernel()
+            except NotFound as missing:
+                raise Unsupported(missing.message, hint=missing.hint) from None
         if not os.access(agent_path(), os.R_OK):
             raise Unsupported(
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"

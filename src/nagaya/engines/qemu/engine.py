@@ -80,16 +80,16 @@ class EmulatedEngine:
 
     # -- before a boot
 
-    def check_host(self) -> None:
+    def check_host(self, *, kernel: str = "") -> None:
         """See `Engine.check_host`."""
         host = os.uname().machine
         board = next((board for board in BOARDS if board.architecture == host), BOARDS[0])
-        _require_parts(board)
+        _require_parts(board, kernel=kernel)
 
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         board = find_board(spec.platform)
-        _require_parts(board)
+        _require_parts(board, kernel=spec.kernel)
         warnings = rules.check_spec(spec)
         if rules.cpus(spec) > board.most_cpus:
             raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
@@ -315,7 +315,7 @@ def list_platforms() -> list[str]:
     return found
 
 
-def _require_parts(board: Board) -> None:
+def _require_parts(board: Board, *, kernel: str = "") -> None:
     """Raise `Unsupported` for what this host lacks to emulate `board`."""
     if not _in_path(board.program):
         raise Unsupported(
@@ -323,10 +323,11 @@ def _require_parts(board: Board) -> None:
             hint=f"as root: apt-get install {board.package}",
             finding="it was looked for in PATH",
         )
-    try:
-        cache.get_kernel(architecture=board.architecture)
-    except NotFound as missing:
-        raise Unsupported(missing.message, hint=missing.hint) from None
+    if not kernel:
+        try:
+            cache.get_kernel(architecture=board.architecture)
+        except NotFound as missing:
+            raise Unsupported(missing.message, hint=missing.hint) from None
     if not os.access(agent_path(board.architecture), os.R_OK):
         raise Unsupported(
             f"the guest agent for {board.platform} is not built ({agent_path(board.architecture)})",
