@@ -64,6 +64,7 @@ int applet_main(int argc, char **argv)
 		{"ps", applet_ps},
 		{"tar-out", applet_tar_out},
 		{"tar-in", applet_tar_in},
+		{"fill", applet_fill},
 		{"bench", applet_bench},
 	};
 

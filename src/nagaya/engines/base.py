@@ -29,6 +29,15 @@ class BootRequest(NamedTuple):
     runtime_dir: str  # private to this machine, for sockets
 
 
+class Copy(NamedTuple):
+    """A path of the host whose content the machine gets at `target` before its program starts."""
+
+    source: str
+    target: str
+    is_directory: bool
+    read_only: bool
+
+
 class Booted(NamedTuple):
     """A machine whose agent answers. Descriptors belong to the caller."""
 
@@ -37,6 +46,7 @@ class Booted(NamedTuple):
     agent: int  # connected stream socket or port to the agent, non-blocking
     policy: ProcessPolicy
     warnings: tuple[str, ...] = ()
+    copies: tuple[Copy, ...] = ()  # what the supervisor is to copy in, for want of a way to share it
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
     watch: tuple[tuple[int, Callable[[], None]], ...] = ()  # while it runs: what to call when a descriptor is readable
     start_timeout_s: float = 30.0  # until the program must have been started

@@ -52,7 +52,7 @@ def look_at_facilities(root: str) -> list[Finding]:
         look_at_program(
             Program(
                 "virtiofsd", "qemu-system-common (Debian 12) or virtiofsd", "virtual machines get volumes and bind mounts",
-                "virtual machines cannot have volumes or bind mounts",
+                "virtual machines get copies of their volumes and bind mounts at each start",
             ),
             find_virtiofsd(),
         ),

@@ -10,13 +10,28 @@ from nagaya.errors import ExecError, LaunchError, NagayaError, RemoteError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol import agent
-from nagaya.supervisor.client import Client
+from nagaya.static import Protocol
 from nagaya.supervisor.loop import Loop
 from nagaya.supervisor.stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.storage.logs import LogWriter
+
+
+class Listener(Protocol):
+    """What a program speaks to: a client on a socket, or whatever behaves like one."""
+
+    program: Program | None
+    wants_stdin: bool
+
+    @property
+    def congested(self) -> bool:
+        """Whether it reads more slowly than the program writes."""
+
+    def output(self, stream: int, data: bytes) -> None: ...
+    def consumed_stdin(self, count: int) -> None:
+        """So much of its input has gone on to the program."""
 
 
 class Program:
@@ -26,21 +41,21 @@ class Program:
         self._owner = owner
         self._log = log
         self._owed = 0
-        self._stdin: deque[tuple[Client, bytes]] = deque()
+        self._stdin: deque[tuple[Listener, bytes]] = deque()
         self._stdin_ending = not wants_stdin
         self.channel = channel
         self.tty = tty
-        self.clients: list[Client] = []
+        self.clients: list[Listener] = []
         self.on_started: Callable[[int], None] = lambda pid: None
         self.on_failed: Callable[[NagayaError], None] = lambda problem: None
         self.on_exited: Callable[[int], None] = lambda status: None
 
-    def join(self, client: Client, *, stdin: bool) -> None:
+    def join(self, client: Listener, *, stdin: bool) -> None:
         client.program = self
         client.wants_stdin = stdin
         self.clients.append(client)
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Listener) -> None:
         """The client is gone. Its half-sent input is not; a program without a terminal then sees end of input."""
         if client in self.clients:
             self.clients.remove(client)
@@ -63,7 +78,7 @@ class Program:
             self._owner.link.grant(self.channel, owed)
             self._owner.flush()
 
-    def feed(self, client: Client, data: bytes) -> None:
+    def feed(self, client: Listener, data: bytes) -> None:
         """Input from a client; credit returns to it as the agent takes it."""
         if self._stdin_ending or not client.wants_stdin:
             client.consumed_stdin(
@@ -73,7 +88,7 @@ class Program:
         self._stdin.append((client, data))
         self.pump_stdin()
 
-    def end_stdin(self, client: Client) -> None:
+    def end_stdin(self, client: Listener) -> None:
         if client.wants_stdin and not self._stdin_ending:
             self._stdin_ending = True
             if not self._stdin:

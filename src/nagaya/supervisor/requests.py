@@ -88,8 +88,8 @@ def _exec(machine: Supervisor, client: Client, request: dict[str, object]) -> No
             client.send(control.reply(pid=pid))
 
     def ended(status: int) -> None:
-        for reader in list(program.clients):
-            reader.finish(control.exited(status))
+        if client in program.clients:
+            client.finish(control.exited(status))
 
     program.on_started, program.on_failed, program.on_exited = started, client.fail, ended
     if not detach:

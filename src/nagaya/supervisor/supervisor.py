@@ -28,6 +28,10 @@ from nagaya.supervisor.loop import Loop, Timer
 from nagaya.supervisor.network import wire_up
 from nagaya.supervisor.programs import Program, Programs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.supervisor.filling import Filling
+
 KILLED = 128 + 9
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 60.0
@@ -61,6 +65,7 @@ class Supervisor:
         self.booted: Booted | None = None
         self.programs: Programs | None = None
         self.main: Program | None = None
+        self.filling: Filling | None = None
         self.waiters: list[Client] = []  # clients that are answered when the machine has ended for good
         self._directory = paths.machine(spec.id)
         self._clients: set[Client] = set()
@@ -120,6 +125,33 @@ class Supervisor:
         if booted.setup:
             self.programs.on_set_up = self._set_up
             self.programs.setup(booted.setup)
+        self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
+        if booted.copies:
+            self._fill(booted)
+        else:
+            self._spawn_main()
+
+    def _fill(self, booted: Booted) -> None:
+        """Copy the machine's volumes in, for as long as it takes while something moves; then start its program."""
+        from nagaya.supervisor.filling import Filling  # lazy: only where volumes cannot be shared
+
+        assert self.programs is not None
+        self.filling = Filling(
+            self.loop, self.programs, booted.copies, on_done=self._spawn_main, on_failed=self._filling_failed,
+            on_progress=lambda: self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out),
+        )  # fmt: skip
+        try:
+            self.filling.begin()
+        except OSError as error:
+            self._filling_failed(HostError.from_os(error, "cannot copy into the machine"))
+
+    def _filling_failed(self, problem: NagayaError) -> None:
+        self._problem, self._exit_status = self._problem or problem, 125
+        self.engine.kill()
+
+    def _spawn_main(self) -> None:
+        booted = self.booted
+        assert booted is not None and self.programs is not None
         process = self.spec.process
         if process.tty and self._size != (0, 0):
             process = process._replace(rows=self._size[0], columns=self._size[1])
@@ -136,7 +168,6 @@ class Supervisor:
         if self._launcher is not None and self._attach:
             main.join(self._launcher, stdin=process.stdin)
         self.main = main
-        self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         self.programs.flush()
 
     def _boot(self) -> Booted:
@@ -215,6 +246,9 @@ class Supervisor:
         for fd in (booted.pidfd, *(fd for fd, _ in booted.watch)):
             self.loop.forget(fd)
         self.booted = None
+        if self.filling is not None:
+            self.filling.abandon()
+            self.filling = None
         programs.close()
         self.programs = None
         for program in programs.running():

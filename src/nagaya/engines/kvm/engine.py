@@ -18,11 +18,12 @@ from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
+from nagaya.engines.vm.copies import plan_copies, warn_of_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
 from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
-from nagaya.engines.vm.shares import Shares, require_shares, start_shares
+from nagaya.engines.vm.shares import Shares, start_shares, why_not
 from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
 from nagaya.kernel import unix
 from nagaya.kernels import cache
@@ -87,11 +88,9 @@ class KvmEngine:
             raise Unsupported(
                 f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
             )
-        if any(mount.kind != "tmpfs" for mount in spec.mounts):
-            require_shares()
         if os.geteuid() and spec.network == "bridge":
             require_passt()
-        return rules.check_spec(spec)
+        return [*rules.check_spec(spec), *warn_of_copies(spec, why_not())]
 
     # -- boot
 
@@ -123,7 +122,8 @@ class KvmEngine:
             failed.pop_all()
         stack.callback(self._cleanup)
         return Booted(
-            pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec), setup=payload,
+            pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec),
+            warnings=tuple(self.check(spec)), setup=payload, copies=plan_copies(request.mounts) if shares is None else (),
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip

@@ -17,10 +17,11 @@ from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
+from nagaya.engines.vm.copies import plan_copies, warn_of_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs
 from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
-from nagaya.engines.vm.shares import require_shares, start_shares
+from nagaya.engines.vm.shares import start_shares, why_not
 from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.kernel.process import read_usage
@@ -93,9 +94,7 @@ class EmulatedEngine:
         warnings = rules.check_spec(spec)
         if rules.cpus(spec) > board.most_cpus:
             raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
-        if any(mount.kind != "tmpfs" for mount in spec.mounts):
-            require_shares()
-        return warnings
+        return [*warnings, *warn_of_copies(spec, why_not())]
 
     # -- boot
 
@@ -140,8 +139,9 @@ class EmulatedEngine:
             pidfd=os.dup(self._pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
-            warnings=(USER_NETWORK_WARNING,) if request.network.kind == "user" else (),
+            warnings=(*self.check(spec), *((USER_NETWORK_WARNING,) if request.network.kind == "user" else ())),
             setup=payload,
+            copies=plan_copies(request.mounts) if shares is None else (),
             watch=tuple((source.fd, self.listen) for source in self._sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
             end_timeout_s=END_WITHIN_S,

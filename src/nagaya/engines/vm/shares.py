@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from nagaya.engines.vm import child
-from nagaya.errors import Unsupported
 from nagaya.kernel import mount as kernel
 from nagaya.kernel import namespaces, unix
 from nagaya.static import NamedTuple
@@ -43,32 +42,23 @@ def find_program() -> str:
     return ""
 
 
-def require_shares() -> None:
-    """Raise `Unsupported` when this host, or this user, cannot share directories with a virtual machine."""
-    if not find_program():
-        raise Unsupported(
-            "volumes and bind mounts of a virtual machine need virtiofsd, which is not installed",
-            hint="as root: apt-get install qemu-system-common (Debian 12) or virtiofsd; or use --type container",
-            finding=f"it was looked for at {', '.join(PROGRAMS)} and in PATH",
-        )
+def why_not() -> str:
+    """Why this host, or this user, cannot share directories with a virtual machine; "" when it can."""
     if os.geteuid():
-        raise Unsupported(
-            "volumes and bind mounts of a virtual machine need root: virtiofsd gives files the owners that the guest says",
-            hint="run it as root, or copy the files with 'nagaya cp'",
-            finding=f"effective user id {os.geteuid()}",
-        )
+        return "only root can share directories, for virtiofsd gives files the owners that the guest says"
+    if not find_program():
+        return "virtiofsd, which would share them, is not installed (Debian 12: in qemu-system-common)"
+    return ""
 
 
 def start_shares(mounts: tuple[MountPlan, ...], runtime_dir: str, log: int, stack: ExitStack) -> Shares | None:
-    """Serve the binds among `mounts`; None without any. What virtiofsd says goes to `log`.
+    """Serve the binds among `mounts`; None without any, or where they cannot be shared. What virtiofsd says goes to `log`.
 
-    `stack` closes the socket, upon which virtiofsd ends; whoever calls waits for its pid. Raises `Unsupported`,
-    `OSError`.
+    `stack` closes the socket, upon which virtiofsd ends; whoever calls waits for its pid. Raises `OSError`.
     """
     binds = tuple(mount for mount in mounts if mount.kind == "bind")
-    if not binds:
+    if not binds or why_not():
         return None
-    require_shares()
     stage = f"{runtime_dir}/{STAGE}"
     os.makedirs(stage, mode=0o700, exist_ok=True)
     listener = unix.listen(runtime_dir, SOCKET)

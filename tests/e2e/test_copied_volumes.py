@@ -1,0 +1,107 @@
+"""Volumes of virtual machines where virtiofsd is missing: copied in at each start, and said so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.types import find_obstacle
+from tests.conftest import require_program, require_root
+from tests.e2e.command import Cli
+
+# In a mount namespace of its own: a program that cannot be executed is none.
+HIDE = "for f in /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/bin/virtiofsd; do [ -e $f ] && mount --bind /dev/null $f; done; "
+PREFIX = ("unshare", "-m", "sh", "-c", HIDE + 'exec "$@"', "sh")
+RUN = ("run", "--rm", "--type", "emulated", "--network", "none")
+WARNING = "made anew at each start, and what the machine writes there stays in it: virtiofsd"
+
+
+@pytest.fixture
+def cli(cli: Cli) -> Iterator[Cli]:
+    require_root()
+    require_program("qemu-system-x86_64")
+    obstacle = find_obstacle("emulated")
+    if obstacle:
+        pytest.skip(f"needs emulated machines: {obstacle}")
+    yield Cli(cli.root, prefix=PREFIX)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    place = tmp_path / "source"
+    (place / "below").mkdir(parents=True)
+    (place / "note").write_text("a note\n")
+    (place / "note").chmod(0o640)
+    os.chown(place / "note", 7, 8)
+    (place / "below" / "random").write_bytes(os.urandom(3 << 20))
+    (place / "link").symlink_to("note")
+    os.mkfifo(place / "fifo")
+    return place
+
+
+def test_a_directory_comes_whole_and_nothing_goes_back(cli: Cli, source: Path) -> None:
+    digest = subprocess.run(
+        ["sha256sum", str(source / "below/random")], capture_output=True, check=True, text=True
+    ).stdout.split()[0]
+    script = "stat -c '%a %u %g' /made/for/it/note; readlink /made/for/it/link; sha256sum </made/for/it/below/random; ls -l /made/for/it/fifo | cut -c1; echo x >/made/for/it/new; ls /made/for/it"
+    ran = cli(*RUN, "-v", f"{source}:/made/for/it", "busybox", "sh", "-c", script, timeout_s=120)
+    assert ran.code == 0, ran
+    assert f"/made/for/it is a copy, {WARNING}" in ran.err
+    lines = ran.out.split("\n")
+    assert lines[:2] == ["640 7 8", "note"]
+    assert lines[2].split()[0] == digest
+    assert lines[3:9] == ["p", "below", "fifo", "link", "new", "note"]
+    assert not (source / "new").exists()
+
+
+def test_what_is_read_only_is_that_inside(cli: Cli, source: Path) -> None:
+    script = "cat /there/note /etc/the-note; touch /there/x; echo x >>/etc/the-note; grep -c -e ' /there ro' -e ' /etc/the-note ro' /proc/mounts; true"
+    binds = ("-v", f"{source}:/there:ro", "-v", f"{source}/note:/etc/the-note:ro")
+    ran = cli(*RUN, *binds, "busybox", "sh", "-c", script.replace(" ro'", " [^ ]* ro'"), timeout_s=120)
+    assert ran.out == "a note\na note\n2\n", ran
+    assert ran.err.count("Read-only file system") == 2
+
+
+def test_each_start_copies_again(cli: Cli, source: Path) -> None:
+    name = "copied"
+    cli.ok("create", "--name", name, "--type", "emulated", "--network", "none", "-v", f"{source}:/there", "busybox",
+           "sh", "-c", "cat /there/note; echo mine >>/there/mine; grep -c mine /there/mine")  # fmt: skip
+    assert cli.ok("start", "-a", name, timeout_s=120) == "a note\n1\n"
+    (source / "note").write_text("another\n")
+    assert cli.ok("start", "-a", name, timeout_s=120) == "another\n2\n"
+    cli.ok("rm", name)
+
+
+def test_what_does_not_fit_is_one_sentence(cli: Cli, source: Path) -> None:
+    (source / "large").write_bytes(os.urandom(1 << 20) * 80)
+    ran = cli(*RUN, "--storage", "64m", "-v", f"{source}:/there", "busybox", "true", timeout_s=120)
+    assert ran.code == 125
+    assert f"cannot copy {source} to /there in the machine: " in ran.err and "No space left" in ran.err
+    assert "--storage" in ran.err and "Traceback" not in ran.err
+
+
+def test_a_read_only_machine_has_no_place_for_it(cli: Cli, source: Path) -> None:
+    ran = cli(*RUN, "--read-only", "-v", f"{source}:/there", "busybox", "true")
+    assert ran.code == 125
+    assert "a read-only machine has no place for a copy" in ran.err
+
+
+def test_a_kill_in_the_midst_leaves_a_machine_that_starts(cli: Cli, source: Path) -> None:
+    (source / "large").write_bytes(os.urandom(1 << 20) * 100)
+    name = "cut-off"
+    cli.ok("create", "--name", name, "--type", "emulated", "--network", "none", "-v", f"{source}:/there", "busybox",
+           "sh", "-c", "cat /there/note")  # fmt: skip
+    starting = cli.popen("start", "-a", name)
+    time.sleep(1.2)  # it boots, or copies
+    starting.send_signal(signal.SIGKILL)
+    starting.wait()
+    cli.ok("kill", name) if "running" in cli.ok("ps", "-a", "--format", "{{.Status}}").lower() else None
+    cli("stop", "-t", "0", name, timeout_s=60)
+    assert cli.ok("start", "-a", name, timeout_s=120) == "a note\n"
+    cli.ok("rm", "-f", name)
