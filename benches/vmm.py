@@ -55,7 +55,7 @@ def main(rounds: int) -> bool:
 def _bench_start(place: str, rounds: int) -> bool:
     kernel, rom = f"{place}/kernel", f"{place}/rom"
     with open(kernel, "wb") as file:
-        file.write(_make_elf(CODE))
+        file.write(make_elf(CODE))
     with open(rom, "wb") as file:
         code = bytes((0xB0, STATUS, 0xE6, 0xF4, 0xF4))  # mov $STATUS, %al; out %al, $0xf4; hlt
         file.write(bytes(RESET_VECTOR) + code.ljust(ROM_BYTES - RESET_VECTOR, b"\x90"))
@@ -75,7 +75,7 @@ def _bench_start(place: str, rounds: int) -> bool:
     return report("a guest of a few bytes, process start to exit", samples, checks)
 
 
-def _make_elf(code: bytes) -> bytes:
+def make_elf(code: bytes) -> bytes:
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
     header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, LOAD_GPA, 64, 0, 0, 64, 56, 1, 0, 0, 0)
     return header + struct.pack("<IIQQQQQQ", 1, 5, 120, LOAD_GPA, LOAD_GPA, len(code), len(code), 0x1000) + code

@@ -298,10 +298,12 @@ static void put_sparse(int fd, const char *name, const struct stat *st, struct t
 		 slash ? slash + 1 : name);
 	put_entry(stored, st, '0', map->size + data_size, "", pax);
 	put(map->bytes, map->size);
-	char *line = strchr(map->bytes, '\n') + 1;
-	while (sscanf(line, "%lld\n%lld\n", &start, &size) == 2) {
+	append(map, "", 1); /* a map of whole blocks ends without a NUL */
+	char *at = map->bytes;
+	for (unsigned long long left = strtoull(at, &at, 10); left; left--) {
+		start = strtoll(at, &at, 10);
+		size = strtoll(at, &at, 10);
 		put_range(fd, name, start, (uint64_t)size);
-		line = strchr(strchr(line, '\n') + 1, '\n') + 1;
 	}
 	put_padding(data_size);
 }

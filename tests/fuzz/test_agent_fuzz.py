@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import select
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -36,6 +38,7 @@ SECONDS = float(os.environ.get("NAGAYA_FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("NAGAYA_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 REPORTS = (b"Sanitizer", b"runtime error")
 PROBE = 0x7FFFFFFF
+CRASHES = (signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
 BLOCK = 512
 
 
@@ -174,6 +177,13 @@ def ends_or_answers(machine: Machine, frames: bytes, *, whole: bool) -> str:
     raise AssertionError("the agent neither ends nor answers")
 
 
+def asks_for_a_crash(stream: bytes) -> bool:
+    """Whether it sends a program a signal that the sanitizers take for a crash of the agent's own."""
+    head = re.escape(encode(protocol.SIGNAL, 0, bytes(4))[:8])  # then the channel, in four bytes
+    numbers = b"|".join(re.escape(struct.pack("<I", number)) for number in CRASHES)
+    return re.search(head + b".{4}(" + numbers + b")", stream, re.DOTALL) is not None
+
+
 def test_frames_into_the_agent(agent: str, dice: random.Random, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.touch()
@@ -194,6 +204,9 @@ def test_frames_into_the_agent(agent: str, dice: random.Random, tmp_path: Path) 
             outcomes[outcome] += 1
             assert status in (0, 100), f"the agent ended with {status}"
             report = log.read_bytes()
+            if asks_for_a_crash(b"".join(frames)):  # and gets it, in a child that has not executed its program yet
+                log.write_bytes(b"")
+                continue
             assert not any(word in report for word in REPORTS), report.decode(errors="replace")
     except BaseException:
         print(f"NAGAYA_FUZZ_SEED={SEED}; {outcomes}\n{log.read_text(errors='replace')}")
