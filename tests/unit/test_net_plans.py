@@ -35,6 +35,21 @@ def test_a_subnet_is_chosen_once(tmp_path: Path) -> None:
     assert first.gateway == f"10.{first.second}.0.1"
 
 
+def test_a_subnet_that_others_took_meanwhile_is_given_up_while_nobody_lives_there(tmp_path: Path) -> None:
+    directory = str(tmp_path)
+    assert not addresses.drop_taken_subnet(directory, ROUTES)  # there is none yet
+    os.symlink("90", f"{directory}/subnet")
+    assert not addresses.drop_taken_subnet(directory, ROUTES)  # nobody else has it
+    os.unlink(f"{directory}/subnet")
+    os.symlink("87", f"{directory}/subnet")
+    machine = "abcdef12" + "0" * 24
+    addresses.claim(directory, Subnet(87), machine)
+    assert not addresses.drop_taken_subnet(directory, ROUTES)  # a machine has an address in it
+    addresses.release(directory, machine)
+    assert addresses.drop_taken_subnet(directory, ROUTES)
+    assert not os.path.lexists(f"{directory}/subnet")
+
+
 def test_leases_are_exclusive_stable_and_given_back(tmp_path: Path) -> None:
     directory, subnet = str(tmp_path), Subnet(87)
     os.symlink("87", f"{directory}/subnet")

@@ -58,14 +58,36 @@ def _overlaps(second: int, destination: int, mask: int) -> bool:
     return subnet & mask == destination or destination & 0xFFFF0000 == subnet
 
 
+def drop_taken_subnet(directory: str, routes: str) -> bool:
+    """Forget a subnet that somebody else has come to use while our bridge was down; whether it was so.
+
+    For the holder of the network's lock, while there is no bridge. `routes` is /proc/net/route's text. A subnet in
+    which machines have addresses is kept, whatever the host says.
+    """
+    path = f"{directory}/subnet"
+    try:
+        second = int(os.readlink(path))
+    except (OSError, ValueError):
+        return False
+    if second not in used_subnets(routes) or holders(directory):
+        return False
+    os.unlink(path)
+    return True
+
+
+def read_routes() -> str:
+    """The host's IPv4 routes, as the kernel prints them."""
+    with open("/proc/net/route", encoding="ascii") as file:
+        return file.read()
+
+
 def load_subnet(directory: str) -> Subnet:
     """The network's subnet: chosen clear of the host's routes the first time, and kept."""
     path = f"{directory}/subnet"
     try:
         text = os.readlink(path)
     except FileNotFoundError:
-        with open("/proc/net/route", encoding="ascii") as file:
-            used = used_subnets(file.read())
+        used = used_subnets(read_routes())
         free = [second for second in FIRST_SUBNETS if second not in used]
         if not free:
             raise Conflict(

@@ -38,6 +38,8 @@ def plan_network(kind: str, machine_id: str, root: str) -> NetworkPlan:
             kind="user", address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=_mac(machine_id)
         )
     with FileLock(f"{root}/network.lock"):  # not between the two halves of `remove_idle`
+        if not os.path.exists(f"/sys/class/net/{bridge_name(root)}"):
+            addresses.drop_taken_subnet(_directory(root), addresses.read_routes())
         subnet = addresses.load_subnet(_directory(root))
         address = addresses.claim(_directory(root), subnet, machine_id)
     return NetworkPlan(
