@@ -19,7 +19,7 @@ from tests.e2e.command import Cli
 HIDE = "for f in /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/bin/virtiofsd; do [ -e $f ] && mount --bind /dev/null $f; done; "
 PREFIX = ("unshare", "-m", "sh", "-c", HIDE + 'exec "$@"', "sh")
 RUN = ("run", "--rm", "--type", "emulated", "--network", "none")
-WARNING = "made anew at each start, and what the machine writes there stays in it: virtiofsd"
+WARNING = "brought up to date at each start, and what the machine writes there stays in it: virtiofsd"
 
 
 @pytest.fixture

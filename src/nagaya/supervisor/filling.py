@@ -161,13 +161,18 @@ def _make_archive(copy: Copy, write: int, complain: int, parent: int) -> NoRetur
             os.fdopen(write, "wb", buffering=1 << 20) as stream,
             tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
         ):
-            tar.add(os.path.realpath(copy.source), arcname=name)
+
+            def forget(member: tarfile.TarInfo) -> tarfile.TarInfo:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps each: a million are 600 MB
+                return member
+
+            tar.add(os.path.realpath(copy.source), arcname=name, filter=forget)
         status = 0
     except BrokenPipeError:
         pass  # the agent gave up, and says why itself
     except OSError as error:
         where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        os.write(complain, f"{error.strerror}{where}".encode(errors="replace"))
+        os.write(complain, f"{error.strerror or error}{where}".encode(errors="replace"))
     except Exception as error:
         os.write(complain, str(error).encode(errors="replace")[:_MOST_TEXT])
     finally:

@@ -25,7 +25,7 @@ def warn_of_copies(spec: MachineSpec, reason: str) -> list[str]:
             hint="leave --read-only out, or use --type container",
         )
     which = f"{targets[0]} is a copy" if len(targets) == 1 else f"{', '.join(targets)} are copies"
-    return [f"{which}, made anew at each start, and what the machine writes there stays in it: {reason}"]
+    return [f"{which}, brought up to date at each start, and what the machine writes there stays in it: {reason}"]
 
 
 def plan_copies(mounts: tuple[MountPlan, ...]) -> tuple[Copy, ...]:
