@@ -67,7 +67,8 @@ class Storm:
             self._strike(dice, ("start", name), victim, name, within_s=BOOT_S[self.type])
         else:
             self.cli.ok("start", name, timeout_s=PATIENCE_S)
-            time.sleep(dice.uniform(0.2, 1.5))
+            self._wait_for_records(name)
+            time.sleep(dice.uniform(0, 1))
             if phase == "running":
                 self._kill(name, victim, None)
             else:
@@ -126,6 +127,12 @@ class Storm:
         return found[:1]
 
     # -- what must be true after it
+
+    def _wait_for_records(self, name: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.cli.ok("logs", name):
+            assert time.monotonic() < deadline, f"{name} counts nothing"
+            time.sleep(0.1)
 
     def _is_there(self, name: str) -> bool:
         return self.cli("inspect", "--type", "machine", name).code == 0
