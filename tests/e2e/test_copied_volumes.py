@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nagaya.engines.vm.shares import find_program
 from tests.conformance.types import find_obstacle
 from tests.conftest import require_program, require_root
 from tests.e2e.command import Cli
@@ -84,6 +85,37 @@ def test_what_does_not_fit_is_one_sentence(cli: Cli, source: Path) -> None:
     assert ran.code == 125
     assert f"cannot copy {source} to /there in the machine: " in ran.err and "No space left" in ran.err
     assert "--storage" in ran.err and "Traceback" not in ran.err
+
+
+def daemons() -> set[int]:
+    """Processes that are a virtiofsd."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if file.read().partition(b"\0")[0] == os.fsencode(find_program()):
+                    found.add(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_daemon_that_ends_during_the_start_ends_the_start(cli: Cli, source: Path) -> None:
+    shared = Cli(cli.root)  # without the hiding: virtiofsd shares it
+    if not find_program():
+        pytest.skip("needs virtiofsd")
+    before, began = daemons(), time.monotonic()
+    starting = shared.popen(*RUN, "-v", f"{source}:/there", "busybox", "true", stderr=subprocess.PIPE)
+    assert starting.stderr is not None
+    while not (found := daemons() - before) and time.monotonic() < began + 10:
+        time.sleep(0.01)
+    time.sleep(0.3)  # QEMU has met it by then, and the guest boots
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    said = starting.stderr.read().decode()
+    assert starting.wait(30) == 125, said
+    assert "a helper process of the machine ended" in said or "QEMU did not start the machine" in said
+    assert time.monotonic() - began < 20
 
 
 def test_a_read_only_machine_has_no_place_for_it(cli: Cli, source: Path) -> None:

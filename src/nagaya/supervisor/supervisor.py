@@ -66,6 +66,7 @@ class Supervisor:
         self.programs: Programs | None = None
         self.main: Program | None = None
         self.filling: Filling | None = None
+        self._helpers: list[int] = []  # pidfds
         self.waiters: list[Client] = []  # clients that are answered when the machine has ended for good
         self._directory = paths.machine(spec.id)
         self._clients: set[Client] = set()
@@ -121,6 +122,7 @@ class Supervisor:
         self.loop.watch(booted.pidfd, self._ended)
         for fd, call in booted.watch:
             self.loop.watch(fd, lambda events_, call=call: call())  # type: ignore[misc]
+        self._watch_helpers(booted.helpers)
         self.programs = Programs(self.loop, booted.agent, on_lost=self._agent_lost)
         if booted.setup:
             self.programs.on_set_up = self._set_up
@@ -130,6 +132,22 @@ class Supervisor:
             self._fill(booted)
         else:
             self._spawn_main()
+
+    def _watch_helpers(self, pids: tuple[int, ...]) -> None:
+        for pid in pids:
+            fd = os.pidfd_open(pid)  # our child, and not waited for: the pid is still its own
+            self._helpers.append(fd)
+            self.loop.watch(fd, lambda events_, fd=fd: self._helper_ended(fd))  # type: ignore[misc]
+
+    def _helper_ended(self, fd: int) -> None:
+        """Before the program runs, nobody would answer what the machine's setting up waits for; later on it goes on alone."""
+        self.loop.forget(fd)
+        if self.state.phase == STARTING:
+            self._problem = self._problem or LaunchError(
+                "a helper process of the machine ended before its program was started",
+                hint="the machine's log on this host may say why; start it again",
+            )
+            self.engine.kill()
 
     def _fill(self, booted: Booted) -> None:
         """Copy the machine's volumes in, for as long as it takes while something moves; then start its program."""
@@ -243,8 +261,11 @@ class Supervisor:
         """The machine's init is gone, and with it every process of the machine."""
         booted, programs = self.booted, self.programs
         assert booted is not None and programs is not None
-        for fd in (booted.pidfd, *(fd for fd, _ in booted.watch)):
+        for fd in (booted.pidfd, *self._helpers, *(fd for fd, _ in booted.watch)):
             self.loop.forget(fd)
+        for fd in self._helpers:
+            os.close(fd)
+        self._helpers = []
         self.booted = None
         if self.filling is not None:
             self.filling.abandon()

@@ -123,7 +123,7 @@ class KvmEngine:
         stack.callback(self._cleanup)
         return Booted(
             pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec),
-            warnings=tuple(self.check(spec)), setup=payload, copies=plan_copies(request.mounts) if shares is None else (),
+            warnings=tuple(self.check(spec)), helpers=tuple(self._helpers), setup=payload, copies=plan_copies(request.mounts) if shares is None else (),
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip

@@ -141,6 +141,7 @@ class EmulatedEngine:
             policy=rules.plan_policy(spec),
             warnings=(*self.check(spec), *((USER_NETWORK_WARNING,) if request.network.kind == "user" else ())),
             setup=payload,
+            helpers=tuple(self._helpers),
             copies=plan_copies(request.mounts) if shares is None else (),
             watch=tuple((source.fd, self.listen) for source in self._sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
