@@ -6,7 +6,6 @@ On a software KVM the guest's own boot is minutes of a hardware one's: none of t
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import time
@@ -17,6 +16,7 @@ from benches.stores import Stores, open_stores
 from benches.vmm import make_elf
 from nagaya.engines import open_engine
 from nagaya.errors import NagayaError
+from tests.e2e.processes import below, supervisors
 
 POWER_OFF = b"\x66\xba\xf4\x00\xb0\x00\xee\xf4"  # mov $0xf4, %dx; mov $0, %al; out %al, (%dx); hlt: ends the machine
 FAILED = 125  # its agent has never spoken
@@ -66,24 +66,13 @@ def _bench_inside(stores: Stores) -> bool:
 
 def _bench_memory(stores: Stores) -> bool:
     """PSS of all processes of one running machine, but for the guest's memory itself."""
-    start = [
-        *stores.nagaya,
-        "run",
-        "-d",
-        "--type",
-        "kvm",
-        "--network",
-        "none",
-        "--memory",
-        "128m",
-        "busybox",
-        "sleep",
-        "600",
-    ]
+    start = [*stores.nagaya, "run", "-d", "--type", "kvm", "--network", "none", "--memory", "128m"]
+    start += ["busybox", "sleep", "600"]
     machine = subprocess.run(start, capture_output=True, text=True, check=True).stdout.strip()
     try:
         time.sleep(1)
-        pids = _processes_of(f"{stores.directory}/nagaya", machine)
+        found = supervisors(f"{stores.directory}/nagaya", machine)
+        pids = [*found, *below(found)]
         sizes = [_own_pss_mib(pid) for pid in pids]
     finally:
         subprocess.run([*stores.nagaya, "rm", "-f", machine], capture_output=True, check=True)
@@ -95,24 +84,6 @@ def _bench_memory(stores: Stores) -> bool:
     check = Check("PSS of a machine's processes beyond guest memory, MiB", sum(sizes), 30)
     print(f"\n- {'PASS' if check.passed else 'FAIL'}: {check.text}: {check.value:.1f} (at most {check.limit:g})")
     return check.passed
-
-
-def _processes_of(root: str, machine: str) -> list[int]:
-    """The supervisor, which holds the machine's lock, and all below it."""
-    lock = os.stat(f"{root}/machines/{machine}/lock").st_ino
-    parents, supervisor = {}, 0
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-                parents[pid] = int(file.read().rpartition(")")[2].split()[1])
-            if any(os.stat(f"/proc/{pid}/fd/{fd}").st_ino == lock for fd in os.listdir(f"/proc/{pid}/fd")):
-                supervisor = pid
-        except OSError:
-            continue
-    found = [supervisor]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
 
 
 def _own_pss_mib(pid: int) -> float:

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 
 from benches.measure import Check, Sample, report, time_command
 from benches.stores import open_stores
+from tests.e2e.processes import supervisors
 
 MACHINES = 100
 GROUP = 10
-
-
-def _supervisors(root: str) -> dict[str, int]:
-    """Pid of each machine's supervisor: who has the machine's lock file open."""
-    locks = {}
-    for name in os.listdir(f"{root}/machines"):
-        if not name.startswith("."):
-            locks[os.stat(f"{root}/machines/{name}/lock").st_ino] = name
-    found: dict[str, int] = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                name = locks.get(os.stat(f"/proc/{pid}/fd/{fd}").st_ino)
-                if name:
-                    found[name] = int(pid)
-        except OSError:
-            continue
-    return found
 
 
 def _pss_mib(pid: int) -> float:
@@ -40,9 +22,9 @@ def main(rounds: int) -> bool:
         run = [*stores.nagaya, "run", "-d", "--network", "none", "busybox", "sleep", "3600"]
         for _ in range(2):
             time_command(run)
-        alone = statistics.median(_pss_mib(pid) for pid in _supervisors(f"{stores.directory}/nagaya").values())
+        alone = statistics.median(_pss_mib(pid) for pid in supervisors(f"{stores.directory}/nagaya"))
         times = [time_command(run) for _ in range(MACHINES)]
-        pids = _supervisors(f"{stores.directory}/nagaya").values()
+        pids = supervisors(f"{stores.directory}/nagaya")
         assert len(pids) == MACHINES + 2
         memory = [_pss_mib(pid) for pid in pids]
         first, last = statistics.median(times[:GROUP]), statistics.median(times[-GROUP:])

@@ -9,24 +9,6 @@
 
 #define MAX_PATH 4096
 
-/* Make the directories of `path` that are missing, up to `end`. 0, or -1. */
-static int make_directories(char *path, const char *end)
-{
-	for (char *at = path + 1; at <= end; at++) {
-		char kept = *at;
-
-		if (kept != '/' && kept)
-			continue;
-		*at = 0;
-		if (mkdir(path, 0755) && errno != EEXIST)
-			return -1;
-		*at = kept;
-		if (!kept)
-			break;
-	}
-	return 0;
-}
-
 static int seal(const char *path)
 {
 	/* Flags of a new bind mount are ignored, but for MS_REC: read-only is a second step. */
@@ -53,7 +35,7 @@ int applet_fill(int argc, char **argv)
 		slash = strrchr(directory, '/');
 		slash[slash == directory] = 0;
 	}
-	if (make_directories(directory, directory + strlen(directory))) {
+	if (make_path(directory)) {
 		fprintf(stderr, "%s: %s\n", directory, strerror(errno));
 		return 1;
 	}

@@ -61,8 +61,8 @@ static void take_descriptors(const struct spawn *s, const int fds[3])
 	syscall(SYS_close_range, (unsigned)report_fd + 1, ~0u, 0u);
 }
 
-/* mkdir -p, for a working directory that the image does not have. */
-static int make_path(const char *path)
+/* mkdir -p, for a working directory or a volume that the image does not have. */
+int make_path(const char *path)
 {
 	char part[4096];
 	size_t length = strlen(path);

@@ -43,6 +43,9 @@ struct spawn_error {
  * fds[0..2] become standard input, output and error; with SF_TTY, fds[0] is the terminal. */
 void spawn_become(const struct spawn *s, const int fds[3], int error_fd) __attribute__((noreturn));
 
+/* mkdir -p: 0, or -1 with errno. */
+int make_path(const char *path);
+
 /* In the child: report that it cannot even begin. */
 void spawn_refuse(int error, int error_fd) __attribute__((noreturn));
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.e2e import leftovers
 from tests.e2e.command import Cli
+from tests.e2e.processes import parents, supervisors
 
 ROUNDS = int(os.environ.get("NAGAYA_CRASH_ROUNDS", "200"))
 BUDGET_S = 170.0
@@ -27,42 +28,13 @@ VICTIMS = ("command", "supervisor", "init")
 PHASES = {"created", "starting", "running", "paused", "restarting", "exited"}
 
 
-def _parents() -> dict[int, int]:
-    """Parent by pid, of all processes."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-                found[int(pid)] = int(file.read().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    return found
-
-
-def _supervisors(root: str) -> list[int]:
-    """Processes that have a liveness lock of this store open: supervisors, and nobody else for long."""
-    prefix = f"{root}/machines/"
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                target = os.readlink(f"/proc/{pid}/fd/{fd}")
-                if target.startswith(prefix) and target.endswith("/lock"):
-                    found.append(int(pid))
-                    break
-        except OSError:
-            continue
-    return found
-
-
 def _victims(kind: str, command: subprocess.Popen[bytes], root: str) -> list[int]:
     if kind == "command":
         return [command.pid]
-    supervisors = _supervisors(root)
+    found = supervisors(root)
     if kind == "supervisor":
-        return supervisors
-    parents = _parents()
-    return [pid for pid, parent in parents.items() if parent in supervisors]
+        return found
+    return [pid for pid, parent in parents().items() if parent in found]
 
 
 def _argv(verb: str) -> list[str]:
@@ -141,7 +113,7 @@ def _check_truth(cli: Cli, verb: str) -> None:
 
 def _supervisors_soon_gone(root: str) -> list[int]:
     deadline = time.monotonic() + 3
-    while (left := _supervisors(root)) and time.monotonic() < deadline:
+    while (left := supervisors(root)) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
 

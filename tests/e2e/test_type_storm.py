@@ -25,7 +25,7 @@ from nagaya.engines import TYPES
 from tests.conformance.types import find_obstacle, is_slow
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
-from tests.e2e.test_crash_matrix import _parents as parents_of_all
+from tests.e2e.processes import below, supervisors
 
 COUNT = int(os.environ.get("NAGAYA_STORM", "4"))
 CHOSEN = tuple(filter(None, os.environ.get("NAGAYA_STORM_TYPES", "").split(",")))
@@ -103,8 +103,8 @@ class Storm:
             assert command is not None
             pids = [command.pid] if command.poll() is None else []
         else:
-            supervisors = self._supervisors(name)
-            pids = supervisors if victim == "supervisor" else _below(supervisors)
+            pids = self._supervisors(name)
+            pids = pids if victim == "supervisor" else below(pids)
             dice.shuffle(pids)
         for pid in pids[-1:]:  # of those below any: a disk's process, virtiofsd, QEMU, the machine's VMM or its init
             try:
@@ -117,15 +117,7 @@ class Storm:
         ran = self.cli("inspect", "--type", "machine", "--format", "{{.ID}}", name)
         if ran.code:
             return []
-        lock = f"{self.cli.root}/machines/{ran.out.strip()}/lock"
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                if any(os.readlink(f"/proc/{pid}/fd/{fd}") == lock for fd in os.listdir(f"/proc/{pid}/fd")):
-                    found.append(int(pid))
-            except OSError:
-                continue
-        return found[:1]
+        return supervisors(self.cli.root, ran.out.strip())[:1]
 
     # -- what must be true after it
 
@@ -162,14 +154,6 @@ class Storm:
         assert _last(kept) >= printed, f"{name} lost what was synced: {_last(kept)} of {printed}"
         numbers = [int(line) for line in kept.split()]
         assert numbers == list(range(1, len(numbers) + 1)), "its file has holes"
-
-
-def _below(pids: list[int]) -> list[int]:
-    parents = parents_of_all()
-    found = list(pids)
-    for pid in found:
-        found += sorted(child for child, parent in parents.items() if parent == pid)
-    return found[len(pids) :]
 
 
 def _read(path: str) -> bytes:

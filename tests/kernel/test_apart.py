@@ -17,6 +17,7 @@ from nagaya.errors import Conflict
 from nagaya.virtio import blk, mmio
 from nagaya.virtio.apart import DeviceProcess
 from nagaya.virtio.blk import Blk
+from tests.kernel_images import Load, make_elf
 from tests.virtio_driver import Driver
 
 SPIN = b"\xf4\xeb\xfd"  # again: hlt; jmp again
@@ -144,10 +145,7 @@ def test_the_machine_fails_when_it_does(process: DeviceProcess, tmp_path: Path) 
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm")
     kernel = tmp_path / "kernel"
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0x10_0000, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    header += struct.pack("<IIQQQQQQ", 1, 5, 120, 0x10_0000, 0x10_0000, len(SPIN), len(SPIN), 0x1000)
-    kernel.write_bytes(header + SPIN)
+    kernel.write_bytes(make_elf([Load(SPIN, 0x10_0000)], entry=0x10_0000, notes=b""))
     hardware = Hardware(kernel=str(kernel), memory_bytes=64 << 20)
     with Machine(hardware, process.devices, apart=process) as machine:
         machine.start()

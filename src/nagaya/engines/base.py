@@ -46,9 +46,7 @@ class Booted(NamedTuple):
     agent: int  # connected stream socket or port to the agent, non-blocking
     policy: ProcessPolicy
     warnings: tuple[str, ...] = ()
-    helpers: tuple[
-        int, ...
-    ] = ()  # children of the engine's without which the machine does not get as far as its program
+    helpers: tuple[int, ...] = ()  # children of the engine's: the machine cannot be set up without them
     copies: tuple[Copy, ...] = ()  # what the supervisor is to copy in, for want of a way to share it
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
     watch: tuple[tuple[int, Callable[[], None]], ...] = ()  # while it runs: what to call when a descriptor is readable

@@ -1,4 +1,4 @@
-"""prctl(2), execveat(2), memfd seals."""
+"""prctl(2), execveat(2), memfd seals, and the descriptors that a forked child is not to have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+from collections.abc import Iterable
 
 from nagaya.kernel.libc import SYS_EXECVEAT, SYS_KEYCTL, fail, libc, syscall
 
@@ -30,6 +31,15 @@ def prctl(option: int, argument: int) -> int:
     if result < 0:
         raise fail("prctl")
     return result
+
+
+def close_all_but(keep: Iterable[int], *, first: int = 3) -> None:
+    """Close every descriptor from `first` on that is not in `keep`: for a child that has everything of its parent's."""
+    low = first
+    for fd in sorted(fd for fd in keep if fd >= first):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, (1 << 31) - 1)
 
 
 def execute_fd(fd: int, argv: list[str], environment: list[str]) -> None:

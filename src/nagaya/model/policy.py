@@ -12,3 +12,7 @@ class ProcessPolicy(NamedTuple):
     no_new_privileges: bool
     seccomp: bytes = b""  # an array of struct sock_filter, or nothing
     rlimits: tuple[tuple[int, int, int], ...] = ()  # (resource, soft, hard); 2**64-1 = unlimited
+
+
+APPLET = ProcessPolicy(capabilities=0, no_new_privileges=False)
+"""The agent's own functions: they have what the agent has, whatever a policy says (guest/policy.c)."""

@@ -8,6 +8,7 @@ import signal
 import time
 
 from nagaya.errors import Conflict, HostError, NagayaError
+from nagaya.kernel.process import close_all_but
 from nagaya.model.spec import MachineSpec
 from nagaya.protocol import control
 from nagaya.storage import machines
@@ -68,10 +69,7 @@ def _cut_loose(launcher_fd: int, command_fd: int) -> None:
     os.chdir("/")
     os.umask(0o022)
     # A forked supervisor inherits its launcher's lock files: the locks would be held until *we* end.
-    low, high = sorted((launcher_fd, command_fd))
-    os.closerange(3, low)
-    os.closerange(low + 1, high)
-    os.closerange(high + 1, (1 << 31) - 1)
+    close_all_but((launcher_fd, command_fd))
     null = os.open("/dev/null", os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)

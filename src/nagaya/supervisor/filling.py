@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from nagaya.engines.base import Copy
 from nagaya.errors import HostError, LaunchError, NagayaError
-from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
-from nagaya.model.policy import ProcessPolicy
+from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.model.policy import APPLET
 from nagaya.model.spec import Process
 from nagaya.static import NoReturn
 from nagaya.supervisor.loop import Loop
@@ -18,7 +18,6 @@ from nagaya.supervisor.programs import Program, Programs
 CHUNK = 64 << 10
 MOST_OUTSTANDING = 1 << 20
 _MOST_TEXT = 4096
-_POLICY = ProcessPolicy(capabilities=0, no_new_privileges=False)  # an applet has what the agent has
 
 
 class Filling:
@@ -65,7 +64,7 @@ class Filling:
         self._outstanding, self._text = 0, b""
         kind, mode = "dir" if copy.is_directory else "file", "ro" if copy.read_only else "rw"
         process = Process(argv=("fill", copy.target, kind, mode), stdin=True)
-        program = self._programs.spawn(process, _POLICY, applet=True)
+        program = self._programs.spawn(process, APPLET, applet=True)
         program.on_failed, program.on_exited = self._fail, self._exited
         program.join(self, stdin=True)
         self._loop.watch(self._read, self._readable)
@@ -98,9 +97,10 @@ class Filling:
 
     def consumed_stdin(self, count: int) -> None:
         """The machine took some."""
+        was_full = self._outstanding >= MOST_OUTSTANDING
         self._outstanding -= count
         self._on_progress()
-        if self._read >= 0 and self._outstanding < MOST_OUTSTANDING:
+        if self._read >= 0 and was_full and self._outstanding < MOST_OUTSTANDING:
             self._loop.watch(self._read, self._readable)
 
     # -- the archive
@@ -149,11 +149,7 @@ def _make_archive(copy: Copy, write: int, complain: int, parent: int) -> NoRetur
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(status)
-        low = 3
-        for fd in sorted((write, complain)):
-            os.closerange(low, fd)
-            low = fd + 1
-        os.closerange(low, (1 << 31) - 1)
+        close_all_but((write, complain))
         import tarfile
 
         name = "." if copy.is_directory else os.path.basename(copy.target)

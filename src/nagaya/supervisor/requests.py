@@ -5,7 +5,7 @@ from __future__ import annotations
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, RemoteError, Unsupported
 from nagaya.model import state as phases
-from nagaya.model.policy import ProcessPolicy
+from nagaya.model.policy import APPLET
 from nagaya.model.spec import Process
 from nagaya.protocol import control
 from nagaya.static import Any
@@ -16,8 +16,6 @@ from nagaya.supervisor.client import Client
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.supervisor.supervisor import Supervisor
-
-PRIVILEGED = (1 << 64) - 1
 
 
 def handle(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
@@ -75,9 +73,7 @@ def _exec(machine: Supervisor, client: Client, request: dict[str, object]) -> No
         raise Conflict(f"machine '{machine.spec.name}' is just ending", state=machine.state.phase)
     process = from_data(Process, request.get("process"), what="exec")
     applet, detach = bool(request.get("applet")), bool(request.get("detach"))
-    policy = machine.booted.policy
-    if applet:  # the agent's own code, which needs what the agent has and no program policy
-        policy = ProcessPolicy(capabilities=PRIVILEGED, no_new_privileges=False)
+    policy = APPLET if applet else machine.booted.policy
     data_disk = applet and bool(request.get("data_disk")) and machine.engine.rootfs_kind == "disk"
     program = machine.programs.spawn(process, policy, applet=applet, discard=detach, data_disk=data_disk)
 

@@ -20,12 +20,11 @@ from functools import partial
 from struct import Struct
 
 from nagaya.errors import GuestFault
-from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, NoReturn, Protocol
-from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, Activated, Device
+from nagaya.virtio.device import Activated, Device, QueuePlace, make_queue
 from nagaya.virtio.loop import Loop
-from nagaya.virtio.queue import Queue
 
 _MOST_MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 2 + 64
@@ -73,7 +72,10 @@ class Remote:
 
     def activate(self, live: Activated) -> None:
         """See `Device`."""
-        queues = [queue and (queue.size, queue.descriptors, queue.available, queue.used) for queue in live.queues]
+        queues = [
+            queue and QueuePlace(queue.index, queue.size, queue.descriptors, queue.available, queue.used)
+            for queue in live.queues
+        ]
         answer = self._ask(
             {"do": "activate", "features": live.features, "memory_bytes": live.memory.size_bytes, "queues": queues},
             (live.memory.fd, live.interrupt_fd, *live.kick_fds),
@@ -210,7 +212,8 @@ def _run(
         if os.getppid() != parent:
             os._exit(1)  # it was killed before we could ask to die with it
         kept = [end.fileno() for pair in ends for end in pair]
-        _keep_only([2, *kept, *(fd for device in devices for fd in device.descriptors())])
+        # Above all not the virtual machine, which lives as long as anybody holds it, nor others' ends of our sockets.
+        close_all_but([2, *kept, *(fd for device in devices for fd in device.descriptors())], first=0)
         loops = []
         for device, remote, (asks, news) in zip(devices, remotes, ends, strict=True):
             loop = Loop(device.name)
@@ -224,15 +227,6 @@ def _run(
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)
-
-
-def _keep_only(fds: Sequence[int]) -> None:
-    """Above all not the virtual machine, which lives as long as anybody holds it, nor others' ends of our sockets."""
-    low = 0
-    for fd in sorted(fds):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, (1 << 31) - 1)
 
 
 class _Served:
@@ -272,8 +266,8 @@ class _Served:
         self._memory = GuestMemory(memory_fd, request["memory_bytes"])
         try:
             queues = tuple(
-                self._make_queue(number, place, request["features"]) if place is not None else None
-                for number, place in enumerate(request["queues"])
+                place and make_queue(self._memory, QueuePlace(*place), request["features"], self._interrupt)
+                for place in request["queues"]
             )
             self._active = True
             for number, fd in enumerate(self._kick_fds):
@@ -286,15 +280,6 @@ class _Served:
             self._stop()
             return {"fault": str(fault)}
         return {}
-
-    def _make_queue(self, number: int, place: Sequence[int], features: int) -> Queue:
-        assert self._memory is not None
-        size, descriptors, available, used = place
-        return Queue(
-            self._memory, index=number, size=size, descriptors=descriptors, available=available, used=used,
-            event_index=bool(features & RING_EVENT_IDX), indirect=bool(features & RING_INDIRECT_DESC),
-            interrupt=self._interrupt,
-        )  # fmt: skip
 
     def _interrupt(self) -> None:
         self._raised[0] = 1

@@ -25,6 +25,25 @@ RING_EVENT_IDX = 1 << 29
 VERSION_1 = 1 << 32
 
 
+class QueuePlace(NamedTuple):
+    """What a driver says of one queue: its number, its entries, and the guest's addresses of its parts."""
+
+    number: int
+    size: int
+    descriptors: int
+    available: int
+    used: int
+
+
+def make_queue(memory: GuestMemory, place: QueuePlace, features: int, interrupt: Callable[[], None]) -> Queue:
+    """The queue, as the agreed `features` have it. Raises `GuestFault`, as `Queue` does."""
+    return Queue(
+        memory, index=place.number, size=place.size, descriptors=place.descriptors, available=place.available,
+        used=place.used, event_index=bool(features & RING_EVENT_IDX), indirect=bool(features & RING_INDIRECT_DESC),
+        interrupt=interrupt,
+    )  # fmt: skip
+
+
 def _raise(fault: GuestFault) -> None:
     raise fault
 

@@ -12,7 +12,15 @@ from functools import partial
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
 from nagaya.virtio.apart import Remote
-from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated, Device
+from nagaya.virtio.device import (
+    RING_EVENT_IDX,
+    RING_INDIRECT_DESC,
+    VERSION_1,
+    Activated,
+    Device,
+    QueuePlace,
+    make_queue,
+)
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
 
@@ -208,12 +216,8 @@ class MmioTransport:
         size = registers.size  # once: another CPU of the guest may be about to write it
         if size > registers.most:
             raise GuestFault(f"queue {number} has {size} entries; at most {registers.most} are offered")
-        descriptors, available, used = registers.addresses
-        return Queue(
-            self._memory, index=number, size=size, descriptors=descriptors, available=available, used=used,
-            event_index=bool(self._features & RING_EVENT_IDX), indirect=bool(self._features & RING_INDIRECT_DESC),
-            interrupt=partial(self._interrupt, USED_BUFFER),
-        )  # fmt: skip
+        place = QueuePlace(number, size, *registers.addresses)
+        return make_queue(self._memory, place, self._features, partial(self._interrupt, USED_BUFFER))
 
     def _kicked(self, number: int) -> None:
         try:

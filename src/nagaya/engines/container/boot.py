@@ -121,7 +121,7 @@ def _wait_for_go(handshake: int) -> None:
 
 def _prepare(plan: Plan) -> None:
     """Everything that needs the host's view."""
-    _close_all_but((plan.handshake, plan.agent, plan.program, plan.userns))
+    process.close_all_but((plan.handshake, plan.agent, plan.program, plan.userns))
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with _step("cannot enter the control group"):
@@ -173,14 +173,6 @@ def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
     _become_agent(
         plan, ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"], pair[0]
     )
-
-
-def _close_all_but(keep: tuple[int, ...]) -> None:
-    low = 3
-    for fd in sorted(fd for fd in keep if fd >= 3):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, (1 << 31) - 1)
 
 
 def _mount_root(plan: Plan) -> int:

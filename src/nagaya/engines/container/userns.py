@@ -11,6 +11,7 @@ import os
 from nagaya.errors import HostError
 from nagaya.kernel import unix
 from nagaya.kernel.namespaces import CLONE_NEWUSER, unshare
+from nagaya.kernel.process import close_all_but
 
 IDS = 65536
 DEFAULT_BASE = 0x70000000
@@ -68,8 +69,7 @@ def _hold(channel: int) -> None:
     """In a child: be in a new user namespace until the other end closes, as it also does when our parent is killed."""
     try:
         # Nothing of the supervisor's, and least its locks, may live on in here.
-        os.closerange(3, channel)
-        os.closerange(channel + 1, (1 << 31) - 1)
+        close_all_but((channel,))
         unshare(CLONE_NEWUSER)
         os.write(channel, b"1")
         os.read(channel, 1)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from nagaya.engines.kvm.machine import Machine
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
 from nagaya.static import Any, NamedTuple, NoReturn
 
 BROKEN = 1
@@ -84,11 +84,7 @@ def _keep_only(plan: Plan) -> None:
     os.dup2(null, 0)
     os.dup2(plan.log, 1)
     os.dup2(plan.log, 2)
-    low = 3
-    for fd in sorted((plan.control, *plan.kept)):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, (1 << 31) - 1)
+    close_all_but((plan.control, *plan.kept))
 
 
 def _give_up_rights(plan: Plan) -> None:

@@ -18,12 +18,12 @@ from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
-from nagaya.engines.vm.copies import plan_copies, warn_of_copies
+from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
 from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
-from nagaya.engines.vm.shares import Shares, start_shares, why_not
+from nagaya.engines.vm.shares import Shares, start_shares
 from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
 from nagaya.kernel import unix
 from nagaya.kernels import cache
@@ -90,7 +90,7 @@ class KvmEngine:
             )
         if os.geteuid() and spec.network == "bridge":
             require_passt()
-        return [*rules.check_spec(spec), *warn_of_copies(spec, why_not())]
+        return rules.check_spec(spec)
 
     # -- boot
 
@@ -123,7 +123,8 @@ class KvmEngine:
         stack.callback(self._cleanup)
         return Booted(
             pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec),
-            warnings=tuple(self.check(spec)), helpers=tuple(self._helpers), setup=payload, copies=plan_copies(request.mounts) if shares is None else (),
+            warnings=tuple(rules.check_spec(spec)), helpers=tuple(self._helpers), setup=payload,
+            copies=plan_copies(request.mounts) if shares is None else (),
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip

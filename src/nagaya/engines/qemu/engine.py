@@ -17,11 +17,11 @@ from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
-from nagaya.engines.vm.copies import plan_copies, warn_of_copies
+from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs
 from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
-from nagaya.engines.vm.shares import start_shares, why_not
+from nagaya.engines.vm.shares import start_shares
 from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.kernel.process import read_usage
@@ -94,7 +94,7 @@ class EmulatedEngine:
         warnings = rules.check_spec(spec)
         if rules.cpus(spec) > board.most_cpus:
             raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
-        return [*warnings, *warn_of_copies(spec, why_not())]
+        return warnings
 
     # -- boot
 
@@ -139,7 +139,7 @@ class EmulatedEngine:
             pidfd=os.dup(self._pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
-            warnings=(*self.check(spec), *((USER_NETWORK_WARNING,) if request.network.kind == "user" else ())),
+            warnings=(*rules.check_spec(spec), *((USER_NETWORK_WARNING,) if request.network.kind == "user" else ())),
             setup=payload,
             helpers=tuple(self._helpers),
             copies=plan_copies(request.mounts) if shares is None else (),

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 
 from nagaya.engines.base import Booted, BootRequest, Engine
 from nagaya.errors import LaunchError, NagayaError
-from nagaya.model.policy import ProcessPolicy
+from nagaya.kernel.process import close_all_but
+from nagaya.model.policy import APPLET
 from nagaya.model.spec import Limits, MachineSpec, Process
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import agent
@@ -38,7 +39,7 @@ def start_applet(
     try:
         for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             os.dup2(source, target)
-        os.closerange(3, (1 << 31) - 1)
+        close_all_but(())
         status = _Applet(engine, disks, argv, data_disk=data_disk).run()
     except NagayaError as error:
         os.write(2, f"{error.message}\n".encode())
@@ -80,8 +81,7 @@ class _Applet:
     def _talk(self, booted: Booted) -> None:
         self._link.setup(booted.setup)
         process = Process(self._argv, stdin=True)
-        policy = ProcessPolicy(capabilities=0, no_new_privileges=False)  # an applet has what the agent has
-        self._channel = self._link.spawn(process, policy, applet=True, data_disk=self._data_disk)
+        self._channel = self._link.spawn(process, APPLET, applet=True, data_disk=self._data_disk)
         calls = dict(booted.watch)
         for fd in (booted.pidfd, *calls):
             self._poll.register(fd, select.POLLIN)

@@ -1,4 +1,4 @@
-"""What can be asked of a virtual machine, and how it differs from a container in that. Pure."""
+"""What can be asked of a virtual machine on this host, and how it differs from a container in that."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import stat
 
 from nagaya.engines.mount_rules import check_options, check_target
 from nagaya.engines.program_rules import rlimits, wanted_capabilities
+from nagaya.engines.vm.copies import warn_of_copies
+from nagaya.engines.vm.shares import why_not
 from nagaya.errors import Unsupported, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import MachineSpec
@@ -56,7 +58,7 @@ def check_spec(spec: MachineSpec) -> list[str]:
         warnings.append("--cpuset-cpus is not applied to virtual machines: their CPUs run where the host has room")
     if limits.blkio_weight:
         warnings.append("--blkio-weight is not applied to virtual machines")
-    return warnings
+    return [*warnings, *warn_of_copies(spec, why_not())]
 
 
 def _check_walls(spec: MachineSpec) -> None:
