@@ -1,6 +1,6 @@
 """The Engine protocol. An engine only boots: everything after that speaks to the agent that it connected.
 
-Optional abilities are small protocols of their own (`Pausable`, `Measurable`, `Resizable`); callers find them
+Optional abilities are small protocols of their own (`Pausable`, `Measurable`, `Saving`, `Resizable`); callers find them
 through `capabilities`, never by asking for an engine's name.
 """
 
@@ -27,6 +27,7 @@ class BootRequest(NamedTuple):
     network: NetworkPlan
     etc: tuple[tuple[str, str], ...]  # (path inside, host file) to bind: /etc/hosts, /etc/hostname, /etc/resolv.conf
     runtime_dir: str  # private to this machine, for sockets
+    saved: str = ""  # what `Saving.save` has written: go on from there, and do not boot. "" = boot
 
 
 class Copy(NamedTuple):
@@ -49,6 +50,8 @@ class Booted(NamedTuple):
     helpers: tuple[int, ...] = ()  # children of the engine's: the machine cannot be set up without them
     copies: tuple[Copy, ...] = ()  # what the supervisor is to copy in, for want of a way to share it
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
+    # (for one that went on from what was saved too, and then not to be sent: its agent has had it)
+    origin: str = ""  # how it came to run, for `inspect`: "boot", "template", "saved"; "" = there is one way only
     watch: tuple[tuple[int, Callable[[], None]], ...] = ()  # while it runs: what to call when a descriptor is readable
     start_timeout_s: float = 30.0  # until the program must have been started
     end_timeout_s: float = 2.0  # from SHUTDOWN until the machine must be gone
@@ -90,7 +93,9 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
-    capabilities: frozenset[str]  # subset of {"pause", "stats", "limits", "oom", "offline", "init", "explain"}
+    capabilities: frozenset[
+        str
+    ]  # subset of {"pause", "stats", "limits", "memory", "oom", "offline", "init", "explain"}
 
     missing: dict[str, str]  # those of FEATURES that it lacks: why
 
@@ -123,6 +128,23 @@ class Pausable(Protocol):
 
 class Measurable(Protocol):
     def stats(self) -> Stats: ...
+
+
+class Saving(Protocol):
+    """With the capability "memory"."""
+
+    def save(self, directory: str) -> None:
+        """Write the machine's memory and its devices' state into `directory`, which exists and is empty.
+
+        The machine is paused, by the caller, and stays so. What is on its disks is not in it: they are copied at the same
+        pause. `BootRequest.saved` names such a directory, in which nothing changes any more. Machines that go on from
+        one directory share its memory copy-on-write: a fork is a `save` to a tmpfs, and a boot from it for each copy; the
+        directory may be removed when all of them have booted.
+
+        Raises `HostError` (a full disk, say) and `Conflict` when the machine is not paused; what was written is the
+        caller's to remove then. A boot from it raises `IntegrityError` for a damaged one, and `Unsupported` for one of
+        another version, CPU, KVM, or of other devices than the request's machine has.
+        """
 
 
 class Resizable(Protocol):
