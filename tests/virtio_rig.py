@@ -5,6 +5,7 @@ The rings are those of a correct driver, with indirect descriptors; `tests/virti
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
-from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated
+from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated, as_direct
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
 
@@ -103,6 +104,8 @@ class Rig:
         limits = [min(size, (sizes or {}).get(number, size)) for number, size in enumerate(device.queue_sizes)]
         self.rings = [Ring(self.memory, number, size) for number, size in enumerate(limits)]
         self.queues: list[Queue | None] = []
+        self._kick_fds = tuple(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes)
+        self._interrupt_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._without = without
         self._features = device.features if features is None else features
         self._next_gpa = BUFFERS_GPA
@@ -112,7 +115,10 @@ class Rig:
         """The driver says DRIVER_OK."""
         self.queues = [None if number in self._without else self._queue(number) for number in range(len(self.rings))]
         features = self._features | VERSION_1 | RING_EVENT_IDX | RING_INDIRECT_DESC
-        live = Activated(self.memory, tuple(self.queues), features, self.loop, self._config_changed, self._fault)
+        live = Activated(
+            self.memory, tuple(self.queues), features, self.loop, self._config_changed, self._fault, self._kick_fds,
+            self._interrupt_fd,
+        )  # fmt: skip
         self.loop.call(lambda: self.device.activate(live))
         return self
 
@@ -128,6 +134,8 @@ class Rig:
         self.loop.close()
         self.queues.clear()
         self.memory.close()
+        for fd in (*self._kick_fds, self._interrupt_fd):
+            os.close(fd)
 
     def _queue(self, number: int) -> Queue:
         ring = self.rings[number]
@@ -188,7 +196,10 @@ class Rig:
 
     def kick(self, queue: int) -> None:
         """Tell the device. Raises the `GuestFault` that the transport would see."""
-        self.loop.call(lambda: self.device.kicked(queue))
+        if as_direct(self.device) is not None:
+            os.eventfd_write(self._kick_fds[queue], 1)
+        else:
+            self.loop.call(lambda: self.device.kicked(queue))
 
     def taken(self, queue: int, *, count: int | None = None) -> list[tuple[Buffers, int]]:
         """Chains that the device has used, and how much it wrote; waits for `count` of them, or not at all."""

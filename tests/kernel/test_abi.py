@@ -25,6 +25,7 @@ from nagaya.kernel import (
     seccomp,
     threads,
     tun,
+    vhost,
 )
 
 HEADERS = """
@@ -51,6 +52,7 @@ HEADERS = """
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <linux/seccomp.h>
+#include <linux/vhost.h>
 """
 
 # Python constant -> C expression, where the names differ or are ours.
@@ -80,6 +82,7 @@ RENAMED: dict[ModuleType, dict[str, str]] = {
     kvm: {"API_VERSION": "KVM_API_VERSION"},
     threads: {"INTERRUPT": "SIGRTMIN + 4"},
     files: {},
+    vhost: {},
 }
 # umount2(2)'s flags are in the C library's header, which cannot be included together with the kernel's.
 OTHER_HEADERS = "#include <stdio.h>\n#include <sys/mount.h>\n"
@@ -90,6 +93,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "struct __user_cap_header_struct": capabilities.CapHeader,
     "struct __user_cap_data_struct": capabilities.CapData,
     "struct sock_fprog": seccomp._SockFprog,
+    **{f"struct {name}": getattr(vhost, name) for name in vars(vhost) if name.startswith("vhost_")},
 }
 # Of the kernel's nested and anonymous members, ours are flat or have a name: our field -> the header's.
 _RUN_MEMBERS = {

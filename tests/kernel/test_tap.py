@@ -1,4 +1,7 @@
-"""virtio-net on a tap device: the host's own TCP/IP answers a guest that leaves checksums and segmentation to others."""
+"""virtio-net on a tap device: the host's own TCP/IP answers a guest that leaves checksums and segmentation to others.
+
+By our own card, and by the kernel's (vhost-net) where the host has it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import subprocess
 import pytest
 
 from nagaya.kernel import namespaces, tun
-from nagaya.virtio.net import Net
-from nagaya.virtio.net_link import HEADER_BYTES, Tap
+from nagaya.virtio.net_link import HEADER_BYTES
+from nagaya.virtio.vhost_net import VhostNet, make_tap_card, open_vhost_net
 from tests.kernel.forked import in_child
 from tests.virtio_rig import Rig
 
@@ -47,13 +50,14 @@ class Segment:
 class Guest:
     """A card on a fresh tap device in a network namespace of this process's."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, vhost: bool = False) -> None:
         namespaces.unshare(namespaces.CLONE_NEWNET)
         fd = tun.open_tap("nagaya0")
         assert tun.interface_name(fd) == "nagaya0"
         for command in ("addr add 10.9.8.1/24 dev nagaya0", "link set nagaya0 up"):
             subprocess.run(["ip", *command.split()], check=True)
-        self.net = Net("net0", Tap(fd), mac=GUEST_MAC)
+        self.net = make_tap_card("net0", fd, mac=GUEST_MAC, vhost=vhost)
+        assert isinstance(self.net, VhostNet) is vhost
         self.rig = Rig(self.net).start()
         for _ in range(120):
             self.rig.add(RECEIVE, room=(1600,))
@@ -104,8 +108,8 @@ def find_host(guest: Guest) -> bytes:
     return answer[8:14]
 
 
-def _large_segment() -> dict[str, int]:
-    guest = Guest()
+def _large_segment(vhost: bool) -> dict[str, int]:
+    guest = Guest(vhost=vhost)
     host_mac = find_host(guest)
     with socket.create_server(("10.9.8.1", 0)) as server:
         server.settimeout(5)
@@ -127,21 +131,57 @@ def _large_segment() -> dict[str, int]:
     assert not guest.rig.faults
     result = {
         "flags": largest.flags, "gso": largest.gso, "gso_size": largest.gso_size, "bytes": len(largest.ethernet),
-        "buffers": largest.buffers, "dropped": counters["sent_dropped"] + counters["received_dropped"],
+        "buffers": largest.buffers, "dropped": counters.get("sent_dropped", 0) + counters.get("received_dropped", 0),
     }  # fmt: skip
     guest.rig.close()
     return result
 
 
-def test_checksums_and_segmentation_are_left_to_each_other() -> None:
+def _require_vhost() -> None:
+    fd = open_vhost_net()
+    if fd < 0:
+        pytest.skip("no vhost-net on this host")
+    os.close(fd)
+
+
+@pytest.mark.parametrize("vhost", [False, True], ids=["ours", "vhost"])
+def test_checksums_and_segmentation_are_left_to_each_other(vhost: bool) -> None:
     _require()
-    largest = in_child(_large_segment)
+    if vhost:
+        _require_vhost()
+    largest = in_child(lambda: _large_segment(vhost))
     assert largest["flags"] & NEEDS_CSUM
     assert largest["gso"] == GSO_TCPV4
     assert largest["gso_size"] == 1460
     assert largest["bytes"] > 3000
     assert largest["buffers"] == (largest["bytes"] + HEADER_BYTES + 1599) // 1600
     assert largest["dropped"] == 0
+
+
+def _reset_and_unplugged() -> list[int]:
+    guest = Guest(vhost=True)
+    find_host(guest)
+    guest.rig.restart()  # the rings are empty, and the kernel begins at their start
+    for _ in range(40):
+        guest.rig.add(RECEIVE, room=(1600,))
+    find_host(guest)
+    assert guest.rig.device.is_raised()
+    positions = [guest.rig.device.positions()[TRANSMIT]]
+    guest.rig.loop.call(lambda: guest.net.plug(False))
+    guest.send(0x0806, bytes(28))
+    guest.rig.loop.call(lambda: guest.net.plug(True))
+    find_host(guest)  # the one that waited has been sent too
+    guest.rig.loop.call(lambda: guest.net.plug(False))
+    positions.append(guest.rig.device.positions()[TRANSMIT])
+    guest.rig.close()
+    return positions
+
+
+def test_the_kernels_card_is_reset_unplugged_and_plugged_in() -> None:
+    _require()
+    _require_vhost()
+    first, last = in_child(_reset_and_unplugged)
+    assert last == first + 2
 
 
 def _bad_headers() -> int:

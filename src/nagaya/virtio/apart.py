@@ -41,7 +41,9 @@ class Movable(Device, Protocol):
 
 
 class Remote:
-    """The machine's end of a device that works elsewhere. A `Device`, whose kicks are not the transport's to take."""
+    """The machine's end of a device that works elsewhere: `Direct`."""
+
+    direct = True
 
     def __init__(self, device: Movable, raised: memoryview) -> None:
         self.name, self.device_id = device.name, device.device_id
@@ -88,6 +90,14 @@ class Remote:
 
     def kicked(self, queue: int) -> None:
         """See `Device`: never, for the other process waits for the kicks."""
+
+    def is_raised(self) -> bool:
+        """See `Direct`."""
+        return bool(self.raised[0])
+
+    def acknowledged(self) -> None:
+        """See `Direct`."""
+        self.raised[0] = 0
 
     def reset(self) -> None:
         """See `Device`."""

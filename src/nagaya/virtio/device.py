@@ -62,7 +62,7 @@ class Activated(NamedTuple):
     fault: Callable[[GuestFault], None] = _raise
     """For a fault found outside of `activate` and `kicked`: does what the transport does when those raise it."""
     kick_fds: tuple[int, ...] = ()
-    """By queue: where the driver's notifications arrive. For a device that takes them itself (`apart`)."""
+    """By queue: where the driver's notifications arrive. For a device that takes them itself (`Direct`)."""
     interrupt_fd: int = -1
     """Each write to it is an edge on the device's interrupt line. Likewise."""
 
@@ -116,3 +116,24 @@ class Device(Protocol):
 
     def counters(self) -> dict[str, int]:
         """Requests, bytes, errors since the start. Any thread."""
+
+
+class Direct(Device, Protocol):
+    """A device whose kicks and interrupts do not pass through its transport: another process's, or the kernel's.
+
+    From `activate` to `reset` it waits for `Activated.kick_fds` itself, and raises the interrupt by `interrupt_fd`.
+    """
+
+    direct: bool
+    """True."""
+
+    def is_raised(self) -> bool:
+        """Whether it may have raised an interrupt for used buffers that the driver has not acknowledged. vCPU threads."""
+
+    def acknowledged(self) -> None:
+        """The driver has: what is raised from now on comes with an edge of its own. vCPU threads."""
+
+
+def as_direct(device: Device) -> Direct | None:
+    """The device, if it is one of those."""
+    return device if getattr(device, "direct", False) else None  # type: ignore[return-value]

@@ -11,7 +11,6 @@ from functools import partial
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
-from nagaya.virtio.apart import Remote
 from nagaya.virtio.device import (
     RING_EVENT_IDX,
     RING_INDIRECT_DESC,
@@ -19,6 +18,7 @@ from nagaya.virtio.device import (
     Activated,
     Device,
     QueuePlace,
+    as_direct,
     make_queue,
 )
 from nagaya.virtio.loop import Loop
@@ -68,7 +68,7 @@ class MmioTransport:
     def __init__(self, device: Device, memory: GuestMemory, loop: Loop, *, interrupt_fd: int) -> None:
         """`interrupt_fd`: an eventfd, each write to which is an edge on the device's interrupt line."""
         self.device = device
-        self._remote = device if isinstance(device, Remote) else None
+        self._direct = as_direct(device)
         self.fault = ""
         """What the guest did wrong last; the device stands still from then until the driver resets it."""
         self.faults = 0
@@ -115,7 +115,7 @@ class MmioTransport:
             word = self._selected[DEVICE_FEATURES_SEL]
             return self._offered >> 32 * word if word < 2 else 0
         if offset == INTERRUPT_STATUS:
-            return self._pending | (self._remote.raised[0] if self._remote is not None else 0)
+            return self._pending | (USED_BUFFER if self._direct is not None and self._direct.is_raised() else 0)
         if offset == STATUS:
             return self._status
         if offset == CONFIG_GENERATION:
@@ -141,8 +141,8 @@ class MmioTransport:
         elif offset == INTERRUPT_ACK:
             with self._lock:
                 self._pending &= ~value
-                if self._remote is not None and value & USED_BUFFER:
-                    self._remote.raised[0] = 0  # what it raises from now on comes with an edge of its own
+                if self._direct is not None and value & USED_BUFFER:
+                    self._direct.acknowledged()
         elif offset == STATUS:
             self._loop.call(partial(self._set_status, value))
         elif offset in self._selected:
@@ -198,7 +198,7 @@ class MmioTransport:
             queues = tuple(self._make_queue(number) for number in range(len(self._registers)))
             self._active = True
             for number, fd in enumerate(self.kick_fds):
-                if queues[number] is not None and self._remote is None:
+                if queues[number] is not None and self._direct is None:
                     self._loop.watch(fd, partial(self._kicked, number))
             self.device.activate(
                 Activated(
@@ -282,7 +282,7 @@ class MmioTransport:
         """The device's, and the transport's own."""
         counters = self.device.counters()
         for key, count in (("kicks", self.kicks), ("interrupts", self.interrupts), ("faults", self.faults)):
-            counters[key] = count + (counters.get(key, 0) if self._remote is not None else 0)
+            counters[key] = count + (counters.get(key, 0) if self._direct is not None else 0)
         return counters
 
 

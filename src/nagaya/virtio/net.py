@@ -1,6 +1,6 @@
 """virtio-net (virtio 1.2, section 5.1): one pair of queues, over a link that is a tap device or a socket.
 
-The kernel's own back end, vhost-net, is not used: no host that this is tested on has it.
+Where the host has vhost-net, the kernel moves a tap device's frames instead (`vhost_net`).
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--disk", metavar="FILE[,ro]", action="append", default=[], help="a disk: vda, vdb, ...; may be repeated")
     add("--disk-queues", metavar="N", type=int, default=1, help="queues of each disk (1)")
     add("--net", metavar="TAP", action="append", default=[], help="a network card on a tap device; may be repeated")
+    add("--no-vhost", action="store_true", help="move frames here, although the host's kernel could (vhost-net)")
     add("--vsock", metavar="DIRECTORY", help="a vsock device, whose host side is Unix sockets in DIRECTORY")
     add("--balloon", action="store_true", help="a memory balloon that also gives free pages back")
     add("--serial", action="store_true", help="an early serial port (earlyprintk=serial,0x3f8), on standard error")
@@ -126,9 +127,8 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
     from nagaya.kernel.tun import open_tap
     from nagaya.virtio.balloon import Balloon
     from nagaya.virtio.console import Console, Port, own_descriptor
-    from nagaya.virtio.net import Net
-    from nagaya.virtio.net_link import Tap
     from nagaya.virtio.rng import Rng
+    from nagaya.virtio.vhost_net import make_tap_card
 
     if not options.no_interrupts:
         port = Port("console", console=True, input_fd=own_descriptor(0), output_fd=own_descriptor(1))
@@ -138,7 +138,7 @@ def _make_devices(options: argparse.Namespace) -> Iterator[Device]:
     for number, tap in enumerate(options.net):
         with _host_error(f"cannot open the tap device {tap}"):
             fd = open_tap(tap)
-        yield Net(f"net{number}", Tap(fd), mac=bytes((2, 0x6E, 0x67, *os.urandom(3))))
+        yield make_tap_card(f"net{number}", fd, mac=bytes((2, 0x6E, 0x67, *os.urandom(3))), vhost=not options.no_vhost)
     if options.vsock:
         from nagaya.kernel.unix import listen
         from nagaya.virtio.vsock import Vsock

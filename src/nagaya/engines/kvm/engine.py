@@ -348,11 +348,16 @@ def _assemble(
         Balloon("balloon"),
     ]
     if link >= 0:
-        from nagaya.virtio.net import Net
-        from nagaya.virtio.net_link import Stream, Tap
+        mac = bytes.fromhex(network.mac.replace(":", ""))
+        if network.kind == "bridge":
+            from nagaya.virtio.vhost_net import make_tap_card
 
-        made = Tap(link) if network.kind == "bridge" else Stream(link)
-        devices.append(Net("net", made, mac=bytes.fromhex(network.mac.replace(":", "")), mtu=network.mtu))
+            devices.append(make_tap_card("net", link, mac=mac, mtu=network.mtu))
+        else:
+            from nagaya.virtio.net import Net
+            from nagaya.virtio.net_link import Stream
+
+            devices.append(Net("net", Stream(link), mac=mac, mtu=network.mtu))
     if daemon >= 0:
         from nagaya.virtio.fs import FileSystem
         from nagaya.virtio.vhost_user import VhostUser
