@@ -17,6 +17,7 @@ from nagaya.errors import Conflict
 from nagaya.virtio import blk, mmio
 from nagaya.virtio.apart import DeviceProcess
 from nagaya.virtio.blk import Blk
+from nagaya.virtio.queue import DESC_F_NEXT
 from tests.kernel_images import Load, make_elf
 from tests.virtio_driver import Driver
 
@@ -98,6 +99,28 @@ def test_the_disk_is_free_when_it_is_closed(process: DeviceProcess, disk: Path) 
     process.close()
     assert is_gone(pid)
     Blk("second", str(disk)).close()
+
+
+def test_a_fault_does_not_outlive_the_reset(process: DeviceProcess) -> None:
+    """The driver resets before the news of its fault is heard: the next activation has no part in it."""
+    process.start()
+    remote = process.devices[0]
+    driver = Driver(remote)
+    try:
+        driver.start()
+        driver.put_descriptor(0, 0, 0x80000, 16, DESC_F_NEXT, 0)  # a loop
+        driver.offer(0, 0)
+        driver.write(mmio.QUEUE_NOTIFY, 0)
+        deadline = time.monotonic() + PATIENCE_S
+        while not select.select([remote._news], [], [], 0)[0] and time.monotonic() < deadline:
+            remote.counters()
+        driver.start()
+        driver.pump()
+        assert not driver.status & mmio.DEVICE_NEEDS_RESET and not driver.transport.fault
+        remote._hear()  # as a loop does that had seen the news before the reset took it away
+        assert not driver.status & mmio.DEVICE_NEEDS_RESET
+    finally:
+        driver.close()
 
 
 def test_its_end_stops_the_device_until_for_ever(process: DeviceProcess) -> None:

@@ -286,6 +286,31 @@ def test_a_driver_that_never_reads_its_messages_is_stopped() -> None:
     machine.close()
 
 
+def test_many_control_messages_leave_turns_to_others(machine: Machine) -> None:
+    """A driver that always has one more must not keep the loop from a reset, or from the other devices."""
+    rig, counts = machine.rig, []
+
+    def kick() -> None:
+        rig.device.kicked(CONTROL_TRANSMIT)
+        counts.append(rig.device.counters()["control_messages"])  # before anything else has its turn
+
+    for _ in range(100):
+        rig.add(CONTROL_TRANSMIT, struct.pack("<IHH", 0, 99, 1), kick=False)
+    rig.call(kick)
+    assert 0 < counts[0] < 100
+    assert len(rig.taken(CONTROL_TRANSMIT, count=100)) == 100
+    for _ in range(100):
+        rig.add(CONTROL_TRANSMIT, struct.pack("<IHH", 0, 99, 1), kick=False)
+
+    def kick_and_reset() -> None:
+        kick()
+        rig.device.reset()
+
+    rig.call(kick_and_reset)
+    rig.settle()
+    assert counts[1] == rig.device.counters()["control_messages"] < 200
+
+
 def test_buffers_that_take_nothing(machine: Machine) -> None:
     machine.open()
     os.write(machine.keyboard, b"x")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from nagaya.virtio import mmio
 from nagaya.virtio.apart import DeviceProcess
 from nagaya.virtio.blk import Blk
 from nagaya.virtio.device import ENTROPY, NET, RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Device
-from nagaya.virtio.queue import DESC_F_NEXT, DESC_F_WRITE
+from nagaya.virtio.queue import AVAIL_F_NO_INTERRUPT, DESC_F_NEXT, DESC_F_WRITE
 from tests.fuzz.test_virtio_fuzz import SUBJECTS, DiskSubject, Subject
 from tests.virtio_driver import BUFFERS_GPA, MEMORY_BYTES, RING_STEP, RINGS_GPA, ApartDriver, Driver
 
@@ -134,6 +136,78 @@ def test_a_reset_forgets_everything_and_a_fresh_start_works(subject: Subject, dr
             assert driver.read(mmio.QUEUE_READY) == 0
         driver.pump()
     assert not driver.transport.faults
+
+
+@pytest.mark.parametrize("event_index", [False, True])
+def test_interrupts_that_the_driver_does_not_want_do_not_come(
+    subject: Subject, driver: Driver, event_index: bool
+) -> None:
+    """Sections 2.7.7.1 and 2.7.7.2: by a flag, or by the index of the used element that it wants to hear of."""
+    proof = subject.proof()
+    if proof is None:
+        pytest.skip("its daemon interrupts")
+    queue = proof[0]
+    available = RINGS_GPA + queue * RING_STEP + 0x2000
+    driver.start(features=driver.offered() & ~RING_EVENT_IDX | (RING_EVENT_IDX if event_index else 0), size=16)
+
+    def want(*, soon: bool) -> None:
+        if event_index:
+            at = driver.used_index(queue) if soon else driver.used_index(queue) - 1 & 0xFFFF
+            driver.poke(available + 4 + 2 * driver.size, struct.pack("<H", at))
+        else:
+            driver.poke(available, struct.pack("<H", 0 if soon else AVAIL_F_NO_INTERRUPT))
+
+    for soon in (False, True, False, False, True):
+        driver.interrupts()
+        want(soon=soon)
+        ask(subject, driver)
+        assert driver.interrupts() == int(soon)
+
+
+def test_a_reset_under_load_is_the_end_of_all_requests(subject: Subject, driver: Driver) -> None:
+    """The device works on a thread meanwhile: once the reset is answered, it touches the guest's memory no more."""
+    proof = subject.proof()
+    if proof is None:
+        pytest.skip("its daemon works on the rings")
+    queue, (readable, writable) = proof
+    driver.loop.start()
+    answered = 0
+    for number in range(30):
+        driver.start(features=driver.offered(), size=64)
+        driver._next_buffer = BUFFERS_GPA
+        parts = [(driver.place(data), len(data), 0) for data in readable]
+        parts += [(driver.place(b"\xee" * size), size, DESC_F_WRITE) for size in writable]
+        for at, (gpa, size, flags) in enumerate(parts):
+            last = at == len(parts) - 1
+            driver.put_descriptor(queue, at, gpa, size, flags | (0 if last else DESC_F_NEXT), 0 if last else at + 1)
+        for _ in range(60):
+            driver.offer(queue, 0)
+        driver.write(mmio.QUEUE_NOTIFY, queue)
+        time.sleep(number % 10 * 0.0001)
+        driver.write(mmio.STATUS, 0)
+        driver.interrupts()
+        answered += driver.used_index(queue)
+        driver.poke(BUFFERS_GPA, b"\x5a" * 4096)
+        before = driver.memory.read(0, MEMORY_BYTES)
+        time.sleep(0.002)
+        assert driver.memory.read(0, MEMORY_BYTES) == before
+        assert driver.interrupts() == 0 and driver.status == 0
+    assert answered and not driver.transport.faults
+    driver.start(features=driver.offered(), size=64)
+    for at, (gpa, size, flags) in enumerate(parts):
+        last = at == len(parts) - 1
+        driver.put_descriptor(queue, at, gpa, size, flags | (0 if last else DESC_F_NEXT), 0 if last else at + 1)
+    for (gpa, _, flags), data in zip(parts, readable, strict=False):
+        assert not flags
+        driver.poke(gpa, data)
+    driver.offer(queue, 0)
+    driver.write(mmio.QUEUE_NOTIFY, queue)
+    deadline = time.monotonic() + 5
+    while not driver.used_index(queue):
+        assert time.monotonic() < deadline, "it did not come back"
+        for held in subject.sockets:  # full of what the requests before the resets said
+            subject.drain(held)
+        time.sleep(0.001)
 
 
 def test_queues_may_be_left_off(driver: Driver) -> None:

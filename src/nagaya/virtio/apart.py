@@ -106,6 +106,9 @@ class Remote:
             live.loop.unwatch(self._news.fileno())
         if not self._lost:
             self._ask({"do": "reset"})
+            # What was wrong before the reset came before its answer, and is nothing to the next activation.
+            while self._read_news():
+                pass
         self.raised[0] = 0
 
     def close(self) -> None:
@@ -143,12 +146,22 @@ class Remote:
         self._lose()
         return {"fault": self._lost}
 
+    def _read_news(self) -> str | None:
+        """What the other process has to tell; "" when it is gone, None when there is nothing."""
+        if self._news is None:
+            return None
+        try:
+            return self._news.recv(_MOST_MESSAGE_BYTES, _socket.MSG_DONTWAIT).decode()
+        except BlockingIOError:
+            return None
+
     def _hear(self) -> None:
-        assert self._news is not None
-        text = self._news.recv(_MOST_MESSAGE_BYTES).decode()
+        text = self._read_news()
+        if text is None:  # the loop saw it before a reset took it away
+            return
         live = self._live
         if not text:
-            if live is not None:
+            if live is not None and self._news is not None:
                 live.loop.unwatch(self._news.fileno())
             self._lose()
             text = self._lost

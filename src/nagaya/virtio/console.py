@@ -302,6 +302,7 @@ class Console:
         self._config = self._make_config()
         self._live: Activated | None = None
         self._unread: deque[bytes] = deque()
+        self._turn = Turn()
         self._messages = 0
 
     def _make_config(self) -> bytes:
@@ -371,6 +372,7 @@ class Console:
     def reset(self) -> None:
         for port in self.ports:
             port.stop()
+        self._turn.cancel()
         self._unread.clear()
         self._live = None
 
@@ -378,6 +380,7 @@ class Console:
         self.reset()
         for port in self.ports:
             port.close()
+        self._turn.close()
 
     def counters(self) -> dict[str, int]:
         return {
@@ -391,15 +394,23 @@ class Console:
         """The control queue from the guest."""
         live = self._live
         queue = live.queues[CONTROL_TRANSMIT] if live is not None and live.features & F_MULTIPORT else None
-        if queue is None:
+        if live is None or queue is None:
             return
-        for chain in queue.chains():
+        queue.disarm()
+        for _ in range(_BURST):
+            chain = queue.pop()
+            if chain is None:
+                if queue.rearm():
+                    continue
+                break
             message = gather(chain.readable, _MESSAGE.size)
             if len(message) < _MESSAGE.size:
                 raise GuestFault(f"a control message of {len(message)} bytes on {self.name}")
             queue.publish(chain, 0)
             self._messages += 1
             self._take_message(*_MESSAGE.unpack(message))
+        else:
+            self._turn.ask(live.loop, lambda: guard(self._live, self._take_messages))
         queue.signal()
 
     def _take_message(self, number: int, event: int, value: int) -> None:
