@@ -1,15 +1,22 @@
-"""Guest memory: regions of one memfd, and checked slices of them.
+"""Guest memory: regions of one file, and checked slices of them.
+
+New memory is a memfd, which other processes can map too. That of a machine that goes on from where it was saved is the
+saved file itself, mapped copy-on-write: nothing is read before it is touched, nothing of it is ever written, and all
+machines that came from it share what they have not changed. Nobody else can map such memory.
 
 A guest's addresses (`gpa`) become this process's (`hva`) here and nowhere else.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+from collections.abc import Iterator
 from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault, HostError, UsageError
+from nagaya.kernel.files import map_zeros
 from nagaya.static import NamedTuple
 
 PAGE_BYTES = 4096
@@ -18,6 +25,9 @@ LOW_END_GPA = 0xC000_0000
 """RAM stops here: the rest below 4 GiB is for devices, and for the local APIC's and I/O APIC's fixed addresses."""
 HIGH_START_GPA = 1 << 32
 _MOST_BYTES = 1 << 46
+_ZEROS = bytes(PAGE_BYTES)
+_COPY_BYTES = 1 << 30
+_CHUNK_BYTES = 512 * PAGE_BYTES  # of which the page map tells at once
 
 
 class Region(NamedTuple):
@@ -33,13 +43,17 @@ class Region(NamedTuple):
 class GuestMemory:
     """All of a guest's RAM. Slices are of the memory itself: what the guest writes meanwhile shows in them."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
-        """Map the file `fd`, which then belongs to this object. Raises `OSError`."""
+    def __init__(self, fd: int, size_bytes: int, *, private: bool = False) -> None:
+        """Map the file `fd`, which then belongs to this object; `private`: copy-on-write. Raises `OSError`."""
         self.fd = fd
         self.size_bytes = size_bytes
-        self._map = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)
+        self.private = private
+        # Asked for now: a process that changes its user may not open it any more.
+        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC) if private else -1
+        self._map = mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self._anchor = c_char.from_buffer(self._map)
         hva, view = addressof(self._anchor), memoryview(self._map)
+        self._bytes = view
         low = min(size_bytes, LOW_END_GPA)
         regions = [Region(0, low, 0, hva, view[:low])]
         if size_bytes > low:
@@ -73,6 +87,56 @@ class GuestMemory:
             hint = "reserve huge pages: sysctl vm.nr_hugepages" if huge else "ask for less memory"
             raise HostError.from_os(error, "cannot allocate guest memory", hint=hint) from None
 
+    @classmethod
+    def copy_of(cls, fd: int, size_bytes: int) -> GuestMemory:
+        """New memory with what the file `fd` has, which stays the caller's: for who has to show it to other processes.
+
+        Raises as `allocate`.
+        """
+        memory = cls.allocate(size_bytes)
+        try:
+            for start, end in _data(fd, size_bytes):
+                while start < end:
+                    start += os.preadv(fd, [memory._bytes[start : min(end, start + _COPY_BYTES)]], start)
+        except OSError as error:
+            memory.close()
+            raise HostError.from_os(error, "cannot read the saved memory") from None
+        return memory
+
+    def write_to(self, fd: int) -> int:
+        """Write what is in use to the empty file `fd`, and leave holes for the rest; how many bytes that was.
+
+        The guest stands still meanwhile. Raises `OSError`.
+        """
+        os.ftruncate(fd, self.size_bytes)
+        return sum(self._write_used(fd, start, end) for start, end in self._used())
+
+    def _used(self) -> Iterator[tuple[int, int]]:
+        """Where there may be something but zeros: offsets into the map, of whole pages."""
+        if not self.private:
+            yield from _data(self.fd, self.size_bytes)
+            return
+        # What the file has, and what this process has made of it: a copy of its own, or one that is swapped out.
+        in_file = bytearray(-(-self.size_bytes // _CHUNK_BYTES))
+        for start, end in _data(self.fd, self.size_bytes):
+            for chunk in range(start // _CHUNK_BYTES, -(-end // _CHUNK_BYTES)):
+                in_file[chunk] = 1
+        first = self.regions[0].hva // PAGE_BYTES
+        count = _CHUNK_BYTES // PAGE_BYTES
+        nothing = bytes(8 * count)
+        for chunk, known in enumerate(in_file):
+            entries = b"" if known else os.pread(self._pagemap, len(nothing), 8 * (first + chunk * count))
+            if known or entries != nothing[: len(entries)]:
+                yield chunk * _CHUNK_BYTES, min((chunk + 1) * _CHUNK_BYTES, self.size_bytes)
+
+    def _write_used(self, fd: int, start: int, end: int) -> int:
+        view, written, run = self._bytes, 0, start
+        for at in range(start, end, PAGE_BYTES):
+            if view[at : at + PAGE_BYTES].tobytes() == _ZEROS:
+                written += _write(fd, view[run:at], run)
+                run = at + PAGE_BYTES
+        return written + _write(fd, view[run:end], run)
+
     def slice(self, gpa: int, size_bytes: int) -> memoryview:
         """The memory itself, without a copy. Raises `GuestFault` unless it lies wholly inside one region."""
         for region in self.regions:
@@ -101,7 +165,11 @@ class GuestMemory:
         """Give whole pages back to the host; the guest reads zeros there next. Raises `GuestFault`, `OSError`."""
         if gpa % PAGE_BYTES or size_bytes % PAGE_BYTES:
             raise GuestFault(f"{size_bytes} bytes at {gpa:#x} are not whole pages")
-        if size_bytes:
+        if not size_bytes:
+            return
+        if self.private:  # dropping our copy would show the file's pages again
+            map_zeros(self.hva(gpa, size_bytes), size_bytes)
+        else:
             self._map.madvise(mmap.MADV_REMOVE, self.hva(gpa, size_bytes) - self.regions[0].hva, size_bytes)
 
     def keep_from_children(self) -> None:
@@ -115,6 +183,9 @@ class GuestMemory:
         for region in self.regions:
             region.view.release()
         self.regions = ()
+        self._bytes.release()
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
         del self._anchor
         try:
             self._map.close()
@@ -122,3 +193,26 @@ class GuestMemory:
             pass
         os.close(self.fd)
         self.fd = -1
+
+
+def _data(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file has something, in whole pages. Raises `OSError`."""
+    end = 0
+    while end < size_bytes:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                return
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size_bytes)
+        start -= start % PAGE_BYTES
+        end += -end % PAGE_BYTES
+        yield start, end
+
+
+def _write(fd: int, view: memoryview, at: int) -> int:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + _COPY_BYTES], at + done)
+    return done

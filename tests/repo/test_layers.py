@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "supervisor": {"engines", "storage", "net", "protocol", "kernel", "model", "errors"},
     "engines": {"virtio", "memory", "kernels", "storage", "net", "protocol", "kernel", "model", "errors"},
     "virtio": {"memory", "protocol", "kernel", "errors"},  # memory and bytes, never KVM
-    "memory": {"errors"},
+    "memory": {"kernel", "errors"},
     "kernels": {"storage", "kernel", "model", "errors"},
     "images": {"storage", "protocol", "kernel", "model", "errors"},
     "net": {"storage", "kernel", "model", "errors"},

@@ -1,17 +1,34 @@
-"""fallocate(2), as far as the standard library has not got it."""
+"""fallocate(2) and mmap(2), as far as the standard library has not got them."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 from nagaya.kernel.libc import fail, libc
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_mmap = ctypes.CFUNCTYPE(
+    ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    use_errno=True,
+)(("mmap", libc))  # fmt: skip
 
 
 def fallocate(fd: int, mode: int, offset: int, size_bytes: int) -> None:
     """Raises `OSError`: EOPNOTSUPP where the file system cannot do it."""
     if libc.fallocate(ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_long(offset), ctypes.c_long(size_bytes)) < 0:
         raise fail("fallocate")
+
+
+def map_zeros(address: int, size_bytes: int) -> None:
+    """Put fresh pages of zeros, taken when they are touched, in the place of those at `address`. Raises `OSError`.
+
+    Nothing but what the caller has mapped itself may be there.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+    if _mmap(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
+        raise fail("mmap")

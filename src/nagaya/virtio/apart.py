@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from struct import Struct
 
-from nagaya.errors import GuestFault
+from nagaya.errors import GuestFault, RemoteError
 from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, NoReturn, Protocol
 from nagaya.virtio.device import Activated, Device, QueuePlace, make_queue
 from nagaya.virtio.loop import Loop
+from nagaya.virtio.queue import Queue
 
 _MOST_MESSAGE_BYTES = 1 << 16
 _MOST_FDS = 2 + 64
@@ -79,9 +80,12 @@ class Remote:
             for queue in live.queues
         ]
         answer = self._ask(
-            {"do": "activate", "features": live.features, "memory_bytes": live.memory.size_bytes, "queues": queues},
+            {
+                "do": "activate", "features": live.features, "memory_bytes": live.memory.size_bytes, "queues": queues,
+                "indices": [queue and queue.state() for queue in live.queues], "saved": live.saved,
+            },
             (live.memory.fd, live.interrupt_fd, *live.kick_fds),
-        )
+        )  # fmt: skip
         if "fault" in answer:
             raise GuestFault(answer["fault"])
         self._live = live
@@ -118,6 +122,22 @@ class Remote:
                 held.close()
         self._asks = self._news = None
         self._device.close()
+
+    def save(self) -> dict[str, Any]:
+        """See `Device`; "indices" are its queues', which nobody but the other process counts."""
+        answer = self._ask({"do": "save"})
+        if "fault" in answer:
+            raise RemoteError(answer["fault"])
+        saved: dict[str, Any] = answer["saved"]
+        return saved
+
+    def hold(self) -> Callable[[], None]:
+        """Have the other process stand until the answer is called, as `Loop.hold` does it here."""
+        self._ask({"do": "hold"})
+        return lambda: self._release()
+
+    def _release(self) -> None:
+        self._ask({"do": "go on"})
 
     def counters(self) -> dict[str, int]:
         """See `Device`."""
@@ -264,6 +284,7 @@ class _Served:
         self._interrupt_fd = -1
         self._kick_fds: list[int] = []
         self._active = False
+        self._queues: tuple[Queue | None, ...] = ()
         self._counts = {"kicks": 0, "interrupts": 0}
 
     def answer(self) -> None:
@@ -279,6 +300,11 @@ class _Served:
         elif request["do"] == "reset":
             self._stop()
             answer = {}
+        elif request["do"] == "hold":
+            self._stand()
+            answer = {}
+        elif request["do"] == "save":
+            answer = {"saved": self._save()}
         else:
             answer = {"counters": {**self._device.counters(), **self._counts}}
         self._asks.send(json.dumps(answer).encode())
@@ -292,17 +318,45 @@ class _Served:
                 place and make_queue(self._memory, QueuePlace(*place), request["features"], self._interrupt)
                 for place in request["queues"]
             )
+            for queue, indices in zip(queues, request["indices"], strict=True):
+                if queue is not None:
+                    queue.restore(tuple(indices))
+            self._queues = queues
             self._active = True
             for number, fd in enumerate(self._kick_fds):
                 if queues[number] is not None:
                     self._loop.watch(fd, partial(self._kicked, number))
             self._device.activate(
-                Activated(self._memory, queues, request["features"], self._loop, self._interrupt, self._fail)
-            )
+                Activated(
+                    self._memory, queues, request["features"], self._loop, self._interrupt, self._fail,
+                    saved=request["saved"],
+                )
+            )  # fmt: skip
         except GuestFault as fault:
             self._stop()
             return {"fault": str(fault)}
         return {}
+
+    def _save(self) -> dict[str, Any]:
+        queues = [queue and queue.state() for queue in self._queues]
+        return {**self._device.save(), "indices": queues}
+
+    def _stand(self) -> None:
+        """Answer, and nothing else, until told to go on: no kick is looked at."""
+        import json
+
+        self._asks.send(b"{}")
+        while True:
+            data, _ = _receive(self._asks)
+            if not data:
+                os._exit(0)
+            what = json.loads(data)["do"]
+            if what == "go on":
+                return
+            answer = (
+                {"saved": self._save()} if what == "save" else {"counters": {**self._device.counters(), **self._counts}}
+            )
+            self._asks.send(json.dumps(answer).encode())
 
     def _interrupt(self) -> None:
         self._raised[0] = 1
@@ -331,6 +385,7 @@ class _Served:
             self._loop.unwatch(fd)
             os.close(fd)
         self._kick_fds = []
+        self._queues = ()
         if self._active:
             self._active = False
             self._device.reset()

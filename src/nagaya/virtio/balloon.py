@@ -12,6 +12,7 @@ from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault
 from nagaya.memory import PAGE_BYTES, GuestMemory
+from nagaya.static import Any
 from nagaya.virtio.device import BALLOON, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
@@ -90,6 +91,8 @@ class Balloon:
 
     def activate(self, live: Activated) -> None:
         self._live = live
+        if live.saved is not None:
+            self._actual_pages = live.saved["actual_pages"]
         self._work()
 
     def kicked(self, queue: int) -> None:
@@ -103,6 +106,10 @@ class Balloon:
     def close(self) -> None:
         self.reset()
         self._turn.close()
+
+    def save(self) -> dict[str, Any]:
+        """The driver's buffer for statistics is taken anew, with what it has in it."""
+        return {"actual_pages": self._actual_pages, "unpopped": {STATISTICS: int(self._held is not None)}}
 
     def counters(self) -> dict[str, int]:
         return dict(self._counts)

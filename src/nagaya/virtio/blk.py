@@ -12,7 +12,7 @@ import time
 from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from nagaya.kernel.locks import pack_lock
-from nagaya.static import NamedTuple
+from nagaya.static import Any, NamedTuple
 from nagaya.virtio.device import BLOCK, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
@@ -151,6 +151,10 @@ class Blk:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def save(self) -> dict[str, Any]:
+        """See `Device`: no request outlives the call that serves it."""
+        return {}
 
     def counters(self) -> dict[str, int]:
         """See `Device`."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nagaya.errors import GuestFault
+from nagaya.static import Any
 from nagaya.virtio.device import CONSOLE, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
@@ -95,6 +96,7 @@ class Port:
         self._receive: Queue | None = None
         self._transmit: Queue | None = None
         self._held: tuple[Chain, int] | None = None  # output that the back end did not take, and how much it did
+        self._skip = 0  # bytes of the next buffer that were written before the machine was saved
         self._starved = False  # the guest has no buffer for input
         self._live: Activated | None = None
         self._watched: set[int] = set()
@@ -116,6 +118,22 @@ class Port:
         self._live, self._lost = live, lost
         self._receive, self._transmit = queues
         self._starved = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the back end has not taken all of a buffer."""
+        return self._held is not None
+
+    def save(self) -> dict[str, Any]:
+        """See `Device.save`."""
+        return {
+            "guest_open": self.guest_open, "host_open": self.host_open, "written": self._held[1] if self._held else 0,
+        }  # fmt: skip
+
+    def go_on(self, saved: dict[str, Any]) -> None:
+        """As `save` had it."""
+        self.guest_open = saved["guest_open"]
+        self._skip = saved["written"]
 
     def stop(self) -> None:
         """Touch no queue any more. What the back end has not taken yet of the guest's buffers is gone with them."""
@@ -222,7 +240,8 @@ class Port:
                     if queue.rearm():
                         continue
                     break
-                if not self._write(queue, chain, 0):
+                skip, self._skip = min(self._skip, chain.readable_bytes), 0
+                if not self._write(queue, chain, skip):
                     break
             else:
                 self._ask_turn()
@@ -353,9 +372,21 @@ class Console:
                 lost=lambda number=number: self._send(number, PORT_OPEN, 0),  # type: ignore[misc]
             )
             port.guest_open = not live.features & F_MULTIPORT  # a driver without control messages is always there
+            if live.saved is not None:
+                port.go_on(live.saved["ports"][number])
             port.move()
         if live.features & F_MULTIPORT:
+            if live.saved is not None:
+                self._go_on(live.saved)
             self._take_messages()
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """The driver knows the ports; of their other ends it knows what was true when it was saved."""
+        self._unread.extend(bytes.fromhex(message) for message in saved["unread"])
+        for number, port in enumerate(self.ports):
+            if port.guest_open and port.host_open != saved["ports"][number]["host_open"]:
+                self._send(number, PORT_OPEN, int(port.host_open))
+        self._deliver()
 
     def kicked(self, queue: int) -> None:
         if queue == CONTROL_RECEIVE:
@@ -381,6 +412,12 @@ class Console:
         for port in self.ports:
             port.close()
         self._turn.close()
+
+    def save(self) -> dict[str, Any]:
+        """Output that a back end has taken in part is told with how much that was, for its next one."""
+        unpopped = {queue_numbers(number)[1]: int(port.holds) for number, port in enumerate(self.ports)}
+        ports = [port.save() for port in self.ports]
+        return {"ports": ports, "unread": [message.hex() for message in self._unread], "unpopped": unpopped}
 
     def counters(self) -> dict[str, int]:
         return {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from nagaya.errors import GuestFault
 from nagaya.memory import GuestMemory
-from nagaya.static import NamedTuple, Protocol
+from nagaya.static import Any, NamedTuple, Protocol
 from nagaya.virtio.loop import Loop
 from nagaya.virtio.queue import Queue
 
@@ -65,6 +65,8 @@ class Activated(NamedTuple):
     """By queue: where the driver's notifications arrive. For a device that takes them itself (`Direct`)."""
     interrupt_fd: int = -1
     """Each write to it is an edge on the device's interrupt line. Likewise."""
+    saved: dict[str, Any] | None = None
+    """What `Device.save` has answered, where the driver has been at it before: this goes on from there."""
 
 
 def guard(live: Activated | None, step: Callable[[], None]) -> None:
@@ -117,6 +119,12 @@ class Device(Protocol):
     def counters(self) -> dict[str, int]:
         """Requests, bytes, errors since the start. Any thread."""
 
+    def save(self) -> dict[str, Any]:
+        """What is to be in `Activated.saved` another time, beside the queues; the device does nothing meanwhile.
+
+        "unpopped" has, by queue, how many of the chains popped last are not published: they are popped again then.
+        Raises `Unsupported` when there is more to it than can be saved.
+        """
 
 class Direct(Device, Protocol):
     """A device whose kicks and interrupts do not pass through its transport: another process's, or the kernel's.
@@ -132,6 +140,9 @@ class Direct(Device, Protocol):
 
     def acknowledged(self) -> None:
         """The driver has: what is raised from now on comes with an edge of its own. vCPU threads."""
+
+    def hold(self) -> Callable[[], None]:
+        """Touch no memory of the guest's until the answer is called. `save` says "indices" too: its queues' states."""
 
 
 def as_direct(device: Device) -> Direct | None:

@@ -10,6 +10,7 @@ import os
 import struct
 
 from nagaya.errors import GuestFault, NagayaError, Unsupported, UsageError
+from nagaya.static import Any
 from nagaya.virtio.device import FILE_SYSTEM, RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated
 from nagaya.virtio.queue import Queue
 from nagaya.virtio.vhost_user import Ring, VhostUser
@@ -99,6 +100,16 @@ class FileSystem:
         self._daemon.close()
         for fd in (*self._kick_fds, *self._call_fds):
             os.close(fd)
+
+    def save(self) -> dict[str, Any]:
+        """Only before the guest has mounted it: the daemon keeps to itself what it knows of a mount."""
+        for queue in self._live.queues if self._live is not None else ():
+            if queue is not None and queue.peek_available():  # the daemon pops, not we: all that there ever was
+                raise Unsupported(
+                    "a machine with directories of the host mounted cannot be saved with its memory",
+                    hint="stop it first: its disks can be saved then",
+                )
+        return {}
 
     def counters(self) -> dict[str, int]:
         return dict(self._counts)

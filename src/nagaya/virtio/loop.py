@@ -88,6 +88,22 @@ class Loop:
                 os.eventfd_write(self._wake_fd, 1)  # under the lock: once `close` has it, the descriptor may be gone
         return call.wait() if elsewhere else function()
 
+    def hold(self) -> Callable[[], None]:
+        """Have the thread stand between two callbacks until the answer is called; nothing changes meanwhile."""
+        standing, gone_on = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            gone_on.wait()
+
+        with self._lock:
+            if self._thread is None or self._stopping:
+                return lambda: None
+            self._calls.append(_Call(stand))  # nobody waits for its end
+            os.eventfd_write(self._wake_fd, 1)
+        standing.wait()
+        return gone_on.set
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self.run, name=self.name, daemon=True)
         self._thread.start()

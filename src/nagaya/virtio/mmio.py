@@ -9,9 +9,11 @@ import os
 import threading
 from functools import partial
 
-from nagaya.errors import GuestFault
+from nagaya.errors import GuestFault, IntegrityError, Unsupported
 from nagaya.memory import GuestMemory
+from nagaya.static import Any
 from nagaya.virtio.device import (
+    NET,
     RING_EVENT_IDX,
     RING_INDIRECT_DESC,
     VERSION_1,
@@ -45,6 +47,8 @@ QUEUE_RESET, CONFIG_GENERATION = 0xC0, 0xFC
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DEVICE_NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 USED_BUFFER, CONFIG_CHANGE = 1, 2
 _ALL_ONES = 0xFFFF_FFFF
+_MOST_CONFIG_BYTES = 256
+_MAC_BYTES = 6
 _HALVES = {
     QUEUE_DESC_LOW: (0, 0), QUEUE_DESC_HIGH: (0, 32), QUEUE_DRIVER_LOW: (1, 0), QUEUE_DRIVER_HIGH: (1, 32),
     QUEUE_DEVICE_LOW: (2, 0), QUEUE_DEVICE_HIGH: (2, 32),
@@ -84,6 +88,7 @@ class MmioTransport:
         self._pending = 0
         self._generation = 0
         self._active = False
+        self._queues: tuple[Queue | None, ...] = ()
         self._clear()
 
     def _clear(self) -> None:
@@ -178,6 +183,62 @@ class MmioTransport:
 
     # -- the device, on its loop's thread
 
+    def save(self) -> dict[str, Any]:
+        """Registers, queues and device, while no vCPU runs and the loop stands. See `Device.save` for what it raises."""
+        device = self.device.save()
+        unpopped = device.pop("unpopped", {})
+        indices = device.pop("indices", None)
+        if indices is None and self._active:
+            indices = []
+            for queue in self._queues:
+                available, used = queue.state() if queue is not None else (0, 0)
+                count = unpopped.get(queue.index, 0) if queue is not None else 0
+                indices.append(((available - count) & 0xFFFF, used) if queue is not None else None)
+        return {
+            "status": self._status, "features": self._features, "feature_words": self._feature_words,
+            "selected": list(self._selected.items()), "generation": self._generation, "active": self._active,
+            "pending": self._pending | (USED_BUFFER if self._direct is not None and self._direct.is_raised() else 0),
+            "registers": [(each.size, each.ready, each.addresses) for each in self._registers],
+            "indices": indices if self._active else None, "device": device,
+            "offered": self._offered, "config": self._config().hex(),
+        }  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `save` answered, on a transport that no driver has touched. Before its loop starts.
+
+        Raises `Unsupported` when the device is another one, `IntegrityError` for what makes no sense.
+        """
+        if saved["offered"] != self._offered or len(saved["registers"]) != len(self._registers):
+            raise Unsupported(
+                f"the machine was saved with another device in the place of '{self.device.name}'",
+                finding=f"features {saved['offered']:#x}, here {self._offered:#x}",
+            )
+        self._status, self._features, self._feature_words = saved["status"], saved["features"], saved["feature_words"]
+        self._selected = dict(saved["selected"])
+        self._generation, self._pending = saved["generation"], saved["pending"]
+        for registers, (size, ready, addresses) in zip(self._registers, saved["registers"], strict=True):
+            registers.size, registers.ready, registers.addresses = size, ready, addresses
+        if not saved["active"]:
+            return
+        try:
+            self._activate(saved)
+        except GuestFault as fault:
+            raise IntegrityError(
+                f"the saved state of the device '{self.device.name}' makes no sense: {fault}"
+            ) from None
+        # What was signalled and had not arrived: once too often is harmless on both sides.
+        for fd in self.kick_fds:
+            os.eventfd_write(fd, 1)
+        if self._config().hex() != saved["config"]:
+            self._config_changed()
+        elif self._pending:
+            os.eventfd_write(self._interrupt_fd, 1)
+
+    def _config(self) -> bytes:
+        """What drivers look at again when they hear of a change: not a network card's address."""
+        config = self.device.read_config(0, _MOST_CONFIG_BYTES)
+        return config[_MAC_BYTES:] if self.device.device_id == NET else config
+
     def _set_status(self, value: int) -> None:
         if value == 0:
             self._reset()
@@ -191,23 +252,31 @@ class MmioTransport:
             else:
                 self._features = features
         if new & DRIVER_OK and self._status & FEATURES_OK and not self._active:
-            self._activate()
+            self._start()
 
-    def _activate(self) -> None:
+    def _start(self) -> None:
         try:
-            queues = tuple(self._make_queue(number) for number in range(len(self._registers)))
-            self._active = True
-            for number, fd in enumerate(self.kick_fds):
-                if queues[number] is not None and self._direct is None:
-                    self._loop.watch(fd, partial(self._kicked, number))
-            self.device.activate(
-                Activated(
-                    self._memory, queues, self._features, self._loop, self._config_changed, self._fail, self.kick_fds,
-                    self._interrupt_fd,
-                )
-            )  # fmt: skip
+            self._activate()
         except GuestFault as fault:
             self._fail(fault)
+
+    def _activate(self, saved: dict[str, Any] | None = None) -> None:
+        queues = tuple(self._make_queue(number) for number in range(len(self._registers)))
+        if saved is not None:
+            for queue, indices in zip(queues, saved["indices"], strict=True):
+                if queue is not None:
+                    queue.restore(tuple(indices))
+        self._queues = queues
+        self._active = True
+        for number, fd in enumerate(self.kick_fds):
+            if queues[number] is not None and self._direct is None:
+                self._loop.watch(fd, partial(self._kicked, number))
+        self.device.activate(
+            Activated(
+                self._memory, queues, self._features, self._loop, self._config_changed, self._fail, self.kick_fds,
+                self._interrupt_fd, saved["device"] if saved is not None else None,
+            )
+        )  # fmt: skip
 
     def _make_queue(self, number: int) -> Queue | None:
         registers = self._registers[number]
@@ -243,6 +312,7 @@ class MmioTransport:
     def _stop(self) -> None:
         for fd in self.kick_fds:
             self._loop.unwatch(fd)
+        self._queues = ()
         if self._active:
             self._active = False
             self.device.reset()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 
 from nagaya.errors import GuestFault
+from nagaya.static import Any
 from nagaya.virtio.device import NET, Activated, guard
 from nagaya.virtio.net_link import (
     DROPPED,
@@ -120,6 +121,11 @@ class Net:
         self.reset()
         self._turn.close()
         self._link.close()
+
+    def save(self) -> dict[str, Any]:
+        """Buffers that wait for frames are taken anew; the part of a frame that had no room in them is lost."""
+        taken = self._buffers.taken if self._buffers is not None else 0
+        return {"unpopped": {RECEIVE: taken, TRANSMIT: int(self._held is not None)}}
 
     def counters(self) -> dict[str, int]:
         buffers = self._buffers

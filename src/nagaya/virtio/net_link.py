@@ -107,6 +107,11 @@ class ReceiveBuffers:
             return False
         return True
 
+    @property
+    def taken(self) -> int:
+        """How many chains were popped and are not filled yet."""
+        return len(self._chains)
+
     def signal(self) -> None:
         """Tell the guest of its frames, once for many."""
         self._queue.signal()

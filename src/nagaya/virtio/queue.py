@@ -199,6 +199,10 @@ class Queue:
             if not self.rearm():
                 return
 
+    def published(self) -> int:
+        """next_used, of a queue on which somebody else publishes: as the driver sees it."""
+        return self._used[_INDEX]
+
     def state(self) -> tuple[int, int]:
         """What a snapshot needs beside the guest's memory: next_available, next_used."""
         return self.next_available, self.next_used

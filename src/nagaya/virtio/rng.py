@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nagaya.errors import GuestFault
+from nagaya.static import Any
 from nagaya.virtio.device import ENTROPY, Activated, guard
 from nagaya.virtio.queue import Chain
 from nagaya.virtio.turn import Turn
@@ -79,6 +80,10 @@ class Rng:
     def close(self) -> None:
         """See `Device`."""
         self._turn.close()
+
+    def save(self) -> dict[str, Any]:
+        """See `Device`: no request outlives the call that serves it."""
+        return {}
 
     def counters(self) -> dict[str, int]:
         """See `Device`."""

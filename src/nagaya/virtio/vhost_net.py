@@ -7,9 +7,11 @@ notification passes through Python. Negotiation, configuration space and reset a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from nagaya.errors import GuestFault
 from nagaya.kernel import vhost as kernel
+from nagaya.static import Any
 from nagaya.virtio.device import RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated
 from nagaya.virtio.net import F_MRG_RXBUF, Net
 from nagaya.virtio.net_link import Tap
@@ -103,6 +105,17 @@ class VhostNet(Net):
 
     def acknowledged(self) -> None:
         """The driver has seen the interrupt: nothing to take back."""
+
+    def hold(self) -> Callable[[], None]:
+        """See `Direct`."""
+        self._connect(kernel.VHOST_FILE_UNBIND)
+        return lambda: self._connect(self._link.fd) if self._plugged else None
+
+    def save(self) -> dict[str, Any]:
+        """See `Device`; while it is held. What the kernel has used it has said in the guest's memory alone."""
+        positions = self.positions()
+        queues = self._live.queues if self._live is not None else ()
+        return {"indices": [queue and (positions[queue.index], queue.published()) for queue in queues]}
 
     def reset(self) -> None:
         """See `Device`. When it returns, the kernel touches the guest's memory no more."""

@@ -17,7 +17,7 @@ from collections import deque
 
 from nagaya.errors import GuestFault
 from nagaya.kernel import unix
-from nagaya.static import NamedTuple
+from nagaya.static import Any, NamedTuple
 from nagaya.virtio.device import VSOCK, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
 from nagaya.virtio.turn import Turn
@@ -106,6 +106,8 @@ class Vsock:
         self._live = live
         self._starved = self._stalled = False
         self._listen()
+        if live.saved is not None:
+            self._tell_reset()  # the connections did not come along
         self._take_packets()
 
     def kicked(self, queue: int) -> None:
@@ -141,6 +143,10 @@ class Vsock:
         self.reset()
         self._turn.close()
         os.close(self._listener_fd)
+
+    def save(self) -> dict[str, Any]:
+        """Without the connections: the guest is told that they are gone."""
+        return {}
 
     def counters(self) -> dict[str, int]:
         return dict(self._counts)

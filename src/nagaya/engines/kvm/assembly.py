@@ -10,18 +10,21 @@ from nagaya.engines.kvm import cpuid, layout
 from nagaya.engines.kvm.boot.image import EntryState, write_image
 from nagaya.engines.kvm.boot.load import Protocol, load_kernel
 from nagaya.engines.kvm.bus import Bus
+from nagaya.engines.kvm.known import HARDWARE, PVM
 from nagaya.engines.kvm.power import Power
 from nagaya.engines.kvm.vcpu import Ending, Vcpu
 from nagaya.engines.kvm.vm import Vm
-from nagaya.errors import HostError, UsageError
+from nagaya.errors import HostError, IntegrityError, Unsupported, UsageError
 from nagaya.kernels.arguments import plan_arguments
 from nagaya.memory import GuestMemory
-from nagaya.static import Literal, NamedTuple
+from nagaya.static import Any, Literal, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not need: 8 ms
     from nagaya.engines.kvm.acpi import MmioDevice
+    from nagaya.engines.kvm.cpuid import Leaf
     from nagaya.engines.kvm.pvm import Pvm
+    from nagaya.engines.kvm.saved import Saved
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
     from nagaya.virtio.mmio import MmioTransport
@@ -75,6 +78,43 @@ def check(hardware: Hardware, devices: tuple[Device, ...]) -> None:
         raise UsageError("a machine without interrupts has one CPU and no devices", hint="leave interrupts on")
 
 
+_FIXED = ("memory_bytes", "cpus", "acpi", "cpu", "interrupts", "pit")
+"""Of `Hardware`: what a machine that was saved has for good."""
+
+
+def check_saved(state: dict[str, Any], hardware: Hardware, *, software_kvm: bool) -> None:
+    """Raise `Unsupported` for what was saved of other hardware, or on a KVM of another kind."""
+    kind = PVM if software_kvm else HARDWARE
+    if state["kvm"] != kind:
+        raise Unsupported(
+            f"the machine was saved on a {state['kvm']} KVM, and this host's is a {kind} one",
+            hint="restore it on a host like the one where it was saved, or start the machine anew",
+        )
+    for name in _FIXED:
+        if state["hardware"].get(name) != getattr(hardware, name):
+            raise Unsupported(
+                f"the machine was saved with {name}={state['hardware'].get(name)}, and is to have {getattr(hardware, name)}",
+                hint="a machine's size cannot change while it runs: start it anew",
+            )
+    if len(state["vcpus"]) != hardware.cpus:
+        raise IntegrityError("the saved machine has not got all its CPUs")
+
+
+def check_cpu(state: dict[str, Any], leaves: tuple[Leaf, ...]) -> None:
+    """Raise `Unsupported` when this host's CPU, or what its KVM shows of it, is not the one that the guest knows."""
+    now = [[leaf.function, leaf.subleaf, leaf.flags, list(leaf.registers)] for leaf in leaves]
+    if state["leaves"] == now:
+        return
+    here = cpuid.brand(leaves)
+    then = {(leaf[0], leaf[1]): leaf[3] for leaf in state["leaves"]}
+    first = next((leaf for leaf in leaves if then.get((leaf.function, leaf.subleaf)) != list(leaf.registers)), None)
+    where = f"CPUID {first.function:#x}.{first.subleaf}" if first is not None else "CPUID has fewer leaves here"
+    raise Unsupported(
+        f"the machine was saved on another CPU ({state['cpu']}; here it would have {here})",
+        hint="restore it on a host with that CPU, or start the machine anew", finding=f"it differs in {where}",
+    )  # fmt: skip
+
+
 class Parts:
     """What lives from one power-on to the next: all that a reset makes anew. Nothing of it is left when it raises."""
 
@@ -85,8 +125,13 @@ class Parts:
         *,
         software_kvm: bool,
         end: Callable[[Ending], None],
+        saved: Saved | None = None,
+        shared: bool = True,
     ) -> None:
         """Devices come with the loop of each; `end` hears when the guest ends itself.
+
+        With `saved` no kernel is loaded: the machine is as it was then, but for its devices, which `restore_devices` brings
+        there. `shared`: other processes are to be shown the memory.
 
         Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
         """
@@ -95,14 +140,18 @@ class Parts:
         self.pvm: Pvm | None = None
         self._interrupts: list[int] = []
         self.bus = Bus()
-        self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
+        if saved is not None:
+            check_saved(saved.state, hardware, software_kvm=software_kvm)
+            self.memory = saved.map_memory(shared=shared)
+        else:
+            self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
         try:
             self.vm = Vm(self.memory)
         except BaseException:
             self.memory.close()
             raise
         try:
-            self._assemble(hardware, devices, software_kvm, end)
+            self._assemble(hardware, devices, software_kvm, end, saved)
         except OSError as error:
             self.close()
             raise HostError.from_os(error, "cannot assemble the machine") from None
@@ -116,6 +165,7 @@ class Parts:
         devices: tuple[tuple[Device, Loop], ...],
         software_kvm: bool,
         end: Callable[[Ending], None],
+        saved: Saved | None,
     ) -> None:
         vm = self.vm
         if hardware.cpus > vm.most_vcpus:
@@ -134,6 +184,9 @@ class Parts:
 
             self.bus.add_ports(COM1_PORT, PORTS, Serial(hardware.serial_fd, lambda level: vm.set_line(COM1_GSI, level)))
         places = self._attach(devices) if devices else []
+        if saved is not None:
+            self._restore(hardware, saved.state)
+            return
         rsdp_gpa = self._describe(hardware, places)
         image = load_kernel(
             hardware.kernel, memory=self.memory.regions, command_line=self._command_line(hardware, places),
@@ -193,16 +246,65 @@ class Parts:
         return " ".join([*words, hardware.command_line]).strip()
 
     def _create_vcpus(self, hardware: Hardware, state: EntryState) -> None:
+        for index, leaves in enumerate(self._plan_leaves(hardware)):
+            vcpu = self._create_vcpu(index, leaves)
+            vcpu.set_msr(_MSR_MTRR_DEFAULT_TYPE, _MTRR_ENABLED_WRITE_BACK)  # else a kernel takes all RAM as uncached
+        self.vcpus[0].enter(state)
+
+    def _plan_leaves(self, hardware: Hardware) -> list[tuple[Leaf, ...]]:
         leaves = cpuid.supported(self.vm.kvm_fd)
         policy = (*(cpuid.HOST if hardware.cpu == "host" else cpuid.BASELINE), *(self.pvm.policy if self.pvm else ()))
-        for index in range(hardware.cpus):
-            vcpu = Vcpu(self.vm, index)
-            self.vcpus.append(vcpu)
-            cpuid.set_leaves(vcpu.fd, cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus))
-            vcpu.set_msr(_MSR_MTRR_DEFAULT_TYPE, _MTRR_ENABLED_WRITE_BACK)  # else a kernel takes all RAM as uncached
-            if self.pvm is not None:
-                self.pvm.prepare(vcpu)
-        self.vcpus[0].enter(state)
+        return [cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus) for index in range(hardware.cpus)]
+
+    def _create_vcpu(self, index: int, leaves: tuple[Leaf, ...]) -> Vcpu:
+        vcpu = Vcpu(self.vm, index)
+        self.vcpus.append(vcpu)
+        cpuid.set_leaves(vcpu.fd, leaves)
+        if self.pvm is not None:
+            self.pvm.prepare(vcpu)
+        return vcpu
+
+    # -- saved, and gone on from
+
+    def save(self, hardware: Hardware) -> dict[str, Any]:
+        """All but the memory, while no vCPU runs and the loops stand. Raises `OSError`, and what `Device.save` raises."""
+        from nagaya.engines.kvm import cpu_state
+
+        for vcpu in self.vcpus:
+            vcpu.settle(self.bus, self.pvm)
+        indices = cpu_state.msr_indices(self.vm)
+        leaves = self._plan_leaves(hardware)
+        return {
+            "hardware": {name: getattr(hardware, name) for name in _FIXED}, "kvm": PVM if self.pvm else HARDWARE,
+            "cpu": cpuid.brand(leaves[0]), "leaves": [list(leaf) for leaf in leaves[0]],
+            "vm": cpu_state.save_vm(self.vm, interrupts=hardware.interrupts, timer=hardware.pit),
+            "vcpus": [cpu_state.save_vcpu(vcpu, indices, local_apic=hardware.interrupts) for vcpu in self.vcpus],
+            "pvm": self.pvm.save() if self.pvm is not None else None,
+            "devices": [{"name": each.device.name, **each.save()} for each in self.transports],
+        }  # fmt: skip
+
+    def _restore(self, hardware: Hardware, state: dict[str, Any]) -> None:
+        from nagaya.engines.kvm import cpu_state
+
+        leaves = self._plan_leaves(hardware)
+        check_cpu(state, leaves[0])
+        for index, saved in enumerate(state["vcpus"]):
+            cpu_state.restore_vcpu(self._create_vcpu(index, leaves[index]), saved)
+        cpu_state.restore_vm(self.vm, state["vm"])
+        if self.pvm is not None:
+            self.pvm.restore(state["pvm"])
+
+    def restore_devices(self, saved: Saved) -> None:
+        """Before the loops start, and after a process of devices has. Raises `Unsupported`, `IntegrityError`."""
+        states = saved.state["devices"]
+        names = [each.device.name for each in self.transports]
+        if [state["name"] for state in states] != names:
+            raise Unsupported(
+                "the machine was saved with other devices than it has now",
+                finding=f"{', '.join(state['name'] for state in states)}; now {', '.join(names)}",
+            )
+        for transport, state in zip(self.transports, states, strict=True):
+            transport.restore(state)
 
     def keep_from_children(self) -> None:
         """Let a process forked from now on have no part in the virtual machine, which would live as long as it does."""

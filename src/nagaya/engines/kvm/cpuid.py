@@ -20,6 +20,7 @@ LEAF_XSAVE = 0xD
 LEAF_TOPOLOGY_2 = 0x1F
 LEAF_KVM_FEATURES = 0x4000_0001
 LEAF_AMD_EXTENDED = 0x8000_0001
+_BRAND = (0x8000_0002, 0x8000_0003, 0x8000_0004)
 LEAF_AMD_ADDRESSES = 0x8000_0008
 LEAF_AMD_TOPOLOGY = 0x8000_001E
 
@@ -161,6 +162,13 @@ def _place(leaf: Leaf, registers: list[int], index: int, count: int) -> None:
         registers[ECX] = registers[ECX] & ~0xF0FF | width << 12 | min(count - 1, 255)
     elif leaf.function == LEAF_AMD_TOPOLOGY:
         registers[EAX], registers[EBX], registers[ECX] = index, index & 0xFF, 0
+
+
+def brand(leaves: tuple[Leaf, ...]) -> str:
+    """What the CPU calls itself."""
+    parts = {leaf.function: leaf.registers for leaf in leaves if leaf.function in _BRAND}
+    text = b"".join(register.to_bytes(4, "little") for function in _BRAND for register in parts.get(function, ()))
+    return " ".join(text.partition(b"\0")[0].decode("ascii", "replace").split()) or "an unnamed CPU"
 
 
 def set_leaves(vcpu_fd: int, leaves: tuple[Leaf, ...]) -> None:

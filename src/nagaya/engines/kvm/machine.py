@@ -17,10 +17,11 @@ from nagaya.engines.kvm.assembly import Hardware, Parts, check
 from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
 from nagaya.errors import Conflict, HostError, NagayaError
-from nagaya.static import Self
+from nagaya.static import Any, Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.engines.kvm.saved import Saved
     from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
@@ -35,16 +36,26 @@ class Machine:
     """
 
     def __init__(
-        self, hardware: Hardware, devices: tuple[Device, ...] = (), *, apart: DeviceProcess | None = None
+        self,
+        hardware: Hardware,
+        devices: tuple[Device, ...] = (),
+        *,
+        apart: DeviceProcess | None = None,
+        saved: Saved | None = None,
+        shared: bool = False,
     ) -> None:
         """Check what was asked for. Takes nothing of the host yet. Raises `UsageError`.
 
         `apart` is the process of those `devices` that are to have one of their own: it starts and ends with the machine.
+        `saved` is what to go on from, rather than boot; it stays the caller's, and is not needed after `start`. Its memory
+        is copied where other processes work on it: where there are some of `apart`, or with `shared`.
         """
         check(hardware, devices)
         self.hardware = hardware
         self.devices = devices
         self._apart = apart
+        self._saved = saved
+        self._shared = shared or apart is not None
         self.software_kvm = False
         self._control = threading.RLock()
         """Held by all that changes the state from outside: one at a time. `end` and `wait` do without it."""
@@ -83,6 +94,13 @@ class Machine:
             share_interpreter()
             if self._apart is not None:
                 self._start_apart(self._apart, parts)
+            saved, self._saved = self._saved, None
+            if saved is not None:
+                try:
+                    parts.restore_devices(saved)
+                except BaseException:
+                    parts.close()
+                    raise
             for loop in self._loops:
                 loop.start()
             self._run(parts)
@@ -108,7 +126,9 @@ class Machine:
 
     def _assemble(self) -> Parts:
         devices = tuple((device, self._loop_of[device.name]) for device in self.devices)
-        return Parts(self.hardware, devices, software_kvm=self.software_kvm, end=self.end)
+        return Parts(
+            self.hardware, devices, software_kvm=self.software_kvm, end=self.end, saved=self._saved, shared=self._shared
+        )
 
     def _run(self, parts: Parts, *, anew: bool = False) -> None:
         with self._state:
@@ -201,6 +221,30 @@ class Machine:
                     vcpu.tell_paused()
                 self._paused = False
                 self._state.notify_all()
+
+    def save(self, directory: str, *, notes: dict[str, Any] | None = None) -> None:
+        """Write the machine, which is paused and stays so, into the empty `directory`. See `saved`.
+
+        `notes` are the caller's own, in `Saved.state["notes"]`. Raises `Conflict`, `HostError`, and `Unsupported` for
+        what cannot be saved.
+        """
+        from nagaya.engines.kvm import saved
+        from nagaya.virtio.device import as_direct
+
+        with self._control:
+            parts = self._built()
+            with self._state:
+                self._require(paused=True)
+            releases = [loop.hold() for loop in self._loops]
+            releases += [direct.hold() for device in self.devices if (direct := as_direct(device)) is not None]
+            try:
+                state = parts.save(self.hardware)
+                saved.write(directory, parts.memory, {**state, "notes": notes or {}})
+            except OSError as error:
+                raise HostError.from_os(error, "cannot save the machine") from None
+            finally:
+                for release in releases:
+                    release()
 
     def press_power_button(self) -> None:
         """Ask the guest's system to shut down. It may not listen."""

@@ -20,6 +20,7 @@ from nagaya.errors import GuestFault
 from nagaya.kernel import kvm
 from nagaya.kernel.kvm import kvm_run
 from nagaya.memory import PAGE_BYTES, GuestMemory
+from nagaya.static import Any
 
 PORT = 0xB7
 """Of nobody else: 0xf4 is the exit port of test programs."""
@@ -106,6 +107,14 @@ class Pvm:
             self._frames.pop(vcpu.index, None)
             self._hook(vcpu)  # by now the guest's kernel has its page-fault handler too
         return True
+
+    def save(self) -> dict[str, Any]:
+        """What the guest's memory and its vCPUs' registers do not tell."""
+        return {"stub": self._stub}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """After the vCPUs' registers. Timers have their whole budget again."""
+        self._stub = saved["stub"]
 
     @property
     def postponed_ticks(self) -> int:

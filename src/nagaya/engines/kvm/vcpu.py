@@ -154,6 +154,25 @@ class Vcpu:
             if error.errno != errno.EINVAL:  # a guest without kvm-clock
                 raise
 
+    def settle(self, bus: Bus, quirks: Quirks | None = None) -> None:
+        """Have KVM complete what the last exit was for: until then, the registers are from before it.
+
+        Of a vCPU that was stopped, and stays so. Raises `HostError`, as `loop`.
+        """
+        self.run.immediate_exit = 1
+        while kvm.raw_ioctl(self.fd, kvm.KVM_RUN, 0) == 0:  # of a string instruction, say: its next part
+            reason = _REASON.unpack_from(self.page, _REASON_AT)[0]
+            if reason == kvm.KVM_EXIT_IO:
+                self._answer_io(bus, quirks)
+            elif reason == kvm.KVM_EXIT_MMIO:
+                self._answer_memory(bus)
+            elif self._answer_rare(reason, quirks) is not None:
+                return  # it will do so again when it goes on
+        number = ctypes.get_errno()
+        if number not in (errno.EINTR, errno.EAGAIN):
+            error = OSError(number, f"KVM_RUN: {os.strerror(number)}")
+            raise HostError.from_os(error, f"cannot stop vCPU {self.index}")
+
     # -- running
 
     def stop(self) -> None:
@@ -197,12 +216,7 @@ class Vcpu:
             if reason == kvm.KVM_EXIT_IO:
                 self._answer_io(bus, quirks)
             elif reason == kvm.KVM_EXIT_MMIO:
-                gpa, data, size, is_write = _MMIO.unpack_from(page, _EXIT)
-                if is_write:
-                    bus.write_memory(gpa, data[:size])
-                else:
-                    at = _EXIT + 8
-                    page[at : at + size] = bus.read_memory(gpa, size)
+                self._answer_memory(bus)
             elif reason == kvm.KVM_EXIT_INTR:
                 continue
             else:
@@ -210,6 +224,15 @@ class Vcpu:
                 if ending is not None:
                     return ending
         return None
+
+    def _answer_memory(self, bus: Bus) -> None:
+        page = self.page
+        gpa, data, size, is_write = _MMIO.unpack_from(page, _EXIT)
+        if is_write:
+            bus.write_memory(gpa, data[:size])
+        else:
+            at = _EXIT + 8
+            page[at : at + size] = bus.read_memory(gpa, size)
 
     def _answer_io(self, bus: Bus, quirks: Quirks | None) -> None:
         direction, size, port, count, at = _IO.unpack_from(self.page, _EXIT)
