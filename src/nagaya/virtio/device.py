@@ -126,6 +126,7 @@ class Device(Protocol):
         Raises `Unsupported` when there is more to it than can be saved.
         """
 
+
 class Direct(Device, Protocol):
     """A device whose kicks and interrupts do not pass through its transport: another process's, or the kernel's.
 
