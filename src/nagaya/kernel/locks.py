@@ -1,4 +1,4 @@
-"""Open-file-description locks (fcntl(2), F_OFD_*): the request that `fcntl.fcntl` takes, for a whole file."""
+"""Open-file-description locks (fcntl(2), F_OFD_*): the request that `fcntl.fcntl` takes, for a whole file or a part of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from struct import Struct
 _FLOCK = Struct("hh4xqqi4x")
 
 
-def pack_lock(kind: int) -> bytes:
-    """`kind`: F_RDLCK, F_WRLCK or F_UNLCK."""
-    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+def pack_lock(kind: int, *, start: int = 0, length: int = 0) -> bytes:
+    """`kind`: F_RDLCK, F_WRLCK or F_UNLCK. `length` 0 = to the end of the file, however long it becomes."""
+    return _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
 
 
 def lock_kind(answer: bytes) -> int:

@@ -12,17 +12,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.store import ImageStore
     from nagaya.manager.machines import Machines
+    from nagaya.storage.disk_images.store import Disks
     from nagaya.storage.volumes import Volumes
 
 
 class Host:
-    """The machines, images and volumes of one store (`root`, default: root's or the user's own)."""
+    """The machines, images, volumes and disks of one store (`root`, default: root's or the user's own)."""
 
     def __init__(self, *, root: str = "", run_dir: str = "") -> None:
         self.paths = find_paths(root, run_dir)
         self._images: ImageStore | None = None
         self._machines: Machines | None = None
         self._volumes: Volumes | None = None
+        self._disks: Disks | None = None
 
     def __repr__(self) -> str:
         return f"<Host {self.paths.root}>"
@@ -50,6 +52,14 @@ class Host:
 
             self._volumes = Volumes(self.paths.root)
         return self._volumes
+
+    @property
+    def disks(self) -> Disks:
+        if self._disks is None:
+            from nagaya.storage.disk_images.store import Disks  # lazy: whole machines alone have them
+
+            self._disks = Disks(self.paths.root)
+        return self._disks
 
     def events(self, *, since_ns: int = 0, until_ns: int = 0, follow: bool = False) -> Iterator[Event]:
         """What happened, oldest first; with `follow` also what is to come."""

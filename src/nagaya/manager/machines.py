@@ -162,6 +162,10 @@ class Machines:
         """Volumes that a machine uses. Raises `IntegrityError` when one does not tell."""
         return machines.volumes_in_use(self._paths)
 
+    def disk_paths(self) -> frozenset[str]:
+        """Disks of whole machines, other than those that are removed with them. Raises `IntegrityError` as above."""
+        return machines.disks_in_use(self._paths)
+
     # -- inside
 
     def _find_by_id(self, text: str) -> str:

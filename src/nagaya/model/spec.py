@@ -77,6 +77,26 @@ class Process(NamedTuple):
     columns: int = 0
 
 
+class Drive(NamedTuple):
+    """A disk or CD of a whole machine. `path` is absolute, but for an `own` one's: that lies in the machine's directory."""
+
+    path: str  # "" = a CD drive without a disc
+    format: str  # "qcow2" | "raw" | "vmdk" | "vdi" | "vhd" | "vhdx"
+    cdrom: bool = False
+    read_only: bool = False
+    own: bool = False  # made for this machine, and removed with it
+    allow_backing: bool = False  # what it stands on may lie anywhere
+
+
+class Hardware(NamedTuple):
+    """A whole machine that boots from its disks, whatever is on them: there is no image, and no agent of ours inside."""
+
+    firmware: str = "bios"  # "bios" | "uefi"
+    drives: tuple[Drive, ...] = ()  # in the order in which they are tried at boot, CDs first when `boot_cdrom`
+    boot_cdrom: bool = False
+    compat: bool = False  # devices that every system has drivers for, instead of virtio
+
+
 class MachineSpec(NamedTuple):
     """The whole description of a machine. `id` is 32 hex digits; `name` is unique in its store."""
 
@@ -109,3 +129,4 @@ class MachineSpec(NamedTuple):
     extra_hosts: tuple[tuple[str, str], ...] = ()  # (name, address) lines for /etc/hosts
     kernel: str = ""  # absolute host path of a virtual machine's kernel; "" = Nagaya's own
     append: str = ""  # words behind a virtual machine's kernel command line
+    hardware: Hardware | None = None  # of a whole machine; `image` is empty then

@@ -181,6 +181,19 @@ def volumes_in_use(paths: Paths, *, without: str = "") -> frozenset[str]:
     return frozenset(used)
 
 
+def disks_in_use(paths: Paths) -> frozenset[str]:
+    """Real paths of the disks that machines have and that are not theirs alone. Raises `IntegrityError`."""
+    used: set[str] = set()
+    for machine_id in ids(paths):
+        try:
+            hardware = load_spec(paths, machine_id).hardware
+        except FileNotFoundError:
+            continue
+        if hardware is not None:
+            used.update(os.path.realpath(drive.path) for drive in hardware.drives if drive.path and not drive.own)
+    return frozenset(used)
+
+
 def remove_runtime(paths: Paths, machine_id: str) -> None:
     """Remove the run-time files (the control socket) of a machine that has ended."""
     remove_tree(paths.runtime(machine_id))

@@ -56,6 +56,7 @@ _IMAGE_COMMANDS = (
     "image save", "image history", "image inspect", "machine run", "machine create",
 )  # fmt: skip
 _VOLUME_COMMANDS = ("volume rm", "volume inspect")
+_DISK_COMMANDS = ("disk info", "disk convert", "disk clone", "disk resize", "disk check", "disk rm")
 _KERNEL_COMMANDS = ("kernel rm", "kernel path")
 _FLAG_VALUES = {
     "network": ("bridge", "host", "none"),
@@ -137,6 +138,8 @@ def _names(context: Context, command: str) -> list[str]:
             return sorted(_SCRIPTS)
         if command in _VOLUME_COMMANDS:
             return [volume.name for volume in context.host.volumes.list()]
+        if command in _DISK_COMMANDS:
+            return [disk.name for disk in context.host.disks.list()]
         if command in _KERNEL_COMMANDS:
             from nagaya.kernels.cache import list_kernels
 
