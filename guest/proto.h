@@ -62,7 +62,7 @@ enum setup_tag {
 	U_ENTROPY = 4,
 	U_FILE = 5,	 /* path, content */
 	U_MOUNT = 6,	 /* u32 kind, u32 flags, u32 mode, u32 zero, u64 size, source, target */
-	U_NETWORK = 7,	 /* MAC, u16 prefix, u32 MTU, address, gateway */
+	U_NETWORK = 7,	 /* MAC, u8 prefix, u8 IPv6 prefix, u32 MTU, 2 IPv4 addresses, 2 IPv6 addresses, name */
 	U_SYSCTL = 8,	 /* key, value */
 	U_POWER_OFF = 9, /* u32 */
 	U_DEVICE = 10,	 /* node of the kernel's /dev, path */

@@ -259,7 +259,8 @@ static int is_well_formed(const struct field *f)
 		return f->size > 24 && (get32(f->bytes) == UM_VIRTIOFS || get32(f->bytes) == UM_TMPFS) &&
 		       are_strings(f->bytes + 24, f->size - 24, 2);
 	case U_NETWORK:
-		return f->size == 20 && get16(f->bytes + 6) <= 32;
+		return f->size > UN_NAME + 1 && f->size <= UN_NAME + 16 && f->bytes[6] <= 32 && f->bytes[7] <= 128 &&
+		       are_strings(f->bytes + UN_NAME, f->size - UN_NAME, 1) && !memchr(f->bytes + UN_NAME, '/', f->size - UN_NAME);
 	case U_SYSCTL:
 	case U_DEVICE:
 		return are_strings(f->bytes, f->size, 2);

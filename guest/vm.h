@@ -64,7 +64,9 @@ int vm_mask(void);
 int vm_mount_file(const char *path, const unsigned char *content, size_t size);
 int vm_mount_user(const unsigned char *field);
 int vm_drop_shares(void);
-/* vm_net.c */
+/* vm_net.c; where the parts of U_NETWORK are */
+enum { UN_MAC = 0, UN_PREFIX = 6, UN_PREFIX6 = 7, UN_MTU = 8, UN_ADDRESS = 12, UN_GATEWAY = 16, UN_ADDRESS6 = 20,
+       UN_GATEWAY6 = 36, UN_NAME = 52 };
 int vm_bring_up_loopback(void);
 int vm_configure_link(const unsigned char *field);
 

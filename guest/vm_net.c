@@ -1,7 +1,8 @@
-/* VM mode: the loopback and the machine's one link, by netdevice(7)'s requests. */
+/* VM mode: the loopback and the machine's links, by netdevice(7)'s requests, and ipv6(7)'s. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <net/if.h>
 #include <net/if_arp.h>
 #include <net/route.h>
@@ -14,7 +15,6 @@
 
 #include "vm.h"
 
-#define INSIDE "eth0"
 #define MAX_INDEX 64
 #define LINK_PATIENCE_MS 3000
 
@@ -76,25 +76,72 @@ static int add_default_route(int sock, uint32_t gateway)
 	return ioctl(sock, SIOCADDRT, &route);
 }
 
-static int configure(struct link *link, unsigned prefix, int mtu, uint32_t address, uint32_t gateway)
+/* struct in6_ifreq and in6_rtmsg of linux/ipv6.h and ipv6_route.h, which do not go together with netinet/in.h. */
+struct address6 {
+	struct in6_addr address;
+	uint32_t prefix;
+	int index;
+};
+
+struct route6 {
+	struct in6_addr destination, source, gateway;
+	uint32_t type;
+	uint16_t destination_prefix, source_prefix;
+	uint32_t metric;
+	unsigned long info;
+	uint32_t flags;
+	int index;
+};
+
+#define METRIC_OF_USERS 1024 /* IP6_RT_PRIO_USER */
+
+static int is_zero(const unsigned char *bytes, size_t size)
+{
+	while (size--)
+		if (bytes[size])
+			return 0;
+	return 1;
+}
+
+static int set_name(struct link *link, const char *name)
+{
+	struct ifreq *r = &link->request, other = {0};
+
+	if (!strcmp(r->ifr_name, name))
+		return 0;
+	/* Another of our links may have the name so far: the kernel counted them in an order of its own. */
+	snprintf(other.ifr_name, IFNAMSIZ, "%s", name);
+	if (!ioctl(link->sock, SIOCGIFINDEX, &other)) {
+		snprintf(other.ifr_newname, IFNAMSIZ, "link%d", other.ifr_ifindex);
+		memset(other.ifr_name, 0, IFNAMSIZ);
+		snprintf(other.ifr_name, IFNAMSIZ, "%s", name);
+		if (ioctl(link->sock, SIOCSIFNAME, &other))
+			return vm_fail(errno, "cannot rename the link %s", name);
+	}
+	snprintf(r->ifr_newname, IFNAMSIZ, "%s", name);
+	if (ioctl(link->sock, SIOCSIFNAME, r))
+		return vm_fail(errno, "cannot rename the link %s to %s", r->ifr_name, name);
+	memset(r->ifr_name, 0, IFNAMSIZ);
+	snprintf(r->ifr_name, IFNAMSIZ, "%s", name);
+	return 0;
+}
+
+static int configure4(struct link *link, const unsigned char *field)
 {
 	struct ifreq *r = &link->request;
+	unsigned prefix = field[UN_PREFIX];
+	uint32_t address, gateway; /* in network order, as they stand there */
 
-	if (strcmp(r->ifr_name, INSIDE)) {
-		strcpy(r->ifr_newname, INSIDE);
-		if (ioctl(link->sock, SIOCSIFNAME, r))
-			return vm_fail(errno, "cannot rename the link %s to " INSIDE, r->ifr_name);
-		strcpy(r->ifr_name, INSIDE);
+	memcpy(&address, field + UN_ADDRESS, 4);
+	memcpy(&gateway, field + UN_GATEWAY, 4);
+	if (address) {
+		set_address(&r->ifr_addr, address);
+		if (ioctl(link->sock, SIOCSIFADDR, r))
+			return vm_fail(errno, "cannot set the link's address");
+		set_address(&r->ifr_netmask, htonl(prefix ? ~0u << (32 - prefix) : 0));
+		if (ioctl(link->sock, SIOCSIFNETMASK, r))
+			return vm_fail(errno, "cannot set the link's netmask");
 	}
-	r->ifr_mtu = mtu;
-	if (mtu && ioctl(link->sock, SIOCSIFMTU, r))
-		return vm_fail(errno, "cannot set the link's MTU to %d", mtu);
-	set_address(&r->ifr_addr, address);
-	if (ioctl(link->sock, SIOCSIFADDR, r))
-		return vm_fail(errno, "cannot set the link's address");
-	set_address(&r->ifr_netmask, htonl(prefix ? ~0u << (32 - prefix) : 0));
-	if (ioctl(link->sock, SIOCSIFNETMASK, r))
-		return vm_fail(errno, "cannot set the link's netmask");
 	if (bring_up(link->sock, r))
 		return vm_fail(errno, "cannot bring the link up");
 	if (gateway && add_default_route(link->sock, gateway))
@@ -102,18 +149,61 @@ static int configure(struct link *link, unsigned prefix, int mtu, uint32_t addre
 	return 0;
 }
 
+/* A kernel without IPv6 is no failure: the machine has the other family. */
+static int configure6(struct link *link, const unsigned char *field)
+{
+	struct address6 address = {.prefix = field[UN_PREFIX6]};
+	struct route6 route = {.metric = METRIC_OF_USERS, .flags = RTF_UP | RTF_GATEWAY};
+	struct ifreq index = {0};
+	char path[80];
+	int sock, failed = 0;
+
+	if (is_zero(field + UN_ADDRESS6, 16))
+		return 0;
+	sock = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (sock < 0) {
+		vm_warn("the machine's kernel has no IPv6");
+		return 0;
+	}
+	memcpy(&address.address, field + UN_ADDRESS6, 16);
+	memcpy(&route.gateway, field + UN_GATEWAY6, 16);
+	memcpy(index.ifr_name, link->request.ifr_name, IFNAMSIZ);
+	/* The host has chosen the address, so nobody else has it: asking around would take a second or two. */
+	snprintf(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/accept_dad", link->request.ifr_name);
+	vm_write_file(AT_FDCWD, path, "0");
+	if (ioctl(sock, SIOCGIFINDEX, &index))
+		failed = vm_fail(errno, "cannot look at the link");
+	address.index = route.index = index.ifr_ifindex;
+	if (!failed && ioctl(sock, SIOCSIFADDR, &address) && errno != EEXIST)
+		failed = vm_fail(errno, "cannot set the link's IPv6 address");
+	if (!failed && !is_zero(field + UN_GATEWAY6, 16) && ioctl(sock, SIOCADDRT, &route))
+		failed = vm_fail(errno, "cannot add the IPv6 default route");
+	close(sock);
+	return failed;
+}
+
+static int configure(struct link *link, const unsigned char *field)
+{
+	struct ifreq *r = &link->request;
+	int mtu = (int)get32(field + UN_MTU);
+
+	if (set_name(link, (const char *)field + UN_NAME))
+		return -1;
+	r->ifr_mtu = mtu;
+	if (mtu && ioctl(link->sock, SIOCSIFMTU, r))
+		return vm_fail(errno, "cannot set the link's MTU to %d", mtu);
+	return configure4(link, field) || configure6(link, field) ? -1 : 0;
+}
+
 int vm_configure_link(const unsigned char *field)
 {
 	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
-	uint32_t address, gateway; /* in network order, as they stand there */
 	int failed;
 
-	memcpy(&address, field + 12, 4);
-	memcpy(&gateway, field + 16, 4);
 	if (link.sock < 0)
 		return vm_fail(errno, "the guest kernel has no IPv4");
 	if (vm_await(find_link, &link, LINK_PATIENCE_MS))
-		failed = configure(&link, get16(field + 6), (int)get32(field + 8), address, gateway);
+		failed = configure(&link, field);
 	else
 		failed = vm_fail(ENODEV, "the machine has no network link with the address %02x:%02x:%02x:%02x:%02x:%02x",
 				 field[0], field[1], field[2], field[3], field[4], field[5]);

@@ -132,9 +132,9 @@ def _mounts(scratch: str, *, everything: bool) -> list[str]:
 
 
 def _links(ids: set[str], stores: list[str], *, everything: bool) -> list[str]:
-    from nagaya.net.attach import bridge_name
+    from nagaya.net.planning import host_links
 
-    ours = {bridge_name(store) for store in stores} | {f"ngy{id_[:10]}" for id_ in ids}
+    ours = _bridges(stores) | {link for id_ in ids for link in host_links(id_)}
     return [
         name
         for name in os.listdir("/sys/class/net")
@@ -142,11 +142,16 @@ def _links(ids: set[str], stores: list[str], *, everything: bool) -> list[str]:
     ]
 
 
+def _bridges(stores: list[str]) -> set[str]:
+    from nagaya.net import networks
+
+    return {networks.bridge_name(store, name) for store in stores for name in networks.names(store)}
+
+
 def _tables(stores: list[str], *, everything: bool) -> list[str]:
-    from nagaya.net.attach import bridge_name
     from nagaya.net.firewall import table_name
 
-    ours = {table_name(bridge_name(store)) for store in stores}
+    ours = {table_name(bridge) for bridge in _bridges(stores)}
     try:
         done = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -179,7 +179,7 @@ def make_request(
         spec=spec,
         rootfs=RootfsPlan(lower, f"{directory}/upper", f"{directory}/work", spec.read_only),
         mounts=mounts,
-        network=NetworkPlan(spec.network),
+        network=NetworkPlan("host" if spec.network == "host" else "none"),
         etc=etc,
         runtime_dir=directory,
     )

@@ -16,6 +16,7 @@ import pytest
 SCRIPT = """
 import os, sys, socket, threading
 from nagaya.net import attach, addresses
+from nagaya.model.spec import MachineSpec, Process
 from nagaya.kernel import namespaces, netlink
 from nagaya.kernel.mount import mount, MS_REC, MS_PRIVATE
 
@@ -69,11 +70,12 @@ start_world()
 assert os.read(seen[0], 100) == b"listening\\n"
 
 ids = ["%032x" % number for number in (0xa << 112, 0xb << 112)]
-plans = [attach.plan_network("bridge", machine_id, root) for machine_id in ids]
-attach.prepare(plans[0]); attach.prepare(plans[0])                     # twice: nothing more happens
-assert netlink.has_nft_table(plans[0].bridge.replace("-", "_"))
+specs = [MachineSpec(id=id_, name="m", type="container", image="", image_id="", platform="", process=Process(()), hostname="m", created_ns=0) for id_ in ids]
+plans = [attach.plan_network(spec, root) for spec in specs]
+assert [attach.plan_network(spec, root) for spec in specs] == plans      # twice: nothing more happens
+bridge = plans[0].links[0].bridge
+assert netlink.has_nft_table(bridge.replace("-", "_"))
 assert open("/proc/sys/net/ipv4/ip_forward").read().strip() == "1"
-gateway = plans[0].gateway
 
 def machine(plan):
     attach.configure(plan)
@@ -83,7 +85,7 @@ def machine(plan):
 for plan in plans:
     pid, start = inside(lambda: machine(plan))
     attach.connect(plan, pid)
-    assert netlink.index_of(plan.host_link)
+    assert netlink.index_of(plan.links[0].host_link)
     start()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     who = os.read(seen[0], 100).decode().strip()
@@ -95,7 +97,7 @@ assert not attach.remove_idle(root)                                     # two ma
 for machine_id in ids:
     attach.reclaim_machine(root, machine_id)
 assert attach.remove_idle(root)
-assert not netlink.has_nft_table(plans[0].bridge.replace("-", "_"))
+assert not netlink.has_nft_table(bridge.replace("-", "_"))
 assert sorted(os.listdir(f"{root}/network")) == []
 print("OK")
 """

@@ -24,7 +24,7 @@ from nagaya.errors import Conflict, LaunchError, Unsupported, UsageError
 from nagaya.kernel import namespaces
 from nagaya.kernels import cache
 from nagaya.model.spec import Limits, Mount, Security
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.protocol.qmp import QmpError
 from nagaya.storage.plan import DiskPlan, MountPlan
 from tests.conftest import require_program, require_root
@@ -287,15 +287,30 @@ def test_nothing_outlives_a_killed_supervisor(disks: DiskPlan, tmp_path: Path) -
 
 def _bridged(disks: DiskPlan, place: Path) -> dict[str, object]:
     namespaces.unshare(namespaces.CLONE_NEWNET)
-    plan = NetworkPlan("bridge", "br0", "ngy-test", "10.87.0.2", 16, "10.87.0.1", "02:00:00:00:00:07", 1400)
+    link = LinkPlan(
+        bridge="br0", host_link="ngy-test", address="10.87.0.2", prefix=16, gateway="10.87.0.1", mac="02:00:00:00:00:07",
+        mtu=1400, address6="fd00:87::2", prefix6=64, gateway6="fd00:87::1",
+    )  # fmt: skip
+    plan = NetworkPlan("links", (link,))
     with bridge("br0", "10.87.0.1/16"):
+        subprocess.run(["ip", "address", "add", "fd00:87::1/64", "dev", "br0", "nodad"], check=True)
         with EmulatedMachine(disks, place, make_spec(network="bridge"), network=plan) as machine:
             link = subprocess.run(["ip", "-br", "link", "show", "ngy-test"], capture_output=True, text=True, check=True)
             pinged = machine.run("ping", "-c", "1", "10.87.0.1").status
             mtu = machine.sh("cat /sys/class/net/eth0/mtu")
+            routes = [line.split("dev")[0].split() for line in machine.sh("ip -6 route").splitlines()]
+            pinged6 = machine.run("ping", "-6", "-c", "1", "fd00:87::1").status
             own_network = os.readlink(f"/proc/{machine.booted.pid}/ns/net") != os.readlink("/proc/self/ns/net")
         gone = subprocess.run(["ip", "link", "show", "ngy-test"], capture_output=True, check=False).returncode != 0
-    return {"link": "UP" in link.stdout, "ping": pinged, "mtu": mtu.strip(), "own": own_network, "gone": gone}
+    routed = ["fd00:87::/64"] in routes and ["default", "via", "fd00:87::1"] in routes
+    return {
+        "link": "UP" in link.stdout,
+        "ping": pinged,
+        "ping6": (pinged6, routed),
+        "mtu": mtu.strip(),
+        "own": own_network,
+        "gone": gone,
+    }
 
 
 def test_a_bridge_by_a_tap_device(disks: DiskPlan, tmp_path: Path) -> None:
@@ -303,6 +318,7 @@ def test_a_bridge_by_a_tap_device(disks: DiskPlan, tmp_path: Path) -> None:
     assert in_child(partial(_bridged, disks, tmp_path)) == {
         "link": True,
         "ping": 0,
+        "ping6": (0, True),
         "mtu": "1400",
         "own": True,
         "gone": True,
@@ -321,7 +337,8 @@ def _user_network(disks: DiskPlan, place: Path, cache_home: Path) -> dict[str, o
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    plan = NetworkPlan("user", address="10.0.2.15", prefix=24, gateway="10.0.2.2", mac="02:00:00:00:00:07")
+    link = LinkPlan("user", address="10.0.2.15", prefix=24, gateway="10.0.2.2", mac="02:00:00:00:00:07")
+    plan = NetworkPlan("links", (link,))
     with socketserver.TCPServer(("127.0.0.1", 0), _Greeter) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with EmulatedMachine(disks, place, make_spec(network="bridge"), network=plan) as machine:

@@ -369,7 +369,7 @@ def test_images_volumes_version_completion(host: FakeHost, capsys: Out) -> None:
         (["volume", "c"], ["create"]),
         (["stop", ""], ["web", "db", "stuck"]),
         (["stop", "w"], ["web"]),
-        (["run", "--net", ""], ["bridge", "host", "none"]),
+        (["run", "--net", ""], ["bridge", "host", "none", "user"]),
         (["run", "--cpus", ""], []),
         (["run", "-it", "a"], ["app:1"]),
         (["run", "debian", ""], []),

@@ -15,7 +15,7 @@ from nagaya.errors import LaunchError, Unsupported
 from nagaya.kernel import mount, namespaces, seccomp
 from nagaya.manager import facilities
 from nagaya.manager.finding import LIMITED, MISSING, OK
-from nagaya.net import attach
+from nagaya.net import planning
 
 MOUNTS = """\
 21 1 254:0 / / rw - ext4 /dev/vda rw
@@ -161,7 +161,7 @@ def test_forwarding(
 ) -> None:
     path = tmp_path / "ip_forward"
     path.write_text(content)
-    monkeypatch.setattr(attach, "FORWARDING", str(path))
+    monkeypatch.setattr(planning, "FORWARDING", str(path))
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     monkeypatch.setattr(os, "access", lambda path, kind: bool(mode & 0o200))  # root may write what a mode forbids
     finding = facilities.look_at_forwarding()

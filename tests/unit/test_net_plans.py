@@ -10,67 +10,101 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
 from nagaya.kernel import netlink
-from nagaya.net import addresses, attach, firewall, names
-from nagaya.net.addresses import Subnet
+from nagaya.model.spec import Attachment, MachineSpec, Process
+from nagaya.net import addresses, attach, firewall, names, networks, planning, subnets
+from nagaya.net.networks import NetworkRecord
+from nagaya.net.plan import LinkPlan, NetworkPlan
+from nagaya.net.subnets import Subnet, parse_subnet
+from nagaya.storage import records
 
-ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
-eth0\t00000000\t0102000A\t0003\t0\t0\t0\t00000000\t0\t0\t0
-br0\t0000570A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
-br1\t0000580A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
-wide\t0000600A\t00000000\t0001\t0\t0\t0\t0000F0FF\t0\t0\t0
-vpn\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0
-"""
+IDS = ["abcdef12" + f"{number:024x}" for number in range(40)]  # each begins its search at the same place
+SUBNET = parse_subnet("10.87.0.0/16")
+
+
+def spec(machine_id: str = "0123456789abcdef" * 2, network: str = "bridge", *on: Attachment) -> MachineSpec:
+    return MachineSpec(
+        id=machine_id, name="m", type="container", image="i", image_id="sha256:0", platform="", process=Process(("true",)),
+        hostname="m", created_ns=0, network=network, attachments=on,
+    )  # fmt: skip
+
+
+# -- subnets
+
+
+@pytest.mark.parametrize("text", ["10.87.0.0/16", "fd00:1:2:3::/64", "192.0.2.4/30"])
+def test_subnets(text: str) -> None:
+    subnet = parse_subnet(text)
+    assert subnet.text == text
+    assert subnet.holds(subnet.address(3)) and not subnet.holds(subnet.address(subnet.size))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10.87.0.0", "10.87.0.1/16", "10.87.0.0/33", "10.87.0.0/0", "fd00::1/64", "fd00::/x", "a/8"]
+)
+def test_what_is_no_subnet(text: str) -> None:
+    with pytest.raises(ValueError, match="not a"):
+        parse_subnet(text)
 
 
 def test_subnets_keep_clear_of_the_host_s_routes() -> None:
-    assert addresses.used_subnets(ROUTES) == {87, 88, *range(96, 112)}
-    assert addresses.used_subnets("") == set()
+    taken = [parse_subnet(text) for text in ("10.87.0.0/16", "10.88.3.0/24", "10.88.0.0/13", "10.0.0.0/8", "fd00::/64")]
+    chosen = subnets.choose(subnets.default_candidates(), taken)
+    assert chosen is not None and chosen.text == "10.96.0.0/16"  # 10/8 takes nothing: the longer prefix wins
+    assert subnets.choose([parse_subnet("10.90.0.0/16")], taken) is None
+    assert subnets.random_subnet6().text.startswith("fd") and subnets.random_subnet6() != subnets.random_subnet6()
 
 
-def test_a_subnet_is_chosen_once(tmp_path: Path) -> None:
-    first = addresses.load_subnet(str(tmp_path / "net"))
-    assert first.second in addresses.FIRST_SUBNETS
-    assert addresses.load_subnet(str(tmp_path / "net")) == first
-    assert first.gateway == f"10.{first.second}.0.1"
+# -- leases
 
 
-def test_a_subnet_that_others_took_meanwhile_is_given_up_while_nobody_lives_there(tmp_path: Path) -> None:
-    directory = str(tmp_path)
-    assert not addresses.drop_taken_subnet(directory, ROUTES)  # there is none yet
-    os.symlink("90", f"{directory}/subnet")
-    assert not addresses.drop_taken_subnet(directory, ROUTES)  # nobody else has it
-    os.unlink(f"{directory}/subnet")
-    os.symlink("87", f"{directory}/subnet")
-    machine = "abcdef12" + "0" * 24
-    addresses.claim(directory, Subnet(87), machine)
-    assert not addresses.drop_taken_subnet(directory, ROUTES)  # a machine has an address in it
-    addresses.release(directory, machine)
-    assert addresses.drop_taken_subnet(directory, ROUTES)
-    assert not os.path.lexists(f"{directory}/subnet")
+@pytest.mark.parametrize("subnet", [SUBNET, parse_subnet("fd00::/64")])
+def test_leases_are_exclusive_stable_and_given_back(subnet: Subnet, tmp_path: Path) -> None:
+    leases, gateway = str(tmp_path / "leases"), subnet.address(1)
 
+    def claim(machine_id: str) -> str:
+        return addresses.claim(leases, subnet, machine_id, gateway=gateway)
 
-def test_leases_are_exclusive_stable_and_given_back(tmp_path: Path) -> None:
-    directory, subnet = str(tmp_path), Subnet(87)
-    os.symlink("87", f"{directory}/subnet")
-    # The same first digits: every one of them begins its search at the same place.
-    ids = ["abcdef12" + f"{number:024x}" for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        claimed = list(pool.map(lambda machine_id: addresses.claim(directory, subnet, machine_id), ids))
+        claimed = list(pool.map(claim, IDS))
     assert len(set(claimed)) == 40
-    assert subnet.gateway not in claimed
-    assert [addresses.claim(directory, subnet, machine_id) for machine_id in ids] == claimed
-    assert addresses.holders(directory) == set(ids)
-    for machine_id in ids[::2]:
-        addresses.release(directory, machine_id)
-        addresses.release(directory, machine_id)
-    assert addresses.holders(directory) == set(ids[1::2])
+    assert gateway not in claimed
+    assert [claim(machine_id) for machine_id in IDS] == claimed
+    assert addresses.holders(leases) == set(IDS)
+    for machine_id, address in zip(IDS[:10], claimed, strict=False):
+        addresses.release_addresses(leases, machine_id, (claimed[20], address, "10.0.0.1", ""))
+        addresses.release_addresses(leases, machine_id, (address,))
+    for machine_id in IDS[10:20]:
+        addresses.release(leases, machine_id)
+    assert addresses.holders(leases) == set(IDS[20:])
+
+
+def test_a_small_network_is_filled_to_its_last_address(tmp_path: Path) -> None:
+    leases, subnet = str(tmp_path), parse_subnet("192.0.2.8/29")
+    found = {addresses.claim(leases, subnet, machine_id, gateway="192.0.2.9") for machine_id in IDS[:5]}
+    assert found == {f"192.0.2.{number}" for number in range(10, 15)}
+    with pytest.raises(Conflict, match="are taken"):
+        addresses.claim(leases, subnet, IDS[5], gateway="192.0.2.9")
+
+
+def test_a_wanted_address(tmp_path: Path) -> None:
+    leases = str(tmp_path)
+
+    def claim(machine_id: str, wanted: str) -> str:
+        return addresses.claim(leases, SUBNET, machine_id, gateway="10.87.0.1", wanted=wanted)
+
+    assert claim(IDS[0], "10.87.3.4") == claim(IDS[0], "10.87.3.4") == "10.87.3.4"
+    with pytest.raises(Conflict, match="in use by machine abcdef12"):
+        claim(IDS[1], "10.87.3.4")
+    for wrong in ("10.87.0.1", "10.87.0.0", "10.87.255.255", "10.88.0.1", "fd00::1", "nonsense"):
+        with pytest.raises(UsageError):
+            claim(IDS[1], wrong)
 
 
 @given(st.text("0123456789abcdef", min_size=32, max_size=32))
 def test_every_machine_s_address_is_a_host_s(machine_id: str) -> None:
-    number = 2 + addresses._start(machine_id)
-    assert 2 <= number <= 65534
+    assert 0 <= addresses._start(machine_id, 65533) < 65533
 
 
 @pytest.mark.parametrize(
@@ -96,21 +130,58 @@ def test_hosts() -> None:
 
 
 def test_a_store_of_its_own_has_a_bridge_of_its_own() -> None:
-    assert attach.bridge_name(attach.DEFAULT_ROOT) == "nagaya0"
-    other = attach.bridge_name("/somewhere/else")
-    assert other != attach.bridge_name("/somewhere/other")
+    assert networks.bridge_name(networks.DEFAULT_ROOT) == "nagaya0"
+    other = networks.bridge_name("/somewhere/else")
+    assert other != networks.bridge_name("/somewhere/other") != networks.bridge_name("/somewhere/other", "front")
     assert len(other) <= 15  # IFNAMSIZ less one
+    assert networks.bridge_mac(other).startswith("0e:") and len(networks.bridge_mac(other)) == 17
 
 
-def test_plans(tmp_path: Path) -> None:
-    machine_id = "0123456789abcdef" * 2
-    assert attach.plan_network("none", machine_id, str(tmp_path)).address == ""
-    plan = attach.plan_network("bridge", machine_id, str(tmp_path))
-    assert plan == attach.plan_network("bridge", machine_id, str(tmp_path))
-    assert len(plan.host_link) <= 15
-    assert int(plan.mac[:2], 16) & 3 == 2  # locally administered, not multicast
-    attach.release(str(tmp_path), machine_id)
-    assert addresses.holders(f"{tmp_path}/network/default") == set()
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a" * 64, "ü", "a b"])
+def test_what_is_no_network_s_name(name: str, tmp_path: Path) -> None:
+    assert not networks.is_name(name)
+    with pytest.raises(NotFound):
+        networks.load(str(tmp_path), name)
+
+
+def test_a_network_s_record_is_checked(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    record = NetworkRecord("front", "0" * 32, "bridge", 1, "10.64.0.0/24", "10.64.0.1")
+    networks.store(root, record)
+    assert networks.load(root, "front") == record
+    assert networks.names(root) == ["front", "nagaya0"]
+    for change in (
+        {"name": "back"}, {"driver": "ipvlan"}, {"subnet": "10.64.0.0"}, {"gateway": "10.65.0.1"}, {"subnet": "10.64.0.0/31"},
+        {"mtu": -1}, {"parent": 'x"'},
+    ):  # fmt: skip
+        records.store(f"{root}/network/front/network.json", record._replace(**change))
+        with pytest.raises(IntegrityError, match="'front' is damaged"):
+            networks.load(root, "front")
+
+
+def test_links_have_names_and_addresses_of_their_own() -> None:
+    machine_id = IDS[0]
+    links, macs = planning.host_links(machine_id), [planning.mac_address(machine_id, number) for number in range(16)]
+    assert len(set(links)) == len(set(macs)) == 16
+    assert max(map(len, links)) <= 15
+    assert all(int(mac[:2], 16) & 3 == 2 for mac in macs)  # locally administered, not multicast
+
+
+def test_one_way_out() -> None:
+    links = [
+        LinkPlan(gateway="10.0.0.1"),
+        LinkPlan(gateway="10.1.0.1", gateway6="fd00::1"),
+        LinkPlan(gateway6="fd01::1"),
+    ]
+    found = planning.without_second_gateways(links)
+    assert [(link.gateway, link.gateway6) for link in found] == [("10.0.0.1", ""), ("", "fd00::1"), ("", "")]
+
+
+def test_plans_without_links(tmp_path: Path) -> None:
+    for mode in ("none", "host"):
+        assert attach.plan_network(spec(network=mode), str(tmp_path)) == NetworkPlan(mode)
+    assert planning.attachments(spec()) == (Attachment("nagaya0"),)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_firewall_names_only_its_own_table() -> None:
@@ -128,8 +199,7 @@ def test_netlink_attributes_are_padded() -> None:
 
 def test_a_plain_user_gets_a_network_that_needs_no_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    plan = attach.plan_network("bridge", "abcdef1234" + "0" * 22, str(tmp_path))
-    assert (plan.kind, plan.mac, plan.bridge, plan.host_link) == ("user", "02:ab:cd:ef:12:34", "", "")
-    assert (plan.address, plan.prefix, plan.gateway) == ("10.0.2.15", 24, "10.0.2.2")
-    assert attach.plan_network("none", "0" * 32, str(tmp_path)).kind == "none"
+    (link,) = attach.plan_network(spec("abcdef1234" + "0" * 22), str(tmp_path)).links
+    assert (link.driver, link.mac, link.bridge, link.host_link) == ("user", "02:ab:cd:ef:12:34", "", "")
+    assert (link.address, link.prefix, link.gateway) == ("10.0.2.15", 24, "10.0.2.2")
     assert list(tmp_path.iterdir()) == []

@@ -76,11 +76,12 @@ def test_sizes_in_units_that_lose_nothing() -> None:
 
 
 def test_networks() -> None:
-    command = plan_command(PLAIN._replace(card=Card("02:00:00:00:00:01", tap=10)))
-    assert value(command, "-netdev") == "tap,id=net,fd=10,vhost=off"
-    assert "virtio-net-device,netdev=net,mac=02:00:00:00:00:01" in values(command, "-device")
-    command = plan_command(PLAIN._replace(card=Card("02:00:00:00:00:01")))
-    assert value(command, "-netdev").startswith("user,id=net,net=10.0.2.0/24")
+    command = plan_command(PLAIN._replace(cards=(Card("02:00:00:00:00:01", tap=10), Card("06:00:00:00:00:01", tap=11))))
+    assert values(command, "-netdev") == ["tap,id=net0,fd=10,vhost=off", "tap,id=net1,fd=11,vhost=off"]
+    assert "virtio-net-device,netdev=net0,mac=02:00:00:00:00:01" in values(command, "-device")
+    assert "virtio-net-device,netdev=net1,mac=06:00:00:00:00:01" in values(command, "-device")
+    command = plan_command(PLAIN._replace(cards=(Card("02:00:00:00:00:01"),)))
+    assert value(command, "-netdev").startswith("user,id=net0,net=10.0.2.0/24")
 
 
 def test_a_share_has_the_guests_memory_shared() -> None:
@@ -91,7 +92,7 @@ def test_a_share_has_the_guests_memory_shared() -> None:
     assert "vhost-user-fs-device,chardev=share0,tag=volumes" in values(command, "-device")
     on_the_bus = [word for word in values(command, "-device") if word.split(",")[0].endswith("-device")]
     assert devices(machine) == len(on_the_bus)
-    assert devices(machine._replace(card=Card("02:00:00:00:00:01", 10))) <= X86_64.transports
+    assert devices(machine._replace(cards=(Card("02:00:00:00:00:01", 10),) * 2)) <= X86_64.transports
 
 
 def test_the_users_kernel_arguments_come_last_and_are_one_word() -> None:

@@ -18,7 +18,7 @@ from nagaya.engines.vm.setup import plan_setup
 from nagaya.errors import HostError, RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Device, Limits, MachineSpec, Process, Security
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.protocol import agent, setup
 from nagaya.protocol.agent import AgentLink, Hello, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import Decoder, encode
@@ -33,6 +33,23 @@ SPEC = MachineSpec(
     process=Process(("true",)), hostname="lodger", created_ns=0, sysctls=(("a.b", "1"),), limits=Limits(pids=9),
     security=Security(unmask=True), devices=(Device("/dev/net/tun", "/dev/net/tun"),),
 )  # fmt: skip
+
+
+LINK = GuestNetwork("02:00:00:00:00:2a", "10.0.0.1", 8, "", 0)
+WRONG_NETWORKS = (
+    (LINK._replace(mac="02:00"), "not a MAC address"),
+    (LINK._replace(mac="xx"), "not a MAC address"),
+    (LINK._replace(address="10.0.0"), "not an IPv4 address"),
+    (LINK._replace(address="10.0.0.256"), "not an IPv4 address"),
+    (LINK._replace(prefix=33), "length of an IPv4"),
+    (LINK._replace(prefix6=129), "length of an IPv6"),
+    (LINK._replace(name="a" * 16), "not the name"),
+    (LINK._replace(name="a/b"), "not the name"),
+    *(
+        (LINK._replace(address6=text), "not an IPv6 address")
+        for text in ("fd00", "fd00:::1", "1::2::3", "g::1", "12345::")
+    ),
+)
 
 
 def fields(payload: bytes) -> list[tuple[int, bytes]]:
@@ -70,7 +87,10 @@ def test_a_payload_says_everything() -> None:
                 GuestMount("tmpfs", "", "/t", True, ("nosuid", "noexec"), 4096, 0o700),
                 GuestMount("virtiofs", "tag/sub", "/v"),
             ),
-            network=GuestNetwork("02:00:00:00:00:2a", "10.87.0.2", 16, "10.87.0.1", 1400),
+            networks=(
+                GuestNetwork("02:00:00:00:00:2a", "10.87.0.2", 16, "10.87.0.1", 1400),
+                GuestNetwork("06:00:00:00:00:2a", "", 0, "", 0, "eth1", "fd00:1:2::a", 64, "fe80::1"),
+            ),
             sysctls=(("net.ipv4.ip_forward", "1"),),
             unmask=True,
             power_off="port",
@@ -89,7 +109,22 @@ def test_a_payload_says_everything() -> None:
             (5, b"/etc/hosts\0a\0b"),
             (6, struct.pack("<IIIIQ", 2, 11, 0o700, 0, 4096) + b"\0/t\0"),
             (6, struct.pack("<IIIIQ", 1, 0, 0o1777, 0, 0) + b"tag/sub\0/v\0"),
-            (7, bytes.fromhex("02000000002a") + struct.pack("<HI", 16, 1400) + bytes([10, 87, 0, 2, 10, 87, 0, 1])),
+            (
+                7,
+                bytes.fromhex("02000000002a")
+                + struct.pack("<BBI", 16, 0, 1400)
+                + bytes([10, 87, 0, 2, 10, 87, 0, 1])
+                + bytes(32)
+                + b"eth0\0",
+            ),
+            (
+                7,
+                bytes.fromhex("06000000002a")
+                + struct.pack("<BBI", 0, 64, 0)
+                + bytes(8)
+                + bytes.fromhex("fd000001000200000000000000 00000a fe80" + "00" * 13 + "01")
+                + b"eth1\0",
+            ),
             (8, b"net.ipv4.ip_forward\x001\0"),
             (9, U32.pack(3)),
             (10, b"/dev/fuse\0/dev/fuse\0"),
@@ -121,11 +156,7 @@ def test_the_time_can_be_told_later() -> None:
         (PLAIN._replace(mounts=(GuestMount("bind", "a", "/b"),)), "cannot mount a 'bind'"),
         (PLAIN._replace(mounts=(GuestMount("tmpfs", "", "b"),)), "not an absolute path"),
         (PLAIN._replace(mounts=(GuestMount("tmpfs", "", "/b", options=("sync",)),)), "unknown mount option 'sync'"),
-        (PLAIN._replace(network=GuestNetwork("02:00", "10.0.0.1", 8, "", 0)), "not a MAC address"),
-        (PLAIN._replace(network=GuestNetwork("xx", "10.0.0.1", 8, "", 0)), "not a MAC address"),
-        (PLAIN._replace(network=GuestNetwork("02:00:00:00:00:2a", "10.0.0", 8, "", 0)), "not an IPv4 address"),
-        (PLAIN._replace(network=GuestNetwork("02:00:00:00:00:2a", "10.0.0.256", 8, "", 0)), "not an IPv4 address"),
-        (PLAIN._replace(network=GuestNetwork("02:00:00:00:00:2a", "10.0.0.1", 33, "", 0)), "length of an IPv4"),
+        *((PLAIN._replace(networks=(network,)), text) for network, text in WRONG_NETWORKS),
         (PLAIN._replace(sysctls=(("a\0", "1"),)), "NUL"),
         (PLAIN._replace(files=(("/f", bytes(1 << 20)),)), "too long"),
     ],
@@ -280,9 +311,11 @@ def test_a_mount_over_proc_is_refused() -> None:
 
 
 def test_the_network() -> None:
-    wanted = NetworkPlan("bridge", "nagaya0", "ngy0", "10.87.0.2", 16, "10.87.0.1", "02:00:00:00:00:01", 1450)
-    assert plan(request(network=wanted)).network == GuestNetwork(
-        "02:00:00:00:00:01", "10.87.0.2", 16, "10.87.0.1", 1450
+    first = LinkPlan(address="10.87.0.2", prefix=16, gateway="10.87.0.1", mac="02:00:00:00:00:01", mtu=1450)
+    second = LinkPlan(name="eth1", mac="06:00:00:00:00:01", address6="fd00::2", prefix6=64, gateway6="fd00::1")
+    assert plan(request(network=NetworkPlan("links", (first, second)))).networks == (
+        GuestNetwork("02:00:00:00:00:01", "10.87.0.2", 16, "10.87.0.1", 1450),
+        GuestNetwork("06:00:00:00:00:01", "", 0, "", 1500, "eth1", "fd00::2", 64, "fd00::1"),
     )
 
 

@@ -6,6 +6,8 @@ import os
 
 from nagaya.cli import values
 from nagaya.cli.flags import Flag, Parsed
+from nagaya.cli.network_flags import NetworkOptions
+from nagaya.cli.network_flags import read as read_network
 from nagaya.cli.progress import open_progress
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError, NotFound, UsageError
@@ -37,7 +39,19 @@ FLAGS = (
     Flag("-h --hostname", "Host name inside the machine", value="NAME"),
     Flag("-l --label", "Label the machine", value="KEY[=VALUE]", many=True),
     Flag("--label-file", "Read labels from a file", value="FILE", many=True),
-    Flag("--net --network", "Network: bridge (default), host, none", value="NETWORK"),
+    Flag(
+        "--net --network",
+        "Network: bridge (default), host, none, user, or NAME[:ip=,ip6=,mac=,alias=] of 'network ls'; several are fine",
+        value="NETWORK",
+        many=True,
+    ),
+    Flag("--ip", "IPv4 address in its (first) network", value="ADDRESS"),
+    Flag("--ip6", "IPv6 address in its (first) network", value="ADDRESS"),
+    Flag("--mac-address", "MAC address in its (first) network", value="ADDRESS"),
+    Flag("--network-alias", "Further name on its networks", value="NAME", many=True),
+    Flag("-p --publish", "Publish a port on this host", value="[ADDRESS:][HOST:]GUEST[/udp]", many=True),
+    Flag("--net-rate", "Most bits per second in each direction, for example 10mbit", value="RATE"),
+    Flag("--allow-host", "Let the machine reach what listens on this host"),
     Flag("--cpus", "Most CPUs to use, for example 1.5", value="NUMBER"),
     Flag("-m --memory", "Most memory to use, for example 512m", value="SIZE"),
     Flag("--pids-limit", "Most processes to have (-1: no limit)", value="NUMBER"),
@@ -78,6 +92,7 @@ def read_options(parsed: Parsed) -> CreateOptions:
     if not image:
         raise UsageError("the image's name is empty", hint="for example nagaya run debian")
     settings = read_settings()
+    network = _network(parsed, settings)
     return CreateOptions(
         image=image,
         command=tuple(command),
@@ -95,7 +110,11 @@ def read_options(parsed: Parsed) -> CreateOptions:
         init=parsed.switch("init"),
         read_only=parsed.switch("read-only"),
         userns=parsed.text("userns"),
-        network=_settled(parsed, settings, "network", "bridge").text,
+        network=network.network,
+        attachments=network.attachments,
+        ports=network.ports,
+        net_rate_bits=network.net_rate_bits,
+        allow_host=network.allow_host,
         mounts=_mounts(parsed),
         devices=tuple(values.parse_device(text) for text in parsed.texts("device")),
         ulimits=tuple(values.parse_ulimit(text) for text in parsed.texts("ulimit")),
@@ -147,6 +166,11 @@ def _settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: st
     if parsed.given(key):
         return Setting(parsed.text(key), f"--{key}")
     return settings.get(key) or Setting(default, f"--{key}")
+
+
+def _network(parsed: Parsed, settings: dict[str, Setting]) -> NetworkOptions:
+    texts = parsed.texts("network") or [_settled(parsed, settings, "network", "bridge").text]
+    return read_network(parsed, texts)
 
 
 def _platform(parsed: Parsed) -> str:

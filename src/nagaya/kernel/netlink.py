@@ -8,17 +8,23 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+from collections.abc import Iterator
 from struct import Struct
 
+from nagaya.static import NamedTuple
+
 AF_INET = 2
+AF_INET6 = 10
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
 
 NLM_F_REQUEST = 0x1
 NLM_F_ACK = 0x4
+NLM_F_DUMP = 0x300
 NLM_F_EXCL = 0x200
 NLM_F_CREATE = 0x400
 NLMSG_ERROR = 2
+NLMSG_DONE = 3
 NETLINK_EXT_ACK = 11
 NETLINK_CAP_ACK = 10
 SOL_NETLINK = 270
@@ -26,8 +32,15 @@ NLMSGERR_ATTR_MSG = 1
 
 RTM_NEWLINK = 16
 RTM_DELLINK = 17
+RTM_GETLINK = 18
 RTM_NEWADDR = 20
+RTM_GETADDR = 22
 RTM_NEWROUTE = 24
+RTM_GETROUTE = 26
+RTN_UNICAST = 1
+RT_TABLE_MAIN = 254
+RTPROT_BOOT = 3
+RTPROT_RA = 9
 IFF_UP = 1
 
 IFLA_ADDRESS = 1
@@ -36,12 +49,16 @@ IFLA_MTU = 4
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_NET_NS_PID = 19
+IFLA_STATS64 = 23
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 VETH_INFO_PEER = 1
 IFA_ADDRESS = 1
 IFA_LOCAL = 2
 IFA_BROADCAST = 4
+IFA_F_NODAD = 0x02
+RTA_DST = 1
+RTA_OIF = 4
 RTA_GATEWAY = 5
 
 NFT_GETTABLE = 10 << 8 | 1
@@ -55,6 +72,30 @@ _RTMSG = Struct("=BBBBBBBBI")
 _NFGEN = Struct("=BBH")
 _ATTR = Struct("=HH")
 _ERROR = Struct("=i")
+_STATS = Struct("=QQQQ")  # struct rtnl_link_stats64 begins so: packets received and sent, bytes received and sent
+
+
+class Route(NamedTuple):
+    """A unicast route: where to, as a network's first address and its prefix, and the index of the link (0: several)."""
+
+    network: bytes  # 4 or 16 bytes; all zero with prefix 0 for a default route
+    prefix: int
+    link: int
+    protocol: int
+
+
+class Link(NamedTuple):
+    """A network interface. `kind` is "bridge", "veth", "tun" and so on; "" for a real one. `master`: an index, or 0."""
+
+    number: int  # its index
+    name: str
+    kind: str
+    mac: str
+    master: int
+    mtu: int
+    is_up: bool
+    received_bytes: int
+    sent_bytes: int
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -108,12 +149,62 @@ class Netlink:
                     raise OSError(code, f"{what}: {_extended_text(data[:length]) or os.strerror(code)}")
                 return
 
+    def dump(self, kind: int, body: bytes, what: str) -> Iterator[bytes]:
+        """What the kernel lists for one request: the payload of each message, without its header."""
+        self._sequence += 1
+        head = _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
+        self._socket.send(head + body)
+        while True:
+            data = self._socket.recv(1 << 18)
+            at = 0
+            while at + _HEADER.size <= len(data):
+                length, kind_, _, sequence, _ = _HEADER.unpack_from(data, at)
+                if length < _HEADER.size:
+                    raise OSError(errno.EPROTO, f"{what}: the kernel's answer is malformed")
+                if sequence == self._sequence:
+                    if kind_ == NLMSG_DONE:
+                        return
+                    if kind_ == NLMSG_ERROR:
+                        code = -_ERROR.unpack_from(data, at + _HEADER.size)[0]
+                        raise OSError(code, f"{what}: {os.strerror(code)}")
+                    yield data[at + _HEADER.size : at + length]
+                at += length + -length % 4
+
     # -- links
 
-    def add_bridge(self, name: str) -> bool:
-        """Make a bridge; False when there is an interface of that name already."""
+    def links(self) -> list[Link]:
+        """All interfaces of our network namespace. (/sys may show another's.)"""
+        return [_read_link(data) for data in self.dump(RTM_GETLINK, _IFINFO.pack(0, 0, 0, 0, 0), "list links")]
+
+    def find_link(self, name: str) -> Link | None:
+        """One interface, by its name."""
+        self._sequence += 1
+        body = _IFINFO.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, text(name))
+        head = _HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(head + body)
+        while True:
+            data = self._socket.recv(65536)
+            length, kind, _, sequence, _ = _HEADER.unpack_from(data)
+            if sequence != self._sequence:
+                continue
+            if kind != NLMSG_ERROR:
+                return _read_link(data[_HEADER.size : length])
+            code = -_ERROR.unpack_from(data, _HEADER.size)[0]
+            if code in (errno.ENODEV, errno.ERANGE):  # the second: no interface may have so long a name
+                return None
+            raise OSError(code, f"look at link {name}: {os.strerror(code)}")
+
+    def add_bridge(self, name: str, mac: str = "", mtu: int = 0) -> bool:
+        """Make a bridge; False when there is an interface of that name already.
+
+        Without a MAC of its own a bridge takes the least one of its ports', and changes it as they come and go.
+        """
         info = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b"bridge"))
         body = _IFINFO.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, text(name)) + info
+        if mac:
+            body += attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+        if mtu:
+            body += attribute(IFLA_MTU, number(mtu))
         try:
             self.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make bridge {name}")
         except FileExistsError:
@@ -139,6 +230,11 @@ class Netlink:
             + attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b"veth") + data)
         )
         self.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make link {name}")
+
+    def release(self, index: int) -> None:
+        """Take a link out of its bridge, and down."""
+        body = _IFINFO.pack(0, 0, index, 0, IFF_UP) + attribute(IFLA_MASTER, number(0))
+        self.request(RTM_NEWLINK, 0, body, "take a link out of its bridge")
 
     def set_up(self, index: int) -> None:
         self.request(RTM_NEWLINK, 0, _IFINFO.pack(0, 0, index, IFF_UP, IFF_UP), "bring a link up")
@@ -181,10 +277,76 @@ class Netlink:
         except FileExistsError:
             return
 
+    def add_address6(self, index: int, address: str, prefix: int) -> None:
+        """Give an interface an IPv6 address, at once (no duplicate address detection); one that it has is fine."""
+        raw = _socket.inet_pton(AF_INET6, address)
+        body = _IFADDR.pack(AF_INET6, prefix, IFA_F_NODAD, 0, index) + attribute(IFA_ADDRESS, raw)
+        try:
+            self.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, body, f"add address {address}")
+        except FileExistsError:
+            return
+
+    def addresses(self, index: int) -> set[str]:
+        """An interface's addresses, of both families."""
+        found = set()
+        for data in self.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0), "list addresses"):
+            family, _, _, _, link = _IFADDR.unpack_from(data)
+            raw = attributes(data, _IFADDR.size).get(IFA_ADDRESS)
+            if link == index and raw is not None:
+                found.add(_socket.inet_ntop(family, raw))
+        return found
+
+    def routes(self, family: int) -> list[Route]:
+        """The unicast routes of all tables, of AF_INET or AF_INET6."""
+        found = []
+        for data in self.dump(RTM_GETROUTE, _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0), "list routes"):
+            family_, prefix, _, _, _, protocol, _, kind, _ = _RTMSG.unpack_from(data)
+            if family_ != family or kind != RTN_UNICAST:
+                continue
+            parts = attributes(data, _RTMSG.size)
+            link = int.from_bytes(parts.get(RTA_OIF, b""), "little")
+            network = parts.get(RTA_DST, bytes(4 if family == AF_INET else 16))
+            found.append(Route(network, prefix, link, protocol))
+        return found
+
     def add_default_route(self, gateway: str) -> None:
+        """By an IPv4 or IPv6 gateway. Raises `OSError` when there is one of that family already."""
+        family = AF_INET6 if ":" in gateway else AF_INET
         # family, dst_len, src_len, tos, table main, protocol boot, scope universe, type unicast, flags
-        body = _RTMSG.pack(AF_INET, 0, 0, 0, 254, 3, 0, 1, 0) + attribute(RTA_GATEWAY, _socket.inet_aton(gateway))
+        body = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, 0, RTN_UNICAST, 0)
+        body += attribute(RTA_GATEWAY, _socket.inet_pton(family, gateway))
         self.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, body, f"add default route by {gateway}")
+
+
+def attributes(data: bytes, at: int) -> dict[int, bytes]:
+    """The attributes that follow a message's fixed part, by number (the flags of nested ones left out)."""
+    found = {}
+    while at + _ATTR.size <= len(data):
+        length, kind = _ATTR.unpack_from(data, at)
+        if length < _ATTR.size:
+            break
+        found[kind & 0x3FFF] = data[at + _ATTR.size : at + length]
+        at += length + -length % 4
+    return found
+
+
+def _read_link(data: bytes) -> Link:
+    _, _, index, flags, _ = _IFINFO.unpack_from(data)
+    parts = attributes(data, _IFINFO.size)
+    info = attributes(parts.get(IFLA_LINKINFO, b""), 0)
+    stats = parts.get(IFLA_STATS64, b"")
+    _, _, received, sent = _STATS.unpack_from(stats) if len(stats) >= _STATS.size else (0, 0, -1, -1)
+    return Link(
+        number=index,
+        name=parts.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "replace"),
+        kind=info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace"),
+        mac=":".join(f"{byte:02x}" for byte in parts.get(IFLA_ADDRESS, b"")),
+        master=int.from_bytes(parts.get(IFLA_MASTER, b""), "little"),
+        mtu=int.from_bytes(parts.get(IFLA_MTU, b""), "little"),
+        is_up=bool(flags & IFF_UP),
+        received_bytes=received,
+        sent_bytes=sent,
+    )
 
 
 def _extended_text(message: bytes) -> str:

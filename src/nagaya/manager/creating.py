@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SMALLEST_MEMORY = 6 << 20
 PROPAGATIONS = ("private", "rprivate", "slave", "rslave", "shared", "rshared")
+MODES = ("bridge", "host", "none", "user")
 RESTARTS = ("no", "on-failure", "always", "unless-stopped")
 
 
@@ -54,6 +55,10 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
         read_only=options.read_only,
         userns=options.userns,
         network=options.network,
+        attachments=options.attachments,
+        ports=options.ports,
+        net_rate_bits=options.net_rate_bits,
+        allow_host=options.allow_host,
         mounts=options.mounts + _image_volumes(options, config),
         devices=options.devices,
         ulimits=options.ulimits,
@@ -98,8 +103,12 @@ def name_volumes(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
 def check_options(options: CreateOptions) -> None:
     """What can be said without the image. Raises `UsageError`."""
     _check_texts(options)
-    if options.network not in ("bridge", "host", "none"):
-        raise UsageError(f"unknown network '{options.network}'", hint="one of: bridge, host, none")
+    if options.network not in MODES:
+        raise UsageError(f"unknown network '{options.network}'", hint=f"one of: {', '.join(MODES)}")
+    if options.attachments or options.ports or options.net_rate_bits or options.allow_host:
+        from nagaya.manager.network_options import check_network_options  # lazy: most machines have the default network
+
+        check_network_options(options)
     if options.userns not in ("", "auto", "host"):
         raise UsageError(f"unknown user namespace mode '{options.userns}'", hint="one of: auto, host")
     if options.restart.policy not in RESTARTS:

@@ -166,7 +166,7 @@ def _make_network() -> None:
 
 def look_at_forwarding() -> Finding:
     """Of packets between a bridge and the world."""
-    from nagaya.net.attach import FORWARDING
+    from nagaya.net.planning import FORWARDING
 
     if _read(FORWARDING).strip() == "1":
         return Finding("forwarding", OK, "on", FORWARDING, "machines on the bridge reach out")

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from nagaya.model.spec import Device, Limits, LogLimits, Mount, Restart, Security, Ulimit
+from nagaya.model.spec import (
+    Attachment,
+    Device,
+    Limits,
+    LogLimits,
+    Mount,
+    PortMapping,
+    Restart,
+    Security,
+    Ulimit,
+)
 from nagaya.static import NamedTuple
 
 
@@ -28,6 +38,10 @@ class CreateOptions(NamedTuple):
     read_only: bool = False
     userns: str = ""
     network: str = "bridge"
+    attachments: tuple[Attachment, ...] = ()  # empty with "bridge" = the default network
+    ports: tuple[PortMapping, ...] = ()
+    net_rate_bits: int = 0
+    allow_host: bool = False
     mounts: tuple[Mount, ...] = ()
     devices: tuple[Device, ...] = ()
     ulimits: tuple[Ulimit, ...] = ()

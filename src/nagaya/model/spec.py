@@ -54,6 +54,28 @@ class Security(NamedTuple):
     unmask: bool = False  # security-opt systempaths=unconfined: no masked or read-only paths under /proc and /sys
 
 
+DEFAULT_NETWORK = "nagaya0"  # what `network = "bridge"` without attachments is plugged into
+
+
+class Attachment(NamedTuple):
+    """A network that the machine is plugged into, and what it asks of it. "" = what the network gives."""
+
+    network: str  # name of a network of the store
+    aliases: tuple[str, ...] = ()  # further names that others on the network find it by
+    address: str = ""  # IPv4
+    address6: str = ""  # IPv6
+    mac: str = ""
+
+
+class PortMapping(NamedTuple):
+    """A port of the host that leads to one of the machine's."""
+
+    host_address: str  # IPv4 or IPv6 of the host; "" = loopback of both
+    host_port: int  # 0 = the host chooses a free one at each start
+    guest_port: int
+    protocol: str = "tcp"  # "tcp" | "udp"
+
+
 class Restart(NamedTuple):
     policy: str = "no"  # no | on-failure | always | unless-stopped
     max_retries: int = 0  # on-failure only; 0 = without end
@@ -112,7 +134,11 @@ class MachineSpec(NamedTuple):
     init: bool = True  # False: the program itself is PID 1
     read_only: bool = False
     userns: str = ""  # "" = host's user namespace, "auto" = own range of ids
-    network: str = "bridge"  # "bridge" | "host" | "none"
+    network: str = "bridge"  # "bridge": its `attachments`, or the default network | "host" | "none" | "user"
+    attachments: tuple[Attachment, ...] = ()  # the first gives the default routes
+    ports: tuple[PortMapping, ...] = ()
+    net_rate_bits: int = 0  # bits per second in each direction; 0 = no limit
+    allow_host: bool = False  # it may reach what listens on this host
     mounts: tuple[Mount, ...] = ()
     devices: tuple[Device, ...] = ()
     ulimits: tuple[Ulimit, ...] = ()

@@ -8,121 +8,70 @@ from __future__ import annotations
 
 import os
 
-from nagaya.errors import Conflict
-from nagaya.static import NamedTuple
+from nagaya.errors import Conflict, UsageError
+from nagaya.net.subnets import Subnet
 from nagaya.storage.paths import make_directory
 
-FIRST_SUBNETS = tuple(range(87, 128))  # 10.87.0.0/16 … 10.127.0.0/16
+MOST_TRIED = 1 << 16
 
 
-class Subnet(NamedTuple):
-    """An IPv4 /16 and its gateway, which is its first address."""
-
-    second: int  # 10.SECOND.0.0/16
-
-    @property
-    def gateway(self) -> str:
-        return f"10.{self.second}.0.1"
-
-    @property
-    def text(self) -> str:
-        return f"10.{self.second}.0.0/16"
-
-    @property
-    def prefix(self) -> int:
-        return 16
-
-    def address(self, number: int) -> str:
-        return f"10.{self.second}.{number >> 8}.{number & 255}"
+def _start(machine_id: str, usable: int) -> int:
+    return int(machine_id[:8], 16) % usable
 
 
-USABLE = 65534 - 1  # numbers 2 … 65534: without network, gateway and broadcast
+def claim(leases: str, subnet: Subnet, machine_id: str, *, gateway: str, wanted: str = "") -> str:
+    """The machine's address in the network whose leases lie in `leases`: `wanted`, the one it has, or a free one.
 
-
-def used_subnets(route_table: str) -> set[int]:
-    """Second bytes of the 10.x networks in /proc/net/route's text. A route that covers all of 10/8 takes none."""
-    used: set[int] = set()
-    for line in route_table.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) < 8:
-            continue
-        destination = int.from_bytes(bytes.fromhex(fields[1])[::-1], "big")
-        mask = int.from_bytes(bytes.fromhex(fields[7])[::-1], "big")
-        if destination >> 24 == 10 and mask >> 16 & 255:
-            used.update(second for second in range(256) if _overlaps(second, destination, mask))
-    return used
-
-
-def _overlaps(second: int, destination: int, mask: int) -> bool:
-    subnet = 10 << 24 | second << 16
-    return subnet & mask == destination or destination & 0xFFFF0000 == subnet
-
-
-def drop_taken_subnet(directory: str, routes: str) -> bool:
-    """Forget a subnet that somebody else has come to use while our bridge was down; whether it was so.
-
-    For the holder of the network's lock, while there is no bridge. `routes` is /proc/net/route's text. A subnet in
-    which machines have addresses is kept, whatever the host says.
+    Raises `Conflict` when it is taken, or all are.
     """
-    path = f"{directory}/subnet"
-    try:
-        second = int(os.readlink(path))
-    except (OSError, ValueError):
-        return False
-    if second not in used_subnets(routes) or holders(directory):
-        return False
-    os.unlink(path)
-    return True
-
-
-def read_routes() -> str:
-    """The host's IPv4 routes, as the kernel prints them."""
-    with open("/proc/net/route", encoding="ascii") as file:
-        return file.read()
-
-
-def load_subnet(directory: str) -> Subnet:
-    """The network's subnet: chosen clear of the host's routes the first time, and kept."""
-    path = f"{directory}/subnet"
-    try:
-        text = os.readlink(path)
-    except FileNotFoundError:
-        used = used_subnets(read_routes())
-        free = [second for second in FIRST_SUBNETS if second not in used]
-        if not free:
-            raise Conflict(
-                "no free subnet was found among 10.87.0.0/16 to 10.127.0.0/16", hint="use --network host or none"
-            ) from None
-        make_directory(directory)
-        try:
-            os.symlink(str(free[0]), path)
-        except FileExistsError:
-            return load_subnet(directory)
-        text = str(free[0])
-    return Subnet(int(text) if text.isdigit() and int(text) < 256 else FIRST_SUBNETS[0])
-
-
-def _start(machine_id: str) -> int:
-    return int(machine_id[:8], 16) % USABLE
-
-
-def claim(directory: str, subnet: Subnet, machine_id: str) -> str:
-    """The machine's address: the one it has, or a free one."""
-    leases = f"{directory}/leases"
-    start = _start(machine_id)
-    for step in range(USABLE):
-        address = subnet.address(2 + (start + step) % USABLE)
-        link = f"{leases}/{address}"
-        try:
-            os.symlink(machine_id, link)
+    make_directory(leases)
+    if wanted:
+        return _claim_wanted(leases, subnet, machine_id, gateway=gateway, wanted=wanted)
+    # Number 0 is the network's, in IPv4 the last one its broadcast's.
+    usable = min(subnet.size, MOST_TRIED) - (3 if subnet.version == 4 else 2)
+    start = _start(machine_id, max(usable, 1))
+    for step in range(usable + 1):
+        address = subnet.address(1 + (start + step) % (usable + 1))
+        if address != gateway and _take(f"{leases}/{address}", machine_id):
             return address
-        except FileNotFoundError:
-            make_directory(leases)
-            return claim(directory, subnet, machine_id)
-        except FileExistsError:
-            if _owner(link) == machine_id:
-                return address
     raise Conflict(f"all addresses of {subnet.text} are taken", hint="remove machines that are not needed")
+
+
+def _claim_wanted(leases: str, subnet: Subnet, machine_id: str, *, gateway: str, wanted: str) -> str:
+    wanted = check_wanted(subnet, wanted, gateway=gateway)
+    if _take(f"{leases}/{wanted}", machine_id):
+        return wanted
+    raise Conflict(
+        f"the address {wanted} is in use by machine {_owner(f'{leases}/{wanted}')[:12]}",
+        hint="give another one, or none: then Nagaya chooses",
+        state=wanted,
+    )
+
+
+def check_wanted(subnet: Subnet, wanted: str, *, gateway: str) -> str:
+    """The address as the kernel writes it. Raises `UsageError` for one that no machine of the network can have."""
+    from nagaya.net.subnets import format_address, parse_address
+
+    try:
+        number = parse_address(wanted, subnet.version) - subnet.base
+    except ValueError as error:
+        raise UsageError(str(error), hint=f"for example {subnet.address(9)}") from None
+    last = subnet.size - 1 if subnet.version == 4 else subnet.size
+    text = format_address(number + subnet.base, subnet.version)
+    if not 0 < number < last or text == gateway:
+        raise UsageError(
+            f"{wanted} is no address for a machine in {subnet.text}", hint=f"for example {subnet.address(9)}"
+        )
+    return text
+
+
+def _take(link: str, machine_id: str) -> bool:
+    """Whether the lease is the machine's now."""
+    try:
+        os.symlink(machine_id, link)
+    except FileExistsError:
+        return _owner(link) == machine_id
+    return True
 
 
 def _owner(link: str) -> str:
@@ -132,30 +81,44 @@ def _owner(link: str) -> str:
         return ""
 
 
-def release(directory: str, machine_id: str) -> None:
-    """Give the machine's address back, if it has one."""
-    leases = f"{directory}/leases"
-    subnet = load_subnet(directory)
-    start = _start(machine_id)
-    for step in range(16):
-        link = f"{leases}/{subnet.address(2 + (start + step) % USABLE)}"
-        if _owner(link) == machine_id:
-            os.unlink(link)
-            return
-    for name in _list(leases):  # a crowded neighbourhood: it lies further on
-        if _owner(f"{leases}/{name}") == machine_id:
-            os.unlink(f"{leases}/{name}")
-            return
+def release(leases: str, machine_id: str) -> None:
+    """Give the machine's addresses back, if it has any."""
+    for address, owner in list_leases(leases):
+        if owner == machine_id:
+            _drop(f"{leases}/{address}")
 
 
-def holders(directory: str) -> set[str]:
-    """Ids of the machines that hold an address."""
-    leases = f"{directory}/leases"
-    return {_owner(f"{leases}/{name}") for name in _list(leases)} - {""}
+def release_addresses(leases: str, machine_id: str, addresses: tuple[str, ...]) -> None:
+    """The same where it is known which: a crowded network is not searched."""
+    for address in addresses:
+        if address and _owner(f"{leases}/{address}") == machine_id:
+            _drop(f"{leases}/{address}")
 
 
-def _list(directory: str) -> list[str]:
+def _drop(path: str) -> None:
     try:
-        return os.listdir(directory)
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def list_leases(leases: str) -> list[tuple[str, str]]:
+    """(address, machine id) of all."""
+    try:
+        found = os.listdir(leases)
     except FileNotFoundError:
         return []
+    return [(address, owner) for address in found if (owner := _owner(f"{leases}/{address}"))]
+
+
+def holders(leases: str) -> set[str]:
+    """Ids of the machines that hold an address."""
+    return {owner for _, owner in list_leases(leases)}
+
+
+def has_holders(leases: str) -> bool:
+    try:
+        with os.scandir(leases) as entries:
+            return any(True for _ in entries)
+    except FileNotFoundError:
+        return False

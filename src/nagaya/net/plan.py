@@ -1,24 +1,54 @@
-"""A machine's network as data."""
+"""A machine's network as data: what the manager has planned, the host prepares and the engine connects."""
 
 from __future__ import annotations
 
 from nagaya.static import NamedTuple
 
 
-class NetworkPlan(NamedTuple):
-    """How one machine is wired. For "none" and "host" the rest is empty.
+class LinkPlan(NamedTuple):
+    """One link of a machine, with the addresses of both families; an empty address = none of that family.
 
-    "user" is a plain user's network: nobody can reach the machine, and what it asks for the VMM asks in its place."""
+    "bridge": the other end is `host_link`, in `bridge`. "macvlan": a child of the host's link `bridge`. "user": a plain
+    user's network: what the machine asks for its VMM, or a helper, asks in its place.
+    """
 
-    kind: str  # "none" | "host" | "bridge" | "user"
+    driver: str = "bridge"  # "bridge" | "macvlan" | "user"
+    network: str = ""  # the network's name
     bridge: str = ""  # host bridge, for example "nagaya0"
-    host_link: str = ""  # host end of the veth pair, at most 15 characters
-    address: str = ""  # "10.87.0.2"
-    prefix: int = 0
-    gateway: str = ""
+    host_link: str = ""  # host end of the veth pair, or the tap device; at most 15 characters
+    name: str = "eth0"  # inside the machine
     mac: str = ""
     mtu: int = 1500
+    address: str = ""  # "10.87.0.2"
+    prefix: int = 0
+    gateway: str = ""  # "" = no default route
+    address6: str = ""  # "fd12:3456:789a:1::2"
+    prefix6: int = 0
+    gateway6: str = ""
 
+
+class NetworkPlan(NamedTuple):
+    """How one machine is wired. "host": it shares the host's network; "links": these alone; "none": loopback alone."""
+
+    kind: str  # "none" | "host" | "links"
+    links: tuple[LinkPlan, ...] = ()
+    nameservers: tuple[str, ...] = ()  # that answer for its networks; empty = the host's own
+    search: tuple[str, ...] = ()  # domains, for /etc/resolv.conf
+    hosts: tuple[tuple[str, str], ...] = ()  # (name, address) that /etc/hosts says beside the machine's own
+    warnings: tuple[str, ...] = ()  # what it has to do without
+
+    @property
+    def address(self) -> str:
+        """The machine's first address, for who wants one."""
+        return next((link.address or link.address6 for link in self.links), "")
+
+    @property
+    def is_user(self) -> bool:
+        """Whether it has a plain user's network."""
+        return any(link.driver == "user" for link in self.links)
+
+
+NONE = NetworkPlan("none")
 
 # What QEMU's and others' user-mode networks (slirp) give to the one machine in each of them.
 USER_ADDRESS = "10.0.2.15"

@@ -10,19 +10,19 @@ import os
 from nagaya.errors import HostError
 from nagaya.kernel import tun
 from nagaya.kernel.netlink import Netlink, index_of
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan
 
 
-def open_link(plan: NetworkPlan) -> int:
-    """A tap device named `plan.host_link`, up and in `plan.bridge`; its descriptor, which does not block.
+def open_link(link: LinkPlan) -> int:
+    """A tap device named `link.host_link`, up and in `link.bridge`; its descriptor, which does not block.
 
     Every frame has a `struct virtio_net_hdr` before it. Raises `HostError`; there is no device then.
     """
     try:
-        fd = tun.open_tap(plan.host_link)
+        fd = tun.open_tap(link.host_link)
         try:
             with Netlink() as netlink:
-                netlink.enslave(index_of(plan.host_link), master=index_of(plan.bridge), mtu=plan.mtu)
+                netlink.enslave(index_of(link.host_link), master=index_of(link.bridge), mtu=link.mtu)
         except BaseException:
             os.close(fd)
             raise

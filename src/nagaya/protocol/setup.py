@@ -25,7 +25,8 @@ _FIELD = Struct("<HHI")
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _MOUNT_HEAD = Struct("<IIIIQ")  # kind, flags, mode, zero, size
-_NETWORK_BODY = Struct("<6sHI4s4s")  # MAC, prefix, MTU, address, gateway
+_NETWORK_BODY = Struct("<6sBBI4s4s16s16s")  # MAC, prefixes, MTU, IPv4 address and gateway, IPv6 address and gateway
+LINK_NAME_MAX = 15  # IFNAMSIZ less its NUL
 
 
 class GuestMount(NamedTuple):
@@ -45,13 +46,20 @@ class GuestMount(NamedTuple):
 
 
 class GuestNetwork(NamedTuple):
-    """The machine's one link, found by its MAC and called eth0. `gateway` "" = no default route; `mtu` 0 = as it is."""
+    """One of the machine's links, found by its MAC and given its name. `mtu` 0 = as it is.
+
+    An address "" = none of that family, a gateway "" = no default route.
+    """
 
     mac: str
     address: str
     prefix: int
     gateway: str
     mtu: int
+    name: str = "eth0"
+    address6: str = ""
+    prefix6: int = 0
+    gateway6: str = ""
 
 
 class GuestSetup(NamedTuple):
@@ -67,7 +75,7 @@ class GuestSetup(NamedTuple):
     entropy: bytes = b""
     files: tuple[tuple[str, bytes], ...] = ()  # (path, content): mounted over the image's own, so no change to it
     mounts: tuple[GuestMount, ...] = ()  # parents before children
-    network: GuestNetwork | None = None  # lo is always up
+    networks: tuple[GuestNetwork, ...] = ()  # lo is always up
     sysctls: tuple[tuple[str, str], ...] = ()
     unmask: bool = False  # no masked or read-only paths under /proc and /sys
     power_off: str = "acpi"
@@ -97,8 +105,7 @@ def setup_payload(setup: GuestSetup) -> bytes:
     ]
     if setup.entropy:
         fields.append(_field(_ENTROPY, setup.entropy))
-    if setup.network is not None:
-        fields.append(_field(_NETWORK, _network(setup.network)))
+    fields += [_field(_NETWORK, _network(network)) for network in setup.networks]
     if setup.pids:
         fields.append(_field(_PIDS, _U32.pack(setup.pids)))
     fields += [_field(_DEVICE, _text(node) + b"\0" + _absolute(path) + b"\0") for node, path in setup.devices]
@@ -137,15 +144,22 @@ def _mount(mount: GuestMount) -> bytes:
 def _network(network: GuestNetwork) -> bytes:
     if not 0 <= network.prefix <= 32:
         raise UsageError(f"{network.prefix} is not the length of an IPv4 network's prefix")
+    if not 0 <= network.prefix6 <= 128:
+        raise UsageError(f"{network.prefix6} is not the length of an IPv6 network's prefix")
+    name = _text(network.name)
+    if not 0 < len(name) <= LINK_NAME_MAX or b"/" in name or name in (b".", b".."):
+        raise UsageError(f"'{network.name}' is not the name of a network link")
     try:
         mac = bytes.fromhex(network.mac.replace(":", ""))
     except ValueError:
         mac = b""
     if len(mac) != 6:
         raise UsageError(f"'{network.mac}' is not a MAC address")
-    return _NETWORK_BODY.pack(
-        mac, network.prefix, network.mtu, _address(network.address), _address(network.gateway or "0.0.0.0")
-    )
+    body = _NETWORK_BODY.pack(
+        mac, network.prefix, network.prefix6, network.mtu, _address(network.address or "0.0.0.0"),
+        _address(network.gateway or "0.0.0.0"), _address6(network.address6 or "::"), _address6(network.gateway6 or "::"),
+    )  # fmt: skip
+    return body + name + b"\0"
 
 
 def _address(text: str) -> bytes:
@@ -153,6 +167,19 @@ def _address(text: str) -> bytes:
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) < 256 for part in parts):
         raise UsageError(f"'{text}' is not an IPv4 address")
     return bytes(int(part) for part in parts)
+
+
+def _address6(text: str) -> bytes:
+    """RFC 4291, 2.2, but for the form that ends in an IPv4 address. (`socket` is I/O, which this layer has none of.)"""
+    head, gap, tail = text.partition("::")
+    groups, rest = head.split(":") if head else [], tail.split(":") if tail else []
+    missing = 8 - len(groups) - len(rest)
+    digits = set("0123456789abcdefABCDEF")
+    if not all(0 < len(group) < 5 and digits.issuperset(group) for group in groups + rest) or (
+        missing < 1 if gap else missing
+    ):
+        raise UsageError(f"'{text}' is not an IPv6 address")
+    return b"".join(int(group, 16).to_bytes(2, "big") for group in [*groups, *["0"] * missing, *rest])
 
 
 def _absolute(path: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nagaya.model.spec import MachineSpec
 from nagaya.net import names
-from nagaya.net.plan import USER_NAMESERVER, NetworkPlan
+from nagaya.net.plan import NetworkPlan
 from nagaya.storage.paths import make_directory
 from nagaya.storage.records import write_file
 
@@ -17,7 +17,7 @@ def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[
         "hostname": spec.hostname + "\n",
     }
     if network.kind != "none":
-        dns = spec.dns or ((USER_NAMESERVER,) if network.kind == "user" else ())
+        dns = spec.dns or network.nameservers
         contents["resolv.conf"] = names.resolv_conf(_host_resolv_conf(), dns, own_namespace=network.kind != "host")
     for name, text in contents.items():
         write_file(f"{directory}/{name}", text.encode(), mode=0o644)

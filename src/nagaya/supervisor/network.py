@@ -11,13 +11,12 @@ from nagaya.storage.paths import Paths
 
 
 def wire_up(paths: Paths, spec: MachineSpec, stack: ExitStack) -> NetworkPlan:
-    """Plan the network, claim its address and bring its bridge up. The engine connects the machine to it."""
+    """Plan the network, claim its addresses and bring its bridges up. The engine connects the machine to them."""
     if spec.network in ("none", "host"):
         return NetworkPlan(spec.network)
-    plan = attach.plan_network(spec.network, spec.id, paths.root)
-    if plan.kind != "bridge":
+    plan = attach.plan_network(spec, paths.root)
+    if plan.is_user:
         return plan
     stack.callback(attach.release, paths.root, spec.id)
-    attach.prepare(plan)
     stack.callback(attach.disconnect, plan)
     return plan

@@ -59,7 +59,7 @@ _VOLUME_COMMANDS = ("volume rm", "volume inspect")
 _DISK_COMMANDS = ("disk info", "disk convert", "disk clone", "disk resize", "disk check", "disk rm")
 _KERNEL_COMMANDS = ("kernel rm", "kernel path")
 _FLAG_VALUES = {
-    "network": ("bridge", "host", "none"),
+    "network": ("bridge", "host", "none", "user"),
     "pull": ("always", "missing", "never"),
     "restart": ("always", "no", "on-failure", "unless-stopped"),
     "type": ("container", "emulated", "kvm"),

@@ -64,7 +64,7 @@ class ContainerEngine:
     def __init__(self) -> None:
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
-        self._link = ""
+        self._links: tuple[str, ...] = ()
         self._stub = -1  # pidfd of the PID namespace's first process, where that is not the agent
 
     # -- before a boot
@@ -135,7 +135,7 @@ class ContainerEngine:
         steps = _plan_mounts(request, userns=userns)
         # A user namespace may not make device nodes: the host's are bound instead.
         nodes = () if userns else plan_nodes(spec.devices)
-        self._link = request.network.host_link
+        self._links = tuple(link.host_link for link in request.network.links)
         cgroup = self._make_cgroup(spec, stack)
         with ExitStack() as local:  # descriptors that only the boot itself needs
             userns_fd, uid_base = _open_userns(spec.id, local) if userns else (-1, 0)
@@ -191,8 +191,8 @@ class ContainerEngine:
     def stats(self) -> Stats:
         assert self._cgroup is not None
         reading = self._cgroup.stats()
-        if self._link:  # the host's end of the pair: what it sends is what the machine receives
-            sent, received = attach.link_bytes(self._link)
+        if self._links:  # the host's ends of the pairs: what they send is what the machine receives
+            sent, received = attach.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 

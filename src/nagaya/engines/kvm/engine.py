@@ -29,7 +29,7 @@ from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
 from nagaya.net import attach, tap
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.static import Any
 from nagaya.storage.plan import DiskPlan, RootfsPlan
@@ -59,7 +59,7 @@ class KvmEngine:
         self._control = -1
         self._unread = b""
         self._memory_bytes = 0
-        self._link = ""
+        self._links: tuple[str, ...] = ()
         self._console: TextLog | None = None
         self._log: TextLog | None = None
         self._log_end = -1
@@ -88,7 +88,7 @@ class KvmEngine:
             raise Unsupported(
                 f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
             )
-        if os.geteuid() and spec.network == "bridge":
+        if os.geteuid() and spec.network in ("bridge", "user"):
             require_passt()
         return rules.check_spec(spec)
 
@@ -150,8 +150,8 @@ class KvmEngine:
         daemon = shares.socket if shares is not None else -1
         data = _held(open_data(disks.data), local)
         initrd = _held(open_initramfs(), local)
-        self._link = request.network.host_link
-        link = self._plug(request.network, local)
+        self._links = tuple(link.host_link for link in request.network.links if link.host_link)
+        links = tuple((self._plug(link, local), link) for link in request.network.links)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
             kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}",
@@ -159,24 +159,22 @@ class KvmEngine:
             memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
         )  # fmt: skip
         assemble = partial(
-            _assemble, hardware, disks, data=data, agent=agent, console=console_end, link=link,
-            network=request.network, daemon=daemon,
+            _assemble, hardware, disks, data=data, agent=agent, console=console_end, links=links, daemon=daemon,
         )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=theirs,
-            kept=tuple(fd for fd in (agent, console_end, data, initrd, link, daemon) if fd >= 0), log=self._log_end,
+            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *(fd for fd, _ in links)) if fd >= 0),
+            log=self._log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
 
-    def _plug(self, network: NetworkPlan, local: ExitStack) -> int:
-        """What the machine's network card is plugged into; -1 = nothing."""
-        if network.kind == "bridge":
-            return _held(tap.open_link(network), local)
-        if network.kind == "user":
+    def _plug(self, plan: LinkPlan, local: ExitStack) -> int:
+        """What a network card of the machine's is plugged into."""
+        if plan.driver == "user":
             link = start_passt(self._log_end, local)
             self._helpers.append(link.pid)
             return link.socket
-        return -1
+        return _held(tap.open_link(plan), local)
 
     def _greet(self) -> None:
         """Until the machine runs. Raises what the child says instead, or `LaunchError` when it says nothing."""
@@ -211,8 +209,8 @@ class KvmEngine:
             block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
             block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks),
         )  # fmt: skip
-        if self._link:  # the host's end: what it sends is what the machine receives
-            sent, received = attach.link_bytes(self._link)
+        if self._links:  # the host's ends: what they send is what the machine receives
+            sent, received = attach.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 
@@ -321,7 +319,7 @@ def _held(fd: int, local: ExitStack) -> int:
 
 
 def _assemble(
-    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, link: int, network: NetworkPlan,
+    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, links: tuple[tuple[int, LinkPlan], ...],
     daemon: int,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
@@ -347,17 +345,18 @@ def _assemble(
         Rng("rng"),
         Balloon("balloon"),
     ]
-    if link >= 0:
-        mac = bytes.fromhex(network.mac.replace(":", ""))
-        if network.kind == "bridge":
-            from nagaya.virtio.vhost_net import make_tap_card
-
-            devices.append(make_tap_card("net", link, mac=mac, mtu=network.mtu))
-        else:
+    for fd, link in links:
+        mac = bytes.fromhex(link.mac.replace(":", ""))
+        name = "net" if link is links[0][1] else link.name
+        if link.driver == "user":
             from nagaya.virtio.net import Net
             from nagaya.virtio.net_link import Stream
 
-            devices.append(Net("net", Stream(link), mac=mac, mtu=network.mtu))
+            devices.append(Net(name, Stream(fd), mac=mac, mtu=link.mtu))
+        else:
+            from nagaya.virtio.vhost_net import make_tap_card
+
+            devices.append(make_tap_card(name, fd, mac=mac, mtu=link.mtu))
     if daemon >= 0:
         from nagaya.virtio.fs import FileSystem
         from nagaya.virtio.vhost_user import VhostUser

@@ -42,7 +42,7 @@ class Machine(NamedTuple):
     monitor: int
     agent: int
     console: int
-    card: Card | None = None
+    cards: tuple[Card, ...] = ()
     shares: tuple[Share, ...] = ()
     tsc_khz: int = 0  # how fast the time stamp counter runs; 0 = the guest has to find out
     append: str = ""
@@ -74,16 +74,20 @@ def plan_command(machine: Machine) -> list[str]:
     command += ["-device", "virtio-rng-device"]
     # Memory that the guest has freed goes back to the host by itself.
     command += ["-device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on"]
-    command += _network(machine.card)
+    for number, card in enumerate(machine.cards):
+        command += _network(card, number)
     for number, share in enumerate(machine.shares):
         command += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
         command += ["-device", f"vhost-user-fs-device,chardev=share{number},tag={share.tag}"]
     return command
 
 
+OWN_DEVICES = 5  # console, two disks, random numbers, balloon
+
+
 def devices(machine: Machine) -> int:
     """How many virtio devices the machine has."""
-    return 5 + (machine.card is not None) + len(machine.shares)
+    return OWN_DEVICES + len(machine.cards) + len(machine.shares)
 
 
 def _path(descriptor: int) -> str:
@@ -128,8 +132,9 @@ def _disk(name: str, descriptor: int, *, number: int, options: str) -> list[str]
     ]  # fmt: skip
 
 
-def _network(card: Card | None) -> list[str]:
-    if card is None:
-        return []
-    backend = f"tap,id=net,fd={card.tap},vhost=off" if card.tap >= 0 else f"user,id=net,net={USER_NETWORK},ipv6=off"
-    return ["-netdev", backend, "-device", f"virtio-net-device,netdev=net,mac={card.mac}"]
+def _network(card: Card, number: int) -> list[str]:
+    name = f"net{number}"
+    backend = (
+        f"tap,id={name},fd={card.tap},vhost=off" if card.tap >= 0 else f"user,id={name},net={USER_NETWORK},ipv6=off"
+    )
+    return ["-netdev", backend, "-device", f"virtio-net-device,netdev={name},mac={card.mac}"]

@@ -28,7 +28,7 @@ from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
 from nagaya.net import attach, tap
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.storage.plan import DiskPlan, RootfsPlan
 
@@ -73,7 +73,7 @@ class EmulatedEngine:
         self._pid = -1
         self._pidfd = -1
         self._memory_bytes = 0
-        self._link = ""
+        self._links: tuple[str, ...] = ()
         self._monitor: Monitor | None = None
         self._console: TextLog | None = None
         self._log: TextLog | None = None
@@ -94,6 +94,7 @@ class EmulatedEngine:
         warnings = rules.check_spec(spec)
         if rules.cpus(spec) > board.most_cpus:
             raise UsageError(f"an emulated machine has at most {board.most_cpus} CPUs")
+        _check_links(spec, board)
         return warnings
 
     # -- boot
@@ -139,7 +140,7 @@ class EmulatedEngine:
             pidfd=os.dup(self._pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
-            warnings=(*rules.check_spec(spec), *((USER_NETWORK_WARNING,) if request.network.kind == "user" else ())),
+            warnings=(*rules.check_spec(spec), *((USER_NETWORK_WARNING,) if request.network.is_user else ())),
             setup=payload,
             helpers=tuple(self._helpers),
             copies=plan_copies(request.mounts) if shares is None else (),
@@ -174,16 +175,16 @@ class EmulatedEngine:
             monitor=monitor_number,
             agent=-1,
             console=console_number,
-            card=_plug(request.network, inherited),
+            cards=tuple(_plug(link, inherited) for link in request.network.links),
             append=request.spec.append,
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
         self._memory_bytes = machine.memory_bytes
-        self._link = request.network.host_link
+        self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
 
     def _start(self, machine: Machine, inherited: _Inherited, log: int) -> None:
-        user_network = machine.card is not None and machine.card.tap < 0
+        user_network = any(card.tap < 0 for card in machine.cards)
         launch = child.Launch(
             argv=arguments.plan_command(machine),
             descriptors=tuple(inherited.fds),
@@ -227,8 +228,8 @@ class EmulatedEngine:
         reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
         read, written = _block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
-        if self._link:  # the host's end: what it sends is what the machine receives
-            sent, received = attach.link_bytes(self._link)
+        if self._links:  # the host's ends: what they send is what the machine receives
+            sent, received = attach.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 
@@ -357,12 +358,20 @@ def _open_kernel(spec: MachineSpec, board: Board) -> int:
     return copy
 
 
-def _plug(network: NetworkPlan, inherited: _Inherited) -> Card | None:
-    if network.kind == "bridge":
-        return Card(network.mac, inherited.add(tap.open_link(network)))
-    if network.kind == "user":
-        return Card(network.mac)
-    return None
+def _plug(link: LinkPlan, inherited: _Inherited) -> Card:
+    if link.driver == "user":
+        return Card(link.mac)
+    return Card(link.mac, inherited.add(tap.open_link(link)))
+
+
+def _check_links(spec: MachineSpec, board: Board) -> None:
+    """The board's transports are few: the machine's own devices come first."""
+    room = board.transports - arguments.OWN_DEVICES - any(mount.kind != "tmpfs" for mount in spec.mounts)
+    if len(spec.attachments) > room:
+        raise Unsupported(
+            f"an emulated machine of this kind has room for {room} networks, and {len(spec.attachments)} were asked for",
+            hint="use --type kvm or --type container, or fewer networks",
+        )
 
 
 def _block_bytes(answer: object) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from nagaya.errors import LaunchError, NagayaError
 from nagaya.kernel.process import close_all_but
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Limits, MachineSpec, Process
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import NONE
 from nagaya.protocol import agent
 from nagaya.storage.paths import make_directory
 from nagaya.storage.plan import DiskPlan
@@ -189,5 +189,5 @@ def _plan_request(disks: DiskPlan, directory: str) -> BootRequest:
         hostname="offline", created_ns=0, network="none", limits=Limits(memory_bytes=MEMORY_BYTES),
     )  # fmt: skip
     return BootRequest(
-        spec=spec, rootfs=disks, mounts=(), network=NetworkPlan("none"), etc=(), runtime_dir=directory
+        spec=spec, rootfs=disks, mounts=(), network=NONE, etc=(), runtime_dir=directory
     )  # fmt: skip

@@ -6,7 +6,7 @@ from nagaya.engines.base import BootRequest
 from nagaya.engines.mount_rules import check_target, covers, mount_flags
 from nagaya.errors import HostError
 from nagaya.kernel.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup
 from nagaya.storage.plan import DiskPlan, MountPlan
 
@@ -45,7 +45,7 @@ def plan_setup(
             for mount in request.mounts
             if mount.kind == "tmpfs" or mount.target in shares
         ),
-        network=_plan_link(request.network),
+        networks=tuple(_plan_link(link) for link in request.network.links),
         sysctls=spec.sysctls,
         unmask=spec.security.unmask,
         power_off=power_off,
@@ -69,10 +69,18 @@ def _plan_mount(mount: MountPlan, share: str) -> GuestMount:
     )
 
 
-def _plan_link(network: NetworkPlan) -> GuestNetwork | None:
-    if not network.mac:
-        return None
-    return GuestNetwork(network.mac, network.address, network.prefix, network.gateway, network.mtu)
+def _plan_link(link: LinkPlan) -> GuestNetwork:
+    return GuestNetwork(
+        link.mac,
+        link.address,
+        link.prefix,
+        link.gateway,
+        link.mtu,
+        link.name,
+        link.address6,
+        link.prefix6,
+        link.gateway6,
+    )
 
 
 def _content(path: str) -> bytes:
