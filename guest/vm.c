@@ -63,7 +63,7 @@ void vm_warn(const char *format, ...)
 	va_start(args, format);
 	n = vsnprintf(vm_report.warnings + used, room, format, args);
 	va_end(args);
-	if (n < 0 || (size_t)n + 2 > room) {
+	if (n < 0 || (size_t)n + 2 > room || vm_report.warning_count == MAX_WARNINGS) {
 		vm_report.warnings[used] = 0; /* no room for a whole one: the first ones say enough */
 		return;
 	}
