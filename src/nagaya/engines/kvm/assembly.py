@@ -320,6 +320,8 @@ class Parts:
             vcpu.close()
         for fd in self._interrupts:
             os.close(fd)
+        if self.pvm is not None:
+            self.pvm.close()
         self.vm.close()
         self.memory.close()
         self.vcpus, self.transports, self._interrupts = [], [], []

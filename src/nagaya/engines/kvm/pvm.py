@@ -13,7 +13,7 @@ from struct import Struct
 from nagaya.engines.kvm import cpuid
 from nagaya.engines.kvm.cpuid import ALL, EAX, EBX, ECX, EDX, Mask
 from nagaya.engines.kvm.instructions import LONGEST, Instruction, address_of, decode
-from nagaya.engines.kvm.ticks import MSR_TSC, MSR_TSC_DEADLINE, Ticks
+from nagaya.engines.kvm.ticks import MSR_TSC, MSR_TSC_DEADLINE, ThreadTimes, Ticks
 from nagaya.engines.kvm.vcpu import Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import GuestFault
@@ -81,6 +81,7 @@ class Pvm:
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
         vm.enable(kvm.KVM_CAP_X86_USER_SPACE_MSR, kvm.KVM_MSR_EXIT_REASON_FILTER)
         self._ticks: dict[int, Ticks] = {}
+        self._times: list[ThreadTimes] = []
         # The filter keeps a pointer to the bitmap only while the request is made.
         denied = c_uint64(0)
         request = kvm.kvm_msr_filter()
@@ -91,7 +92,9 @@ class Pvm:
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
-        self._ticks[vcpu.index] = Ticks(kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ))
+        khz = kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ)
+        self._times.append(ThreadTimes())
+        self._ticks[vcpu.index] = Ticks(khz, self._times[-1])
 
     def wrote_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
         """Of the two that are looked at. See `Quirks`."""
@@ -115,6 +118,11 @@ class Pvm:
     def restore(self, saved: dict[str, Any]) -> None:
         """After the vCPUs' registers. Timers have their whole budget again."""
         self._stub = saved["stub"]
+
+    def close(self) -> None:
+        """No vCPU runs any more."""
+        for times in self._times:
+            times.close()
 
     @property
     def postponed_ticks(self) -> int:
