@@ -53,13 +53,15 @@ struct channel {
 };
 
 static struct channel channels[MAX_CHANNELS];
-static int host = -1, epoll = -1, program_fd = -1, sync_at_end;
+static int host = -1, epoll = -1, program_fd = -1, sync_at_end, held;
 static pid_t program_pid;
 static sigset_t watched_signals;
 static enum { NO_VM, BARE, SET_UP, UNUSABLE } vm; /* a virtual machine's agent, and how far it has come with SETUP */
 
 static void __attribute__((noreturn)) end(int status)
 {
+	if (held && vm)
+		vm_thaw(); /* who waits for the disk could not die, nor the disk be brought to rest */
 	if (getpid() == 1) {
 		kill(-1, SIGKILL);
 		if (vm)
@@ -570,6 +572,31 @@ static void set_up(const unsigned char *payload, size_t size)
 	write_all(frame, HEADER_SIZE + 4 + strlen(text));
 }
 
+/* -- a pause in which nothing is under way between the host and us: what the host saves then can go on from there */
+
+static void hold(size_t size)
+{
+	if (held || size)
+		end(EXIT_LOST);
+	held = 1;
+	send_u32(F_HELD, 0, vm == SET_UP ? (uint32_t)vm_freeze() : 0);
+}
+
+static void go_on(const unsigned char *payload, size_t size)
+{
+	unsigned char frame[HEADER_SIZE + 4 + sizeof vm_report.warnings];
+
+	memset(&vm_report, 0, sizeof vm_report);
+	if (vm == SET_UP && vm_continue(payload, size))
+		end(EXIT_LOST); /* malformed */
+	held = 0;
+	size_t length = strlen(vm_report.warnings);
+	put_header(frame, F_CONTINUED, 0, 4 + length);
+	put32(frame + HEADER_SIZE, vm_report.warning_count);
+	memcpy(frame + HEADER_SIZE + 4, vm_report.warnings, length);
+	write_all(frame, HEADER_SIZE + 4 + length);
+}
+
 /* A virtual machine's own frames. Whether that was one, or one that is to be ignored. */
 static int handle_vm(unsigned type, uint32_t id, const unsigned char *payload, size_t size)
 {
@@ -590,9 +617,19 @@ static void handle(unsigned type, uint32_t id, const unsigned char *payload, siz
 {
 	struct channel *c = find_channel(id);
 
+	if (held && type != F_CONTINUE && type != F_SHUTDOWN)
+		end(EXIT_LOST);
 	if (vm && handle_vm(type, id, payload, size))
 		return;
 	switch (type) {
+	case F_HOLD:
+		hold(size);
+		return;
+	case F_CONTINUE:
+		if (!held)
+			end(EXIT_LOST);
+		go_on(payload, size);
+		return;
 	case F_SPAWN:
 		spawn(id, payload, size);
 		return;
@@ -668,7 +705,7 @@ static void read_host(void)
 	while (in_size - at >= HEADER_SIZE) {
 		const unsigned char *h = in_buffer + at;
 		uint32_t size = get32(h), type = get16(h + 4);
-		if (size > (type == F_SPAWN || (vm && type == F_SETUP) ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
+		if (size > (type == F_SPAWN || (vm && (type == F_SETUP || type == F_CONTINUE)) ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
 			end(EXIT_LOST);
 		if (in_size - at < HEADER_SIZE + size)
 			break;
@@ -745,8 +782,13 @@ static void __attribute__((noreturn)) serve(void)
 	reap(); /* a stub that died before SIGCHLD was blocked */
 	for (;;) {
 		int n = epoll_wait(epoll, events, 16, -1);
-		for (int i = 0; i < n; i++)
-			dispatch(&events[i], signals);
+		for (int i = 0; i < n && !held; i++)
+			dispatch(&events[i], signals); /* what is left of them comes again: all are level-triggered */
+		while (held) {
+			struct pollfd p = {.fd = host, .events = POLLIN};
+			poll(&p, 1, -1);
+			read_host();
+		}
 	}
 }
 

@@ -1,11 +1,11 @@
-/* The agent protocol, version 1: docs/agent-protocol.md. Keep in step with src/nagaya/protocol/agent.py. */
+/* The agent protocol, version 2: docs/agent-protocol.md. Keep in step with src/nagaya/protocol/agent.py. */
 #ifndef NAGAYA_PROTO_H
 #define NAGAYA_PROTO_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define PROTOCOL_VERSION 1
+#define PROTOCOL_VERSION 2
 #define HEADER_SIZE 12
 #define MAX_PAYLOAD (1u << 20)
 #define MAX_DATA (64u << 10)
@@ -31,6 +31,10 @@ enum frame_type {
 	F_SETUP_FAILED = 16,
 	F_CLOCK = 17,
 	F_OUT_OF_MEMORY = 18,
+	F_HOLD = 19,
+	F_HELD = 20,
+	F_CONTINUE = 21,
+	F_CONTINUED = 22,
 };
 
 enum spawn_tag {
@@ -68,6 +72,7 @@ enum setup_tag {
 	U_POWER_OFF = 9, /* u32 */
 	U_DEVICE = 10,	 /* node of the kernel's /dev, path */
 	U_PIDS = 11,	 /* u32 */
+	U_MACHINE_ID = 12, /* 32 hex digits; CONTINUE's alone */
 };
 
 enum setup_flag {

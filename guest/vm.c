@@ -15,6 +15,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -265,6 +266,8 @@ static int is_well_formed(const struct field *f)
 	case U_SYSCTL:
 	case U_DEVICE:
 		return are_strings(f->bytes, f->size, 2);
+	case U_MACHINE_ID:
+		return f->size == 32 && !memchr(f->bytes, 0, f->size);
 	}
 	return 0;
 }
@@ -307,7 +310,8 @@ static int add_entropy(const unsigned char *bytes, size_t size)
 	pool.info.entropy_count = (int)size * 8;
 	pool.info.buf_size = (int)size;
 	memcpy(pool.room + sizeof pool.info, bytes, size);
-	failed = ioctl(fd, RNDADDENTROPY, &pool) ? errno : 0;
+	/* And at once: the kernel would go on with its old key for up to a minute, in every copy of a machine. */
+	failed = ioctl(fd, RNDADDENTROPY, &pool) || ioctl(fd, RNDRESEEDCRNG) ? errno : 0;
 	close(fd);
 	return failed ? vm_fail(failed, "cannot give the kernel entropy") : 0;
 }
@@ -408,6 +412,90 @@ int vm_setup(const unsigned char *payload, size_t size)
 	    each(payload, size, network) || each(payload, size, sysctl) || (!(flags & UF_UNMASK) && vm_mask()))
 		return -1;
 	return chdir("/") ? vm_fail(errno, "cannot enter the root") : 0;
+}
+
+/* -- HOLD and CONTINUE */
+
+int vm_freeze(void)
+{
+	int failed = vm_freeze_programs(1) ? errno : 0;
+
+	vm_flush();
+	return vm_freeze_disk(1) ? errno : failed;
+}
+
+void vm_thaw(void)
+{
+	vm_freeze_disk(0);
+	vm_freeze_programs(0);
+}
+
+/* What stands at /etc/machine-id, where an image has one that says something: this machine is not the one it was. */
+static void change_machine_id(const unsigned char *digits)
+{
+	char line[33];
+	struct stat st;
+	int fd = openat(vm_root, "etc/machine-id", O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+
+	memcpy(line, digits, 32);
+	line[32] = '\n';
+	if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode) || !st.st_size) {
+		if (fd >= 0)
+			close(fd);
+		return;
+	}
+	if (ftruncate(fd, 0) || write(fd, line, sizeof line) != sizeof line)
+		vm_warn("cannot write /etc/machine-id: %s", strerror(errno));
+	close(fd);
+}
+
+static int renew(const struct field *f)
+{
+	const char *path = (const char *)f->bytes;
+	size_t length;
+
+	switch (f->tag) {
+	case U_TIME:
+	case U_ENTROPY:
+	case U_HOSTNAME:
+		if (early(f))
+			vm_warn("%s", vm_report.text);
+		return 0;
+	case U_FILE:
+		length = strlen(path) + 1;
+		if (vm_rewrite_file(path, f->bytes + length, f->size - length))
+			vm_warn("cannot renew %.200s: %s", path, strerror(errno));
+		return 0;
+	case U_NETWORK:
+		if (vm_reconfigure_link(f->bytes))
+			vm_warn("cannot give the link its new addresses: %s", strerror(errno));
+		return 0;
+	}
+	return 0;
+}
+
+static int renew_id(const struct field *f)
+{
+	if (f->tag == U_MACHINE_ID)
+		change_machine_id(f->bytes);
+	return 0;
+}
+
+int vm_continue(const unsigned char *payload, size_t size)
+{
+	struct field f;
+	int more;
+
+	for (size_t at = 0; (more = next_field(payload, size, &at, &f)) > 0;)
+		if (!is_well_formed(&f))
+			return -1;
+	if (more < 0)
+		return -1;
+	each(payload, size, renew);
+	vm_freeze_disk(0);
+	each(payload, size, renew_id); /* that is on the disk */
+	vm_freeze_programs(0);
+	return 0;
 }
 
 /* -- the end */

@@ -21,6 +21,12 @@ extern struct vm_report vm_report;
 int vm_start(void);
 /* Carry SETUP out. 0; -1 when it cannot be done (see vm_report); -2 when the payload is malformed. */
 int vm_setup(const unsigned char *payload, size_t size);
+/* Stop all programs, and the data disk between two of its states. 0, or the errno of what could not be done. */
+int vm_freeze(void);
+void vm_thaw(void);
+/* Go on after vm_freeze(), maybe much later and as another machine: random numbers, clock, names and address first, then
+ * the programs. 0, or -1 when the payload is malformed. What could not be done is a warning in vm_report. */
+int vm_continue(const unsigned char *payload, size_t size);
 /* Whether the kernel has killed a process for want of memory; answers yes once. */
 int vm_ran_out_of_memory(void);
 /* 0 or -1 with errno. */
@@ -33,11 +39,13 @@ void vm_finish(void) __attribute__((noreturn));
 
 /* vm_system.c. fork(2), into the programs' control group where there is one. */
 pid_t vm_fork(void);
+int vm_freeze_programs(int frozen); /* 0 or -1 with errno */
 /* vm_disks.c. In a forked child: into the data disk's root, which has what overlay writes as it lies there. 0, -1 with errno. */
 int vm_enter_data_disk(void);
 /* What programs have written goes to the disk; then it, and the root, become read-only. */
 void vm_flush(void);
 void vm_rest_disks(void);
+int vm_freeze_disk(int frozen); /* 0 or -1 with errno */
 
 /* Note what failed; always -1. `error` is an errno, whose text is appended. */
 int vm_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -63,12 +71,14 @@ int vm_mask(void);
 /* vm_mounts.c */
 int vm_mount_file(const char *path, const unsigned char *content, size_t size);
 int vm_mount_user(const unsigned char *field);
+int vm_rewrite_file(const char *path, const unsigned char *content, size_t size); /* 0 or -1 with errno */
 int vm_drop_shares(void);
 /* vm_net.c; where the parts of U_NETWORK are */
 enum { UN_MAC = 0, UN_PREFIX = 6, UN_PREFIX6 = 7, UN_MTU = 8, UN_ADDRESS = 12, UN_GATEWAY = 16, UN_ADDRESS6 = 20,
        UN_GATEWAY6 = 36, UN_NAME = 52 };
 int vm_bring_up_loopback(void);
 int vm_configure_link(const unsigned char *field);
+int vm_reconfigure_link(const unsigned char *field); /* 0 or -1 with errno */
 
 /* vm_targets.c: these answer -1 with errno. An O_PATH descriptor of `path` in the machine's root, made when missing:
  * directories, or an empty file. Without `follow`, a link on the way is ELOOP. */

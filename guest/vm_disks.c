@@ -16,6 +16,10 @@
 #ifndef BLKGETSIZE64
 #define BLKGETSIZE64 _IOR(0x12, 114, size_t) /* linux/fs.h, which has mount flags of its own */
 #endif
+#ifndef FIFREEZE /* as above */
+#define FIFREEZE _IOWR('X', 119, int)
+#define FITHAW _IOWR('X', 120, int)
+#endif
 #define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
 #define DISK_PATIENCE_MS 3000 /* disks are there before the first program runs, but for those of a module */
 
@@ -146,6 +150,13 @@ void vm_flush(void)
 {
 	if (data_disk >= 0)
 		syncfs(data_disk);
+}
+
+int vm_freeze_disk(int frozen)
+{
+	if (data_disk < 0)
+		return 0;
+	return ioctl(data_disk, frozen ? FIFREEZE : FITHAW, 0) ? -1 : 0;
 }
 
 void vm_rest_disks(void)

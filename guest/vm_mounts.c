@@ -22,9 +22,11 @@ int umount2(const char *target, int flags);
 #endif
 
 #define MAX_SHARES 64
+#define MAX_FILES 16 /* that may change: ours are three */
 
 static int file_count, share_count;
 static char shares[MAX_SHARES][64];
+static char files[MAX_FILES][64]; /* their paths */
 
 static int is_proc_file(const char *name)
 {
@@ -62,6 +64,8 @@ int vm_mount_file(const char *path, const unsigned char *content, size_t size)
 	char name[32];
 	int fd, target, failed;
 
+	if (file_count < MAX_FILES)
+		snprintf(files[file_count], sizeof files[0], "%s", path);
 	snprintf(name, sizeof name, "files/%d", file_count++);
 	fd = openat(vm_initramfs, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
 	if (fd < 0)
@@ -82,6 +86,32 @@ int vm_mount_file(const char *path, const unsigned char *content, size_t size)
 		close(target);
 	close(fd);
 	return failed;
+}
+
+int vm_rewrite_file(const char *path, const unsigned char *content, size_t size)
+{
+	char name[32];
+	int i, fd;
+
+	for (i = 0; i < file_count && i < MAX_FILES && strcmp(files[i], path); i++)
+		;
+	if (i == file_count || i == MAX_FILES)
+		return 0; /* the machine was set up without it */
+	snprintf(name, sizeof name, "files/%d", i);
+	/* In place: what is bound over the image's file is this very one. */
+	fd = openat(vm_initramfs, name, O_WRONLY | O_TRUNC | O_CLOEXEC | O_NOFOLLOW);
+	if (fd < 0)
+		return -1;
+	for (size_t at = 0; at < size;) {
+		ssize_t n = write(fd, content + at, size - at);
+		if (n <= 0) {
+			close(fd);
+			return -1;
+		}
+		at += (size_t)n;
+	}
+	close(fd);
+	return 0;
 }
 
 static int mount_tmpfs(const char *path, unsigned long flags, uint32_t mode, uint64_t size)

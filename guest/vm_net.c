@@ -210,3 +210,44 @@ int vm_configure_link(const unsigned char *field)
 	close(link.sock);
 	return failed;
 }
+
+/* The machine has become another one, or has come to another network: eth0 is what it was at SETUP. */
+int vm_reconfigure_link(const unsigned char *field)
+{
+	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	struct ifreq *r = &link.request;
+	uint32_t address, gateway;
+	unsigned prefix = get16(field + 6);
+	int failed = 0, error;
+
+	memcpy(&address, field + 12, 4);
+	memcpy(&gateway, field + 16, 4);
+	if (link.sock < 0)
+		return -1;
+	strcpy(r->ifr_name, INSIDE);
+	if (ioctl(link.sock, SIOCGIFHWADDR, r)) {
+		failed = -1;
+	} else if (memcmp(r->ifr_hwaddr.sa_data, field, 6)) {
+		memcpy(r->ifr_hwaddr.sa_data, field, 6);
+		failed = ioctl(link.sock, SIOCSIFHWADDR, r);
+	}
+	if (!failed) {
+		struct sockaddr_in now;
+		memset(&r->ifr_addr, 0, sizeof r->ifr_addr);
+		int had = !ioctl(link.sock, SIOCGIFADDR, r);
+		memcpy(&now, &r->ifr_addr, sizeof now);
+		if (!had || now.sin_addr.s_addr != address) {
+			set_address(&r->ifr_addr, address);
+			failed = ioctl(link.sock, SIOCSIFADDR, r);
+			set_address(&r->ifr_netmask, htonl(prefix ? ~0u << (32 - prefix) : 0));
+			failed = failed || ioctl(link.sock, SIOCSIFNETMASK, r);
+			/* With its last address a link loses its routes. */
+			if (!failed && gateway && add_default_route(link.sock, gateway) && errno != EEXIST)
+				failed = -1;
+		}
+	}
+	error = errno;
+	close(link.sock);
+	errno = error;
+	return failed ? -1 : 0;
+}

@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <linux/mount.h>
 #include <linux/sched.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,9 @@ int unshare(int flags);
 
 #define QUIET (MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
-static int null_device = -1, programs = -1;
+#define FREEZE_PATIENCE_MS 2000
+
+static int null_device = -1, programs = -1, writable_groups = -1;
 
 static int mount_system(const char *type, const char *source, const char *path, unsigned long flags, const char *options)
 {
@@ -66,19 +69,51 @@ static int make_devices(void)
 	return null_device < 0 ? vm_fail(errno, "cannot open /dev/null") : 0;
 }
 
-static int limit_pids(uint32_t most)
+/* The control group of all programs: with one they can be stopped together, and with `most` counted. */
+static int make_group(uint32_t most)
 {
 	int groups = open("/sys/fs/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC), failed;
 	char text[16];
 
 	snprintf(text, sizeof text, "%u", most);
-	failed = groups < 0 || vm_write_file(groups, "cgroup.subtree_control", "+pids") ||
-		 mkdirat(groups, "machine", 0755) || vm_write_file(groups, "machine/pids.max", text) ||
+	failed = groups < 0 || (most && vm_write_file(groups, "cgroup.subtree_control", "+pids")) ||
+		 mkdirat(groups, "machine", 0755) || (most && vm_write_file(groups, "machine/pids.max", text)) ||
 		 (programs = openat(groups, "machine", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0;
+	/* Ours stays writable when the programs' becomes read-only, which a descriptor open for writing would forbid. */
+	writable_groups = failed ? -1 : (int)syscall(SYS_open_tree, groups, "", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH);
 	int error = errno;
 	if (groups >= 0)
 		close(groups);
-	return failed ? vm_fail(error, "the guest kernel cannot limit the number of processes") : 0;
+	return failed ? vm_fail(error, "the guest kernel cannot make a control group for the programs") : 0;
+}
+
+/* Until no program is between two of its instructions. */
+static int await_frozen(void)
+{
+	char text[256];
+	int fd = openat(programs, "cgroup.events", O_RDONLY | O_CLOEXEC), ready = 1, frozen = 0;
+
+	while (fd >= 0 && ready > 0 && !frozen) {
+		ssize_t n = pread(fd, text, sizeof text - 1, 0);
+		text[n > 0 ? n : 0] = 0;
+		frozen = strstr(text, "frozen 1") != NULL;
+		struct pollfd change = {.fd = fd, .events = POLLPRI};
+		if (!frozen)
+			ready = poll(&change, 1, FREEZE_PATIENCE_MS);
+	}
+	if (fd >= 0)
+		close(fd);
+	errno = EBUSY;
+	return frozen ? 0 : -1;
+}
+
+int vm_freeze_programs(int frozen)
+{
+	if (writable_groups < 0)
+		return 0; /* a kernel without control groups */
+	if (vm_write_file(writable_groups, "machine/cgroup.freeze", frozen ? "1" : "0"))
+		return -1;
+	return frozen ? await_frozen() : 0;
 }
 
 static int protect_groups(void)
@@ -131,7 +166,7 @@ static int mount_groups(uint32_t pids)
 {
 	if (mount_system("cgroup2", "cgroup", "/sys/fs/cgroup", QUIET, NULL))
 		return !pids && (vm_report.error == ENODEV || vm_report.error == ENOENT) ? 0 : -1; /* a kernel without */
-	return (pids && limit_pids(pids)) || protect_groups() ? -1 : 0;
+	return make_group(pids) || protect_groups() ? -1 : 0;
 }
 
 int vm_mount_system(uint32_t pids, int own_pids)

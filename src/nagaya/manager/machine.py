@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.changes import Change
     from nagaya.images.store import Image, ImageStore
+    from nagaya.manager.snapshots import Snapshots
 
 
 class Store(Protocol):
@@ -100,12 +101,18 @@ class Machine:
 
         Raises `ExecError` when the program cannot be executed, `Conflict` when it is running already.
         """
+        return self.go(attach=attach, rows=rows, columns=columns)
+
+    def go(
+        self, *, attach: bool = False, rows: int = 0, columns: int = 0, saved: str = ""
+    ) -> Attachment | None:
+        """`start`; with the directory of a snapshot in `saved` from its memory, which the caller has checked."""
         fresh, self._held = self._held, None
         lock = fresh or self.lock()
         try:
             if fresh is None:
-                require("start", self._settled().phase, self.name)
-            fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns))
+                require("start", self.settled().phase, self.name)
+            fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns), saved=saved)
             connection = Connection(fd)
             try:
                 answer = connection.answer()
@@ -123,7 +130,7 @@ class Machine:
     def stop(self, *, timeout_s: float | None = None) -> None:
         """Send its stop signal, kill it after `timeout_s`, and wait until nothing of it runs. Fine when it has ended."""
         with self.lock():
-            if self._settled().phase not in ALIVE:
+            if self.settled().phase not in ALIVE:
                 return
             seconds = self.spec.stop_timeout_s if timeout_s is None else timeout_s
             self._ask_end("stop", timeout_ms=int(seconds * 1000))
@@ -136,7 +143,7 @@ class Machine:
             self._ask_end("kill", signal=9)
             repair.settle(self.paths, self.spec)
         else:
-            self._ask("kill", signal=signal)
+            self.ask("kill", signal=signal)
 
     def restart(self, *, timeout_s: float | None = None) -> None:
         """Stop it if it runs, then start it."""
@@ -146,18 +153,25 @@ class Machine:
     def pause(self) -> None:
         """Freeze all its processes."""
         require("pause", self.state.phase, self.name)
-        self._ask("pause")
+        self.ask("pause")
 
     def unpause(self) -> None:
         require("unpause", self.state.phase, self.name)
-        self._ask("unpause")
+        self.ask("unpause")
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """What it was at earlier times, to go back to."""
+        from nagaya.manager.snapshots import Snapshots  # lazy: most commands have nothing to do with them
+
+        return Snapshots(self)
 
     def wait(self) -> int:
         """Block until it has ended for good; its exit status."""
         state = self.state
         if state.phase in ALIVE:
             try:
-                answer = self._ask("wait")
+                answer = self.ask("wait")
                 return int(str(answer.get("exit_code")))
             except (Conflict, RemoteError):
                 state = self.state  # it ended, or was killed, between our look and our question
@@ -166,7 +180,7 @@ class Machine:
     def remove(self, *, force: bool = False, volumes: bool = False) -> None:
         """Remove it and its data. `force` kills it first; `volumes` removes its anonymous volumes as well."""
         with self.lock():
-            state = self._settled()
+            state = self.settled()
             if state.phase in ALIVE:
                 if not force:
                     require("remove", state.phase, self.name)
@@ -174,17 +188,17 @@ class Machine:
                 self._mend()
                 if not os.path.exists(self.directory):
                     return  # created with --rm: it is removed by now
-            self._reload()  # its name, should it have been given another since
+            self.reload()  # its name, should it have been given another since
             if volumes or self.spec.auto_remove:
                 rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge
             machines.discard(self.paths, self.id, self.name)
-        self._record("destroy")
+        self.record("destroy")
 
     def rename(self, name: str) -> None:
         """Give it another name. The old one is free afterwards."""
         check_name(name)
         with self.lock():
-            self._reload()
+            self.reload()
             old = self.name
             if name == old:
                 return
@@ -192,9 +206,9 @@ class Machine:
             self.spec = self.spec._replace(name=name)
             machines.store_spec(self.paths, self.spec)
             machines.release_name(self.paths, old, self.id)
-            if self._settled().phase in ALIVE:
-                self._ask("update")
-        self._record("rename", old=old)
+            if self.settled().phase in ALIVE:
+                self.ask("update")
+        self.record("rename", old=old)
 
     def update(self, options: UpdateOptions) -> list[str]:
         """Change limits and restart policy, and the type and the disk's size of one that does not run.
@@ -204,12 +218,12 @@ class Machine:
         from nagaya.manager.updating import describe, plan_update  # lazy: rare
 
         with self.lock():
-            self._reload()
+            self.reload()
             planned = plan_update(self.spec, options)
             if planned == self.spec:
                 raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
             before = self.spec
-            alive = self._settled().phase in ALIVE
+            alive = self.settled().phase in ALIVE
             if planned.type != before.type or planned.limits.storage_bytes != before.limits.storage_bytes:
                 from nagaya.manager.retyping import rebuild  # lazy: rarer still
 
@@ -218,12 +232,12 @@ class Machine:
             machines.store_spec(self.paths, planned)
             if alive:
                 try:
-                    self._ask("update")
+                    self.ask("update")
                 except NagayaError:
                     self.spec = before
                     machines.store_spec(self.paths, before)
                     raise
-        self._record("update")
+        self.record("update")
         return describe(before, planned, alive=alive)
 
     # -- programs
@@ -288,7 +302,7 @@ class Machine:
     def stats(self) -> Stats:
         """One reading of its use of resources."""
         require("stats", self.state.phase, self.name)
-        return from_data(Stats, self._ask("stats"), what="stats")
+        return from_data(Stats, self.ask("stats"), what="stats")
 
     def logs(self, *, follow: bool = False, since_ns: int = 0, until_ns: int = 0, tail: int = -1) -> Iterator[LogLine]:
         """Its output so far (the last `tail` lines of it), and with `follow` what comes until it ends."""
@@ -348,7 +362,7 @@ class Machine:
         """What the machine has changed of its image: A added, C changed, D deleted."""
         from nagaya.images.changes import diff
 
-        self._reload()
+        self.reload()
         with self._changes() as upper:
             return diff(upper, rootfs.load_layers(self.directory))
 
@@ -413,9 +427,19 @@ class Machine:
             lock.acquire()
         except FileNotFoundError:
             raise NotFound(f"machine '{self.name}' has been removed") from None
+        try:
+            repair.mend_snapshots(self.directory)
+        except BaseException:
+            lock.release()
+            raise
         return lock
 
-    def _settled(self) -> MachineState:
+    def end(self, *, keep: bool) -> None:
+        """Kill it, under the command lock, and wait until nothing of it is left. With `keep` it stays, be it one of --rm."""
+        self._ask_end("kill", signal=9, keep=keep)
+        self._mend()
+
+    def settled(self) -> MachineState:
         """The true state, while we hold the command lock ourselves."""
         try:
             state = repair.read_state(self.paths, self.id)
@@ -428,19 +452,19 @@ class Machine:
             raise NotFound(f"machine '{self.name}' has been removed") from None
         return state
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
         try:
             self.spec = machines.load_spec(self.paths, self.id)
         except FileNotFoundError:
             raise NotFound(f"machine '{self.name}' has been removed") from None
 
-    def _ask(self, op: str, **arguments: object) -> dict[str, object]:
+    def ask(self, op: str, **arguments: object) -> dict[str, object]:
         return ask(self.runtime_dir, self.name, op, **arguments)
 
     def _ask_end(self, op: str, **arguments: object) -> None:
         """A request whose answer is the machine's end; its supervisor being killed meanwhile is an end as well."""
         try:
-            self._ask(op, **arguments)
+            self.ask(op, **arguments)
         except (Conflict, RemoteError):
             if os.path.exists(self.directory) and machines.is_alive(self.paths, self.id):
                 raise
@@ -448,7 +472,7 @@ class Machine:
     def _mend(self) -> None:
         """Behind `_ask_end`, under the command lock: a supervisor that was killed instead of ending left things behind."""
         try:
-            self._settled()
+            self.settled()
         except NotFound:
             return  # it was created with --rm: its supervisor, or the repair just now, has removed it
 
@@ -461,7 +485,7 @@ class Machine:
             raise
         return Attachment(connection)
 
-    def _record(self, action: str, **attributes: str) -> None:
+    def record(self, action: str, **attributes: str) -> None:
         events.record(self.paths.events, "machine", action, self.id, self.name, image=self.spec.image, **attributes)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import IntegrityError, NagayaError, NotFound
+from nagaya.errors import HostError, IntegrityError, NagayaError, NotFound
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, EXITED, RUNNING, STARTING, MachineState
 from nagaya.storage import events, machines, rootfs
@@ -128,6 +128,27 @@ def _kill(paths: Paths, machine_id: str) -> None:
         return  # it does not run, or no longer
 
 
+def mend_snapshots(directory: str) -> None:
+    """Under the command lock of the machine in `directory`: finish a restore, drop the rest of a snapshot that was cut off."""
+    if not os.path.lexists(f"{directory}/snapshots") and not os.path.lexists(f"{directory}/restore"):
+        return
+    from nagaya.storage import snapshots  # lazy: few machines have any
+
+    if snapshots.needs_mending(directory):
+        try:
+            snapshots.mend(directory)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot finish what was cut off with the machine's snapshots") from None
+
+
+def _sweep_snapshots(paths: Paths, machine_id: str) -> None:
+    lock = machines.command_lock(paths, machine_id)
+    if not lock.acquire(wait=False):
+        return  # somebody is at work, and mends it
+    with lock:
+        mend_snapshots(paths.machine(machine_id))
+
+
 def sweep(paths: Paths) -> None:
     """Finish what was cut off while it had no record yet, or none any more: half-made directories, removals, names."""
     machines.sweep_trash(paths)
@@ -135,6 +156,8 @@ def sweep(paths: Paths) -> None:
         directory = paths.machine(machine_id)
         try:
             if os.path.exists(f"{directory}/state.json"):
+                if os.path.lexists(f"{directory}/snapshots") or os.path.lexists(f"{directory}/restore"):
+                    _sweep_snapshots(paths, machine_id)
                 continue
             with FileLock(f"{paths.root}/create.lock"):  # a creator makes the directory and takes its lock in one step
                 lock = machines.command_lock(paths, machine_id)

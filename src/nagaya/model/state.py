@@ -26,6 +26,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "attach": (RUNNING, PAUSED),
     "top": (RUNNING, PAUSED),
     "stats": (RUNNING, PAUSED),
+    "snapshot": (RUNNING, PAUSED),
     "remove": (CREATED, EXITED),
 }
 

@@ -1,4 +1,4 @@
-"""The host's end of the agent protocol, version 1 (docs/agent-protocol.md). No I/O: bytes in, events out, and back.
+"""The host's end of the agent protocol, version 2 (docs/agent-protocol.md). No I/O: bytes in, events out, and back.
 
 The agent is a guest's process and hostile: every frame is checked against what the link knows, and the first
 violation raises `RemoteError`; the link must not be used after that.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from struct import Struct
 
-from nagaya.errors import RemoteError, UsageError
+from nagaya.errors import IntegrityError, RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
 from nagaya.protocol.setup import with_time
 from nagaya.static import NamedTuple
 
-VERSION = 1
+VERSION = 2
 WINDOW = 256 << 10
 MAX_DATA = 64 << 10
 GRANT_AT = WINDOW // 4  # credit is returned in pieces of at least this
@@ -42,6 +42,10 @@ READY = 15
 SETUP_FAILED = 16
 CLOCK = 17
 OUT_OF_MEMORY = 18
+HOLD = 19
+HELD = 20
+CONTINUE = 21
+CONTINUED = 22
 
 _ARG, _ENV, _CWD, _USER, _FLAGS, _SIZE, _CAPS, _SECCOMP, _RLIMIT = range(1, 10)
 _TTY, _STDIN, _MAIN, _APPLET, _NO_NEW_PRIVS, _DISCARD, _DATA_DISK = 1, 2, 4, 8, 16, 32, 64
@@ -109,7 +113,42 @@ class OutOfMemory(NamedTuple):
     """The kernel of a virtual machine has killed a process for want of memory. Told once."""
 
 
-Event = Hello | SetUp | SetupFailed | OutOfMemory | Started | SpawnFailed | Output | StdinRoom | Exited
+class Held(NamedTuple):
+    """Nothing is under way in either direction any more. `errno` is 0 when the machine's disk has been put to rest too."""
+
+    errno: int
+
+
+class Continued(NamedTuple):
+    """Its programs go on. The `warnings` are for a person."""
+
+    warnings: tuple[str, ...]
+
+
+Event = (
+    Hello | SetUp | SetupFailed | OutOfMemory | Started | SpawnFailed | Output | StdinRoom | Exited | Held | Continued
+)
+
+
+class SavedChannel(NamedTuple):
+    """One program as the link knew it while the agent was held. Rooms and debts are bytes."""
+
+    channel: int
+    started: bool
+    stdin_open: bool
+    input_room: int
+    output_room: int
+    owed: int
+
+
+class SavedLink(NamedTuple):
+    """A link whose agent is held: `AgentLink.resumed` goes on with it, on another stream."""
+
+    version: int
+    set_up: bool
+    starved: bool
+    next: int
+    channels: tuple[SavedChannel, ...]
 
 
 class _Channel:
@@ -135,6 +174,60 @@ class AgentLink:
         self._held: bytes | None = None  # SETUP's payload until it can go
         self._starved = False
         self._setup = ""  # "asked" from SETUP to its answer, then "done" or "failed"
+        self._hold = ""  # "asked" from HOLD to HELD, "held", "leaving" from CONTINUE to CONTINUED
+        self._kept = bytearray()  # what is to go out behind CONTINUE
+
+    @classmethod
+    def resumed(cls, saved: SavedLink) -> AgentLink:
+        """The link to an agent that was held when `saved` was made: `go_on` comes first. Raises `IntegrityError`."""
+        link = cls()
+        link._greeted, link._setup, link._hold = True, "done" if saved.set_up else "", "held"
+        if saved.version != VERSION:
+            raise IntegrityError(
+                f"the saved machine's agent speaks protocol {saved.version}, and this Nagaya {VERSION}"
+            )
+        for one in saved.channels:
+            rooms = (one.input_room, one.output_room, one.owed)
+            if (
+                not 0 < one.channel <= 0xFFFFFFFF
+                or one.channel in link._channels
+                or not all(0 <= room <= WINDOW for room in rooms)
+            ):
+                raise IntegrityError("the saved machine's programs are not in order")
+            channel = link._channels[one.channel] = _Channel(stdin=one.stdin_open)
+            channel.started = one.started
+            channel.input_room, channel.output_room, channel.owed = rooms
+        if not 0 < saved.next <= 0xFFFFFFFF:
+            raise IntegrityError("the saved machine's programs are not in order")
+        link._next, link._starved = saved.next, saved.starved
+        return link
+
+    def save(self) -> SavedLink:
+        """What `resumed` goes on with. Only while the agent is held, and before anything else is asked of it."""
+        if self._hold != "held":
+            raise ValueError("the agent is not held")
+        return SavedLink(
+            VERSION, self._setup == "done", self._starved, self._next,
+            tuple(
+                SavedChannel(number, one.started, one.stdin_open, one.input_room, one.output_room, one.owed)
+                for number, one in self._channels.items()
+            ),
+        )  # fmt: skip
+
+    def hold(self) -> None:
+        """Have the agent put the disk to rest and say nothing more; `Held` follows. What is asked for later on waits."""
+        if self._hold:
+            raise ValueError("the agent is held already")
+        self._send(HOLD, 0)
+        self._hold = "asked"
+
+    def go_on(self, payload: bytes) -> None:
+        """After `hold`, be it answered or not: `payload` has SETUP's fields, of which those that may change count."""
+        if self._hold not in ("asked", "held"):
+            raise ValueError("the agent is not held")
+        self._queue += encode(CONTINUE, 0, payload) + bytes(self._kept)
+        self._kept.clear()
+        self._hold = "leaving" if self._hold == "held" else "given up"
 
     def setup(self, payload: bytes) -> None:
         """Have a virtual machine's agent make the machine's inside; `payload` is `setup_payload`'s.
@@ -246,7 +339,8 @@ class AgentLink:
         return [event for frame in self._decoder.feed(data) if (event := self._event(frame)) is not None]
 
     def _send(self, type_: int, channel: int, payload: bytes = b"") -> None:
-        self._queue += encode(type_, channel, payload)
+        queue = self._kept if self._hold in ("asked", "held") and type_ != SHUTDOWN else self._queue
+        queue += encode(type_, channel, payload)
 
     def _event(self, frame: Frame) -> Event | None:
         if not self._greeted:
@@ -259,6 +353,10 @@ class AgentLink:
             self._starved = True
             _unpack(_NOTHING, frame)
             return OutOfMemory()
+        if frame.type in (HELD, CONTINUED) and not frame.channel:
+            return self._held_or_continued(frame)
+        if self._hold in ("held", "leaving"):
+            raise _violation(f"frame {frame.type} while it is held")
         channel = self._channels.get(frame.channel)
         if channel is None:
             raise _violation(f"frame {frame.type} on channel {frame.channel}, which is not in use")
@@ -278,6 +376,16 @@ class AgentLink:
             return Exited(frame.channel, status)
         raise _violation(f"unexpected frame {frame.type}")
 
+    def _held_or_continued(self, frame: Frame) -> Event | None:
+        if frame.type == HELD and self._hold in ("asked", "given up"):
+            (number,) = _unpack(_U32, frame)
+            self._hold = "held" if self._hold == "asked" else "leaving"
+            return Held(number) if self._hold == "held" else None
+        if frame.type == CONTINUED and self._hold == "leaving":
+            self._hold = ""
+            return Continued(_warnings(frame))
+        raise _violation(f"unexpected frame {frame.type}")
+
     def _hello(self, frame: Frame) -> Event:
         if frame.type != HELLO or frame.channel:
             raise _violation(f"frame {frame.type} instead of HELLO")
@@ -295,11 +403,8 @@ class AgentLink:
         if frame.type == SETUP_FAILED:
             self._setup = "failed"
             return SetupFailed(number, _printable(text[:MAX_TEXT]))
-        *lines, rest = text.split("\n")
-        if number != len(lines) or number > MAX_WARNINGS or rest:
-            raise _violation("READY with another number of warnings than it says")
         self._setup = "done"
-        return SetUp(tuple(_printable(line[:MAX_TEXT]) for line in lines))
+        return SetUp(_warnings(frame))
 
     def _started(self, frame: Frame, channel: _Channel) -> Event:
         (pid,) = _unpack(_U32, frame)
@@ -328,6 +433,17 @@ class AgentLink:
             raise _violation("output that is empty, or more than the window")
         channel.output_room -= len(frame.payload)
         return Output(frame.channel, 1 if frame.type == STDOUT else 2, frame.payload)
+
+
+def _warnings(frame: Frame) -> tuple[str, ...]:
+    """READY's and CONTINUED's: a count, and so many lines."""
+    if len(frame.payload) < _U32.size:
+        raise _violation(f"frame {frame.type} is too short")
+    (number,) = _U32.unpack_from(frame.payload)
+    *lines, rest = frame.payload[_U32.size :].decode("utf-8", "replace").split("\n")
+    if number != len(lines) or number > MAX_WARNINGS or rest:
+        raise _violation(f"frame {frame.type} with another number of warnings than it says")
+    return tuple(_printable(line[:MAX_TEXT]) for line in lines)
 
 
 def spawn_payload(

@@ -12,6 +12,7 @@ from nagaya.protocol.frame import MAX_PAYLOAD
 from nagaya.static import NamedTuple
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
+_MACHINE_ID = 12
 _READ_ONLY, _UNMASK, _DATA_ONLY, _OWN_PIDS = 1, 2, 4, 8
 
 MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
@@ -116,6 +117,16 @@ def setup_payload(setup: GuestSetup) -> bytes:
     if len(payload) > MAX_PAYLOAD:
         raise UsageError(f"the machine's set-up is too long ({len(payload)} bytes, at most {MAX_PAYLOAD})")
     return payload
+
+
+def time_payload(time_ns: int) -> bytes:
+    """CONTINUE's for a machine that is still itself: the time, nanoseconds since the epoch, and nothing else."""
+    return _field(_TIME, _U64.pack(time_ns))
+
+
+def with_machine_id(payload: bytes, machine_id: str) -> bytes:
+    """The same set-up for a machine that was another until now: 32 hex digits for /etc/machine-id, where it has one."""
+    return payload + _field(_MACHINE_ID, machine_id.encode("ascii"))
 
 
 def with_time(payload: bytes, time_ns: int) -> bytes:

@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 
 def run(
-    paths: Paths, machine_id: str, launcher_fd: int, command_fd: int, *, attach: bool, size: tuple[int, int]
-) -> int:
+    paths: Paths, machine_id: str, launcher_fd: int, command_fd: int, *, attach: bool, size: tuple[int, int],
+    saved: str = "",
+) -> int:  # fmt: skip
     """Serve one machine until it has ended. Errors before that go to the launcher; answers the exit status.
 
-    `command_fd` holds the machine's command lock, which was taken for this start.
+    `command_fd` holds the machine's command lock, which was taken for this start. `saved` as `launch` has it.
     """
     _cut_loose(launcher_fd, command_fd)
     command = FileLock.inherited(f"{paths.machine(machine_id)}/command.lock", command_fd)
     try:
-        supervisor = _take_over(paths, machine_id, launcher_fd, command, attach=attach, size=size)
+        supervisor = _take_over(paths, machine_id, launcher_fd, command, attach=attach, size=size, saved=saved)
     except NagayaError as problem:
         return _report(launcher_fd, problem)
     except FileNotFoundError:
@@ -47,15 +48,16 @@ def run(
 
 
 def _take_over(
-    paths: Paths, machine_id: str, launcher_fd: int, command: FileLock, *, attach: bool, size: tuple[int, int]
-) -> Supervisor:
+    paths: Paths, machine_id: str, launcher_fd: int, command: FileLock, *, attach: bool, size: tuple[int, int],
+    saved: str,
+) -> Supervisor:  # fmt: skip
     from nagaya.supervisor.supervisor import Supervisor
 
     spec = machines.load_spec(paths, machine_id)
     lock = machines.liveness_lock(paths, machine_id)
     # Whoever holds it is about to let go: its machine has ended by its record, or we would not have been started.
     lock.acquire()
-    supervisor = Supervisor(paths, spec, launcher_fd, lock=lock, command=command, attach=attach, size=size)
+    supervisor = Supervisor(paths, spec, launcher_fd, lock=lock, command=command, attach=attach, size=size, saved=saved)
     supervisor.watch_signals()
     return supervisor
 

@@ -26,14 +26,19 @@ def allow_fork() -> None:
     _may_fork = True
 
 
-def launch(paths: Paths, machine_id: str, *, command: FileLock, attach: bool, size: tuple[int, int]) -> int:
-    """Start the supervisor of a machine whose command lock we hold; answers the launcher's end of the socket."""
+def launch(
+    paths: Paths, machine_id: str, *, command: FileLock, attach: bool, size: tuple[int, int], saved: str = ""
+) -> int:
+    """Start the supervisor of a machine whose command lock we hold; answers the launcher's end of the socket.
+
+    `saved` is the directory of a snapshot to go on from; "" = boot.
+    """
     ours, theirs = unix.socket_pair()
     try:
         if _may_fork and not _has_threads():
-            _fork(paths, machine_id, ours, theirs, command.fd, attach=attach, size=size)
+            _fork(paths, machine_id, ours, theirs, command.fd, attach=attach, size=size, saved=saved)
         else:
-            _execute(paths, machine_id, theirs, command.fd, attach=attach, size=size)
+            _execute(paths, machine_id, theirs, command.fd, attach=attach, size=size, saved=saved)
     except OSError as error:
         os.close(ours)
         raise HostError.from_os(error, "cannot start a supervisor process") from None
@@ -48,8 +53,9 @@ def _has_threads() -> bool:
 
 
 def _fork(
-    paths: Paths, machine_id: str, ours: int, theirs: int, command: int, *, attach: bool, size: tuple[int, int]
-) -> None:
+    paths: Paths, machine_id: str, ours: int, theirs: int, command: int, *, attach: bool, size: tuple[int, int],
+    saved: str,
+) -> None:  # fmt: skip
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork():
@@ -59,12 +65,14 @@ def _fork(
         os.close(ours)
         from nagaya.supervisor.entry import run  # lazy: only the child needs it
 
-        status = run(paths, machine_id, theirs, command, attach=attach, size=size)
+        status = run(paths, machine_id, theirs, command, attach=attach, size=size, saved=saved)
     finally:
         os._exit(status)  # never unwind into the CLI's own frames
 
 
-def _execute(paths: Paths, machine_id: str, theirs: int, command: int, *, attach: bool, size: tuple[int, int]) -> None:
+def _execute(
+    paths: Paths, machine_id: str, theirs: int, command: int, *, attach: bool, size: tuple[int, int], saved: str
+) -> None:
     """Execute `python -m nagaya.supervisor`; the intermediate exits at once, so no zombie is left to the caller."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment = {
@@ -72,7 +80,7 @@ def _execute(paths: Paths, machine_id: str, theirs: int, command: int, *, attach
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     argv = [sys.executable, "-m", "nagaya.supervisor", paths.root, paths.run, machine_id]
-    argv += ["1" if attach else "0", str(size[0]), str(size[1])]
+    argv += ["1" if attach else "0", str(size[0]), str(size[1]), saved]
     # They become the child's 3 and 4; a dup2 onto itself would keep close-on-exec, and onto each other lose one.
     sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs, command)]
     try:

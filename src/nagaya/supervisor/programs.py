@@ -17,6 +17,7 @@ from nagaya.supervisor.stream import Stream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.storage.logs import LogWriter
+    from nagaya.supervisor.resuming import SavedPrograms
 
 
 class Listener(Protocol):
@@ -130,6 +131,8 @@ class Programs:
         self._problem: NagayaError | None = None
         self.out_of_memory = False  # whether the machine's own kernel has killed a process for want of memory
         self.on_set_up: Callable[[tuple[str, ...]], None] = lambda warnings: None
+        self.on_continued: Callable[[tuple[str, ...]], None] = lambda warnings: None
+        self._on_held: Callable[[int], None] = lambda errno: None
         self._stream = Stream(loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush)
 
     def setup(self, payload: bytes) -> None:
@@ -158,6 +161,51 @@ class Programs:
         program = Program(self, channel, wants_stdin=process.stdin, tty=process.tty, log=log)
         self._programs[channel] = program
         return program
+
+    # -- being held, and going on
+
+    def hold(self, on_held: Callable[[int], None]) -> None:
+        """Bring the agent to rest: `on_held(errno)` when nothing is under way any more. What clients ask waits until `go_on`."""
+        self._on_held = on_held
+        self.link.hold()
+        self.flush()
+
+    def go_on(self, payload: bytes) -> None:
+        """Let the agent go on; `payload` as `AgentLink.go_on` takes it. `on_continued(warnings)` follows."""
+        self.link.go_on(payload)
+        self.flush()
+
+    def save(self, main: Program | None) -> SavedPrograms:
+        """What `resume` goes on with. While the agent is held."""
+        from nagaya.supervisor.resuming import SavedProgram, SavedPrograms  # lazy: only snapshots
+
+        programs = tuple(
+            SavedProgram(one.channel, one is main, one.tty, not one._stdin_ending, one._owed)
+            for one in self._programs.values()
+        )
+        return SavedPrograms(self.link.save(), programs, self.out_of_memory)
+
+    def resume(self, saved: SavedPrograms, *, log: LogWriter) -> Program:
+        """Go on with what was saved, before anything else is asked for; answers the main program.
+
+        Nobody is attached: whoever fed a program's pipe is not there, so it has ended, but for the main program's.
+        """
+        self.link = agent.AgentLink.resumed(saved.link)
+        self.out_of_memory = saved.out_of_memory
+        found = None
+        for one in saved.programs:
+            program = Program(self, one.channel, wants_stdin=one.stdin, tty=one.tty, log=log if one.main else None)
+            program._owed = one.owed
+            self._programs[one.channel] = program
+            if one.main:
+                found = program
+            elif one.stdin and not one.tty:
+                program._stdin_ending = True
+                self.link.close_stdin(one.channel)
+        assert found is not None  # `resuming.load` has looked
+        for program in self.running():
+            program.grant()
+        return found
 
     def running(self) -> list[Program]:
         return list(self._programs.values())
@@ -212,6 +260,12 @@ class Programs:
             return
         if isinstance(event, agent.SetUp):
             self.on_set_up(event.warnings)
+            return
+        if isinstance(event, agent.Held):
+            self._on_held(event.errno)
+            return
+        if isinstance(event, agent.Continued):
+            self.on_continued(event.warnings)
             return
         program = self._programs.get(event.channel)
         if program is None:

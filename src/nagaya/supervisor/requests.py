@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, RemoteError, Unsupported
 from nagaya.model import state as phases
@@ -107,6 +109,7 @@ def _kill(machine: Supervisor, client: Client, request: dict[str, object]) -> No
     number = _number(request, "signal", 1, 64)
     machine.record("kill", signal=str(number))
     if number == 9:
+        machine.keep = machine.keep or bool(request.get("keep"))
         machine.waiters.append(client)
         machine.request_kill()
         return
@@ -124,8 +127,38 @@ def _pause(machine: Supervisor, client: Client, request: dict[str, object]) -> N
 
 def _unpause(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
     _require(machine, "unpause")
+    machine.refuse_while_saving()
     machine.resume()
     client.finish(control.reply())
+
+
+def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """Put what a snapshot is made of into a directory that the manager has made, below the machine's own."""
+    from nagaya.supervisor.saving import Saving  # lazy: only snapshots
+
+    _require(machine, "snapshot")
+    machine.refuse_while_saving()
+    place, memory = request.get("place"), bool(request.get("memory"))
+    _need(machine, "pause", "be paused, which a snapshot of a running one takes")
+    if memory:
+        _need(machine, "memory", "have its memory saved")
+    if not isinstance(place, str) or os.path.dirname(place) != f"{machine.paths.machine(machine.spec.id)}/snapshots":
+        raise RemoteError("control protocol: a snapshot belongs below its machine's directory")
+    if machine.booted is None:
+        raise Conflict(f"machine '{machine.spec.name}' is just ending", state=machine.state.phase)
+    if machine.booted.setup and machine.state.phase == phases.PAUSED:
+        raise Conflict(
+            f"machine '{machine.spec.name}' is paused, and its own kernel has to write out what it has in memory first",
+            hint=f"let it go on with 'nagaya unpause {machine.spec.name}'",
+            state=machine.state.phase,
+            required="running",
+        )
+    machine.saving = Saving(machine, client, place, memory=memory)
+    try:
+        machine.saving.begin()
+    except BaseException:
+        machine.saving = None
+        raise
 
 
 def _wait(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
@@ -157,6 +190,7 @@ _REQUESTS: dict[str, Any] = {
     "kill": _kill,
     "pause": _pause,
     "unpause": _unpause,
+    "save": _save,
     "wait": _wait,
     "stats": _stats,
     "update": _update,

@@ -12,11 +12,12 @@ from contextlib import ExitStack
 
 from nagaya.engines import open_engine
 from nagaya.engines.base import Booted, BootRequest
-from nagaya.errors import ExecError, HostError, LaunchError, NagayaError
+from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING
 from nagaya.protocol import control
+from nagaya.protocol.setup import with_time
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogWriter
@@ -31,6 +32,8 @@ from nagaya.supervisor.programs import Program, Programs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.supervisor.filling import Filling
+    from nagaya.supervisor.resuming import SavedPrograms
+    from nagaya.supervisor.saving import Saving
 
 KILLED = 128 + 9
 BACKOFF_FIRST_S = 0.1
@@ -54,7 +57,9 @@ class Supervisor:
         command: FileLock,
         attach: bool,
         size: tuple[int, int],
+        saved: str = "",
     ) -> None:
+        """`saved` is a snapshot's directory whose memory the first run goes on from; "" = boot."""
         self.paths = paths
         self.spec = spec
         self._lock = lock
@@ -66,6 +71,9 @@ class Supervisor:
         self.programs: Programs | None = None
         self.main: Program | None = None
         self.filling: Filling | None = None
+        self.saving: Saving | None = None
+        self.keep = False  # a machine that was created with --rm stays, for who ends it to go on with it
+        self._saved = saved
         self._helpers: list[int] = []  # pidfds
         self.waiters: list[Client] = []  # clients that are answered when the machine has ended for good
         self._directory = paths.machine(spec.id)
@@ -110,8 +118,10 @@ class Supervisor:
             phase=STARTING, error="", exit_code=-1, warnings=(), pid=0, stop_requested=False, oom_killed=False
         )
         self._command.release()  # whoever gets it now finds a machine that starts, and this lock held
+        saved, self._saved = self._saved, ""
         try:
-            booted = self._boot()
+            programs = self._load_programs(saved)
+            booted = self._boot(saved)
         except NagayaError as problem:
             self._start_failed(problem)
             return
@@ -124,14 +134,50 @@ class Supervisor:
             self.loop.watch(fd, lambda events_, call=call: call())  # type: ignore[misc]
         self._watch_helpers(booted.helpers)
         self.programs = Programs(self.loop, booted.agent, on_lost=self._agent_lost)
+        if programs is not None:
+            self._resume(booted, programs)
+            return
         if booted.setup:
             self.programs.on_set_up = self._set_up
             self.programs.setup(booted.setup)
-        self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
+        self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         if booted.copies:
             self._fill(booted)
         else:
             self._spawn_main()
+
+    def _load_programs(self, saved: str) -> SavedPrograms | None:
+        if not saved:
+            return None
+        from nagaya.supervisor import resuming  # lazy: only who goes on from a snapshot
+
+        return resuming.load(f"{saved}/programs.json")
+
+    def _resume(self, booted: Booted, programs: SavedPrograms) -> None:
+        """Go on with programs that run already: tell the agent who the machine is by now, and when."""
+        assert self.programs is not None
+        self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
+        try:
+            main = self.programs.resume(programs, log=self._log)
+        except NagayaError as problem:
+            self._problem, self._exit_status = problem, 125
+            self.engine.kill()
+            return
+        main.on_exited = self._main_exited
+        self.main = main
+        if self._launcher is not None and self._attach:
+            main.join(self._launcher, stdin=self.spec.process.stdin)
+
+        def continued(warnings: tuple[str, ...]) -> None:
+            self._set_up(warnings)
+            self._started(0)
+
+        self.programs.on_continued = continued
+        self.programs.go_on(self._identity(with_time(booted.setup, time.time_ns())))
+
+    def _identity(self, payload: bytes) -> bytes:
+        """CONTINUE's payload: SETUP's, and what makes the machine another one than that which was saved."""
+        return payload
 
     def _watch_helpers(self, pids: tuple[int, ...]) -> None:
         for pid in pids:
@@ -156,7 +202,7 @@ class Supervisor:
         assert self.programs is not None
         self.filling = Filling(
             self.loop, self.programs, booted.copies, on_done=self._spawn_main, on_failed=self._filling_failed,
-            on_progress=lambda: self._set_timer("boot", booted.start_timeout_s, self._boot_timed_out),
+            on_progress=lambda: self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out),
         )  # fmt: skip
         try:
             self.filling.begin()
@@ -188,7 +234,7 @@ class Supervisor:
         self.main = main
         self.programs.flush()
 
-    def _boot(self) -> Booted:
+    def _boot(self, saved: str) -> Booted:
         stack = self._stack = ExitStack()
         try:
             network = wire_up(self.paths, self.spec, stack)
@@ -200,6 +246,7 @@ class Supervisor:
                 network=network,
                 etc=write_etc(f"{self._directory}/etc", self.spec, network),
                 runtime_dir=self.paths.runtime(self.spec.id),
+                saved=f"{saved}/memory" if saved else "",
             )
             self.state = self.state._replace(address=network.address)
             return self.engine.boot(request, stack)
@@ -217,12 +264,12 @@ class Supervisor:
 
     def _started(self, pid: int) -> None:
         assert self.booted is not None
-        self._cancel_timer("boot")
+        self.cancel_timer("boot")
         self.set_state(
             phase=RUNNING, started_ns=time.time_ns(), pid=self.booted.pid, warnings=self.booted.warnings, finished_ns=0
         )
         self.record("start")
-        self._set_timer("stable", STABLE_AFTER_S, self._became_stable)
+        self.set_timer("stable", STABLE_AFTER_S, self._became_stable)
         launcher, self._launcher = self._launcher, None
         if launcher is not None:
             answer = control.reply(warnings=list(self.booted.warnings))
@@ -242,7 +289,7 @@ class Supervisor:
         self._exit_status = status
         if self.booted is not None and self.programs is not None:
             self.programs.shutdown()
-            self._set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
+            self.set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
 
     def _boot_timed_out(self) -> None:
         assert self.booted is not None
@@ -270,6 +317,8 @@ class Supervisor:
         if self.filling is not None:
             self.filling.abandon()
             self.filling = None
+        if self.saving is not None:
+            self.saving.stopped()
         programs.close()
         self.programs = None
         for program in programs.running():
@@ -282,7 +331,7 @@ class Supervisor:
             pass  # not our child: whoever is its parent reaps it
         os.close(booted.pidfd)
         for name in list(self._timers):
-            self._cancel_timer(name)
+            self.cancel_timer(name)
         status = self._exit_status
         oom = programs.out_of_memory
         if "oom" in self.engine.capabilities:
@@ -322,7 +371,7 @@ class Supervisor:
         self.set_state(
             phase=RESTARTING, exit_code=status, finished_ns=time.time_ns(), restarts=self.state.restarts + 1, pid=0
         )
-        self._set_timer("restart", self._backoff_s, self.start)
+        self.set_timer("restart", self._backoff_s, self.start)
         self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
 
     def _finish(self, status: int) -> None:
@@ -342,7 +391,7 @@ class Supervisor:
             self.loop.forget(self._listener)
             os.close(self._listener)
             self._listener = -1
-        if self.spec.auto_remove:
+        if self.spec.auto_remove and not self.keep:
             rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge of them
             machines.discard(self.paths, self.spec.id, self.spec.name)
             self.record("destroy")
@@ -393,6 +442,8 @@ class Supervisor:
 
     def _gone(self, client: Client) -> None:
         self._clients.discard(client)
+        if self.saving is not None and client is self.saving.client:
+            self.saving.abandon()
         if client in self.waiters:
             self.waiters.remove(client)
         if client is self._launcher:
@@ -410,20 +461,24 @@ class Supervisor:
         """Ask the program to end, and kill the machine when it has not within `timeout_s`."""
         self.state = self.state._replace(stop_requested=True)
         if self.state.phase == RESTARTING:
-            self._cancel_timer("restart")
+            self.cancel_timer("restart")
             self._finish(self.state.exit_code)
             return
+        if self.saving is not None:
+            self.saving.stopped()
         self.resume()
-        self._set_timer("stop", timeout_s, self._end_now)
+        self.set_timer("stop", timeout_s, self._end_now)
         if self.main is not None and self.booted is not None:
             self.main.signal(self.spec.stop_signal)
 
     def request_kill(self) -> None:
         self.state = self.state._replace(stop_requested=True)
         if self.state.phase == RESTARTING:
-            self._cancel_timer("restart")
+            self.cancel_timer("restart")
             self._finish(self.state.exit_code)
             return
+        if self.saving is not None:
+            self.saving.stopped()
         self.resume()
         self._end_now()
 
@@ -436,12 +491,18 @@ class Supervisor:
             self.engine.kill()
             return
         self.programs.shutdown()
-        self._set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
+        self.set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
 
     def pause(self) -> None:
+        self.refuse_while_saving()
         self.engine.pause()  # type: ignore[attr-defined]
         self.set_state(phase=PAUSED)
         self.record("pause")
+
+    def refuse_while_saving(self) -> None:
+        """Raise `Conflict` while a snapshot is being taken."""
+        if self.saving is not None:
+            raise Conflict(f"a snapshot of machine '{self.spec.name}' is being taken", hint="try again in a moment")
 
     def resume(self) -> None:
         if self.state.phase == PAUSED:
@@ -462,11 +523,11 @@ class Supervisor:
             self.paths.events, "machine", action, self.spec.id, self.spec.name, image=self.spec.image, **attributes
         )
 
-    def _set_timer(self, name: str, seconds: float, call: object) -> None:
-        self._cancel_timer(name)
+    def set_timer(self, name: str, seconds: float, call: object) -> None:
+        self.cancel_timer(name)
         self._timers[name] = self.loop.after(seconds, call)  # type: ignore[arg-type]
 
-    def _cancel_timer(self, name: str) -> None:
+    def cancel_timer(self, name: str) -> None:
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()

@@ -1,0 +1,312 @@
+"""The snapshots of one machine: take, list, restore, rename and remove them. docs/snapshots.md."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from nagaya import __version__
+from nagaya.engines import open_engine
+from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, Unsupported, UsageError
+from nagaya.manager.naming import check_name
+from nagaya.model.spec import MachineSpec
+from nagaya.model.state import ALIVE, PAUSED, RUNNING, STARTING
+from nagaya.static import NamedTuple
+from nagaya.storage import records, rootfs, snapshots
+from nagaya.storage.snapshots import Snapshot
+
+builtins_list = list  # `Snapshots.list` hides the type's name from annotations in its own class
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.manager.machine import Machine
+
+MAX_DESCRIPTION = 4096
+
+
+class Taken(NamedTuple):
+    """A snapshot that was just made. `paused_ms` is how long the machine stood for it; 0 when it did not run."""
+
+    snapshot: Snapshot
+    paused_ms: float
+    warnings: tuple[str, ...]
+
+
+class Snapshots:
+    """What `machine.snapshots` is. Each call looks at the disk anew."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._directory = machine.directory
+
+    # -- looking
+
+    def list(self) -> builtins_list[Snapshot]:
+        """All that can be used, oldest first."""
+        return snapshots.load_all(self._directory)[0]
+
+    def damaged(self) -> builtins_list[tuple[str, str]]:
+        """(id, why) of those whose record cannot be read."""
+        return snapshots.load_all(self._directory)[1]
+
+    def current(self) -> str:
+        """The id of the snapshot that the machine's disks descend from; "" = none."""
+        return snapshots.load_current(self._directory)
+
+    def get(self, name: str) -> Snapshot:
+        """By name, id, or the beginning of an id. Raises `NotFound`, `Conflict` when several begin so."""
+        found, damaged = snapshots.load_all(self._directory)
+        for snapshot in found:
+            if name in (snapshot.name, snapshot.id):
+                return snapshot
+        starting = [snapshot for snapshot in found if name and snapshot.id.startswith(name)]
+        if len(starting) > 1:
+            raise Conflict(f"'{name}' is the beginning of {len(starting)} snapshots' ids", hint="give more digits")
+        if starting:
+            return starting[0]
+        for snapshot_id, why in damaged:
+            if name and snapshot_id.startswith(name):
+                raise IntegrityError(
+                    f"snapshot {snapshot_id} cannot be used: {why}",
+                    hint=f"remove it with 'nagaya snapshot rm {self._machine.name} {snapshot_id}'",
+                )
+        raise NotFound(
+            f"machine '{self._machine.name}' has no snapshot '{name}'",
+            hint=f"'nagaya snapshot ls {self._machine.name}' lists them",
+        )
+
+    def directory(self, snapshot: Snapshot) -> str:
+        """Where it lies."""
+        return snapshots.directory(self._directory, snapshot.id)
+
+    # -- making
+
+    def create(self, name: str = "", *, description: str = "", memory: bool | None = None) -> Taken:
+        """Take one of the machine as it is, running or not.
+
+        `memory`: with what is in its memory; None = if it runs and its type can, else the disks alone, with a warning
+        where that is news. Raises `Unsupported` for memory that cannot be saved, `Conflict`, `HostError`; leaves nothing.
+        """
+        if name:
+            check_name(name, "snapshot")
+        if len(description) > MAX_DESCRIPTION or not description.isprintable():
+            raise UsageError(f"a description is one printable line of at most {MAX_DESCRIPTION} characters")
+        machine = self._machine
+        with machine.lock():
+            machine.reload()
+            name = self._choose_name(name)
+            phase = machine.settled().phase
+            if phase in ALIVE and phase not in (RUNNING, PAUSED):
+                raise Conflict(
+                    f"machine '{machine.name}' is {phase}: no snapshot can be taken of it now",
+                    hint="try again when it runs, or is stopped", state=phase, required="running, or not running",
+                )  # fmt: skip
+            alive = phase in ALIVE
+            wants, warnings = _settle_memory(machine.spec, memory, alive=alive)
+            try:
+                snapshot_id, place = snapshots.begin(self._directory)
+            except OSError as error:
+                raise HostError.from_os(error, "cannot make a snapshot") from None
+            try:
+                paused_ms = 0.0
+                if alive:
+                    paused_ms, told, wants = self._save(place, wants, explicit=memory is True)
+                    warnings += told
+                else:
+                    snapshots.copy_disks(self._directory, place)
+                made = Snapshot(
+                    format=snapshots.FORMAT, id=snapshot_id, name=name, parent=self.current(),
+                    created_ns=time.time_ns(), description=description, spec=machine.spec,
+                    layers=records.load(f"{self._directory}/rootfs.json", rootfs.Layers), phase=phase, memory=wants,
+                    version=__version__, parts=snapshots.sum_parts(place),
+                )  # fmt: skip
+                made = snapshots.finish(self._directory, place, made)
+            except BaseException as error:
+                snapshots.remove_tree(place)
+                if isinstance(error, OSError):
+                    raise HostError.from_os(error, "cannot make a snapshot") from None
+                if isinstance(error, RecursionError):
+                    raise Unsupported("the machine's directories are nested too deeply for a snapshot") from None
+                raise
+        machine.record("snapshot", snapshot=name)
+        return Taken(made, paused_ms, tuple(warnings))
+
+    def _save(self, place: str, memory: bool, *, explicit: bool) -> tuple[float, builtins_list[str], bool]:
+        """Have the supervisor do it; (milliseconds of pause, warnings, whether with memory)."""
+        warnings: list[str] = []
+        try:
+            answer = self._machine.ask("save", place=place, memory=memory)
+        except Unsupported as problem:
+            if not memory or explicit:
+                raise
+            warnings.append(f"the disks alone are in the snapshot: {problem.message}")
+            snapshots.remove_tree(place)
+            os.mkdir(place, 0o700)
+            memory = False
+            answer = self._machine.ask("save", place=place, memory=False)
+        told = answer.get("warnings")
+        warnings += [str(line) for line in told] if isinstance(told, list) else []
+        paused = answer.get("paused_ms")
+        return float(paused) if isinstance(paused, (int, float)) else 0.0, warnings, memory
+
+    def _choose_name(self, name: str) -> str:
+        taken = {snapshot.name for snapshot in self.list()} | set(snapshots.ids(self._directory))
+        if name in taken:
+            raise Conflict(
+                f"machine '{self._machine.name}' has a snapshot '{name}' already",
+                hint=f"choose another name, or 'nagaya snapshot rm {self._machine.name} {name}'", state=name,
+            )  # fmt: skip
+        number = 0
+        while not name:
+            number += 1
+            name = f"snap{number}" if f"snap{number}" not in taken else ""
+        return name
+
+    # -- changing
+
+    def rename(self, name: str, new: str) -> None:
+        """Give it another name."""
+        check_name(new, "snapshot")
+        with self._machine.lock():
+            snapshot = self.get(name)
+            if snapshot.name == new:
+                return
+            self._choose_name(new)
+            snapshots.store(self.directory(snapshot), snapshot._replace(name=new))
+
+    def remove(self, name: str) -> str:
+        """Remove it; its children become its parent's. A damaged one goes too. Answers its id."""
+        with self._machine.lock():
+            parent = ""
+            try:
+                snapshot = self.get(name)
+                snapshot_id, parent = snapshot.id, snapshot.parent
+            except IntegrityError:
+                snapshot_id = next(one for one in snapshots.ids(self._directory) if one.startswith(name))
+            try:
+                snapshots.remove(self._directory, snapshot_id, parent=parent)
+            except OSError as error:
+                raise HostError.from_os(error, "cannot remove the snapshot") from None
+        return snapshot_id
+
+    def prune(self, *, keep: int = 0) -> builtins_list[str]:
+        """Remove all but the newest `keep`; answers their names."""
+        old = self.list()
+        removed = []
+        for snapshot in old[: len(old) - keep] if keep else old:
+            try:
+                self.remove(snapshot.id)
+            except NotFound:
+                continue  # somebody else was quicker
+            removed.append(snapshot.name)
+        return removed
+
+    # -- going back
+
+    def restore(self, name: str = "", *, memory: bool | None = None) -> Snapshot:
+        """Make the machine what it was, name and id apart; "" = the snapshot that it descends from.
+
+        With its memory its programs go on where they were; without (or with `memory` False) the machine starts anew if
+        it runs now, and else stays off. Everything is checked and copied first: what fails until then leaves the machine
+        as it is, running or not. Raises `NotFound`, `IntegrityError`, `Unsupported`, `HostError`.
+        """
+        machine = self._machine
+        lock = machine.lock()
+        try:
+            machine.reload()
+            snapshot = self._find_to_restore(name)
+            with_memory = snapshot.memory if memory is None else memory
+            spec = _restored_spec(machine.spec, snapshot.spec)
+            self._check(snapshot, spec, with_memory=with_memory)
+            try:
+                snapshots.prepare_restore(self._directory, self.directory(snapshot), snapshot, spec)
+                runs = self._end()
+                snapshots.commit_restore(self._directory)
+            except OSError as error:
+                raise HostError.from_os(error, f"cannot restore snapshot '{snapshot.name}'") from None
+            finally:
+                snapshots.remove_tree(f"{self._directory}/{snapshots.RESTORE}.tmp")
+            machine.spec = spec
+            machine.record("restore", snapshot=snapshot.name)
+            if with_memory or runs:
+                machine.hold(lock)
+                machine.go(saved=self.directory(snapshot) if with_memory else "")
+        finally:
+            lock.release()
+        return snapshot
+
+    def _find_to_restore(self, name: str) -> Snapshot:
+        if name:
+            return self.get(name)
+        current = self.current()
+        if not current:
+            raise UsageError(
+                f"which snapshot of machine '{self._machine.name}'?",
+                hint=f"'nagaya snapshot ls {self._machine.name}' lists them",
+            )
+        return self.get(current)
+
+    def _check(self, snapshot: Snapshot, spec: MachineSpec, *, with_memory: bool) -> None:
+        """All that can be said against a restore while the machine still is what it is."""
+        machine, place = self._machine, self.directory(snapshot)
+        if spec.type != machine.spec.type:
+            raise Conflict(
+                f"snapshot '{snapshot.name}' is of a {spec.type}, and machine '{machine.name}' is a {machine.spec.type}"
+                " by now",
+                hint=f"change it back first: nagaya update --type {spec.type} {machine.name}",
+                state=machine.spec.type, required=spec.type,
+            )  # fmt: skip
+        if with_memory and not snapshot.memory:
+            raise Unsupported(
+                f"snapshot '{snapshot.name}' has the disks alone: its memory was not saved",
+                hint="restore it without --memory: the machine then starts anew from them",
+            )
+        phase = machine.settled().phase
+        if phase == STARTING:
+            raise Conflict(f"machine '{machine.name}' is just starting", hint="try again when it runs", state=phase)
+        snapshots.verify(place, snapshot)
+        engine = open_engine(spec.type)
+        if engine.rootfs_kind == "disk":
+            if not os.path.isfile(snapshot.layers.root_image):
+                raise IntegrityError(
+                    f"the root image of '{spec.image}' is missing from the store", hint=f"nagaya pull {spec.image}"
+                )
+        elif not all(os.path.isdir(layer) for layer in snapshot.layers.lower):
+            raise IntegrityError(
+                f"a layer of image '{spec.image}' is missing from the store", hint=f"nagaya pull {spec.image}"
+            )
+        engine.check(spec)
+        if with_memory:
+            if "memory" not in engine.capabilities:
+                raise Unsupported(f"a machine of type '{spec.type}' cannot go on from saved memory")
+            engine.check_saved(spec, f"{place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
+
+    def _end(self) -> bool:
+        """End the machine if it runs; whether it did."""
+        machine = self._machine
+        if machine.settled().phase not in ALIVE:
+            return False
+        machine.end(keep=True)
+        return True
+
+
+def _restored_spec(now: MachineSpec, then: MachineSpec) -> MachineSpec:
+    """The machine as it was, but for who it is and what does not change what runs in it."""
+    return then._replace(id=now.id, name=now.name, restart=now.restart, auto_remove=now.auto_remove, labels=now.labels)
+
+
+def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tuple[bool, list[str]]:
+    """Whether the memory is to be saved. Raises `Unsupported` when it was asked for and cannot be."""
+    engine = open_engine(spec.type)
+    if memory and not alive:
+        raise Conflict(
+            f"machine '{spec.name}' does not run: there is no memory to save", hint="leave --memory away",
+            state="not running", required="running",
+        )  # fmt: skip
+    if "memory" in engine.capabilities:
+        return alive and memory is not False, []
+    if memory:
+        raise Unsupported(
+            f"the memory of a machine of type '{spec.type}' cannot be saved: {engine.missing.get('memory', '')}",
+            hint="leave --memory away: the disks alone are saved then; or use --type kvm",
+        )
+    return False, []

@@ -1,0 +1,400 @@
+"""Snapshots on disk: a directory each, below their machine's, that is whole from the moment it has its name.
+
+    MACHINE/snapshots/ID/snapshot.json   `Snapshot`: what it is of, and a sum of each part
+                        data.img         the machine's disk; or
+                        upper/  copy/    what a container has written
+                        memory/…         what the engine has saved (engines/base.py, `Saving`)
+                        programs.json    what the supervisor knew of the programs (supervisor/resuming.py)
+    MACHINE/snapshots/current            id of the one that the machine's disks descend from
+    MACHINE/snapshots/.tmp-ID  .trash-ID being made, being removed
+    MACHINE/restore/                     what a restore puts in place: from the moment it has that name it will be
+
+Whoever changes any of it holds the machine's command lock. What a kill has left is finished by `mend`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+
+from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported
+from nagaya.kernel import reflink
+from nagaya.model.spec import MachineSpec
+from nagaya.static import NamedTuple
+from nagaya.storage import digests, records
+from nagaya.storage.paths import make_directory
+from nagaya.storage.rootfs import DATA_DISK, Layers
+from nagaya.storage.tree import remove_tree
+
+FORMAT = 1
+RECORD = "snapshot.json"
+MEMORY = "memory"
+PROGRAMS = "programs.json"
+TREES = ("upper", "copy")  # and `copy.done` beside the latter
+RESTORE = "restore"
+_CURRENT = "current"
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_COPY_MARK = "copy.done"
+
+
+class Part(NamedTuple):
+    """A file or a tree of a snapshot. `data_bytes` leaves out what is zeros."""
+
+    name: str
+    kind: str  # "file" | "tree"
+    digest: str
+    data_bytes: int
+
+
+class Snapshot(NamedTuple):
+    """What a snapshot says of itself. `digest` sums up the record, with "" in its own place."""
+
+    format: int
+    id: str
+    name: str
+    parent: str  # the id of the one that its machine's disks descended from; "" = none
+    created_ns: int
+    description: str
+    spec: MachineSpec  # the machine as it was
+    layers: Layers
+    phase: str  # what the machine was: created, running, paused, exited
+    memory: bool
+    version: str  # of the Nagaya that made it
+    parts: tuple[Part, ...]
+    digest: str = ""
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(part.data_bytes for part in self.parts)
+
+
+def directory(machine_dir: str, snapshot_id: str) -> str:
+    return f"{machine_dir}/snapshots/{snapshot_id}"
+
+
+def ids(machine_dir: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(f"{machine_dir}/snapshots") if _is_id(name)]
+    except FileNotFoundError:
+        return []
+
+
+def _is_id(name: str) -> bool:
+    return len(name) == 16 and all(digit in "0123456789abcdef" for digit in name)
+
+
+def load(machine_dir: str, snapshot_id: str) -> Snapshot:
+    """Read and check a record, not what it stands for. Raises `NotFound`, `IntegrityError`, `Unsupported` (a newer format)."""
+    return load_record(f"{directory(machine_dir, snapshot_id)}/{RECORD}", snapshot_id)
+
+
+def load_record(path: str, snapshot_id: str = "") -> Snapshot:
+    """The record at `path`, of the snapshot `snapshot_id` if that is told. Raises as `load`."""
+    hint = "it cannot be restored; 'nagaya snapshot rm' removes it"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise NotFound("there is no such snapshot") from None
+    except OSError as error:
+        raise HostError.from_os(error, "cannot open a snapshot's record") from None
+    try:
+        raw = os.read(fd, records.MAX_BYTES)
+    finally:
+        os.close(fd)
+    try:
+        data = json.loads(raw)
+        format_ = data["format"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        raise IntegrityError(f"the record of snapshot {snapshot_id or path} is damaged", hint=hint) from None
+    if type(format_) is int and format_ != FORMAT:
+        raise Unsupported(
+            f"snapshot {snapshot_id or path} is of format {format_}, and this Nagaya knows {FORMAT}",
+            hint="use the version of Nagaya that made it",
+        )
+    try:
+        found = records.from_data(Snapshot, data, what=path)
+    except IntegrityError as error:
+        raise IntegrityError(f"the record of snapshot {snapshot_id} is damaged: {error.message}", hint=hint) from None
+    if found.digest != _sum(found) or (snapshot_id and found.id != snapshot_id):
+        raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
+    for part in found.parts:
+        if part.name.startswith("/") or ".." in part.name.split("/") or part.kind not in ("file", "tree"):
+            raise IntegrityError(f"the record of snapshot {found.name} names a part '{part.name}'", hint=hint)
+    return found
+
+
+def store(place: str, snapshot: Snapshot) -> Snapshot:
+    """Write the record into the directory `place`; answers it with its sum."""
+    summed = snapshot._replace(digest=_sum(snapshot))
+    records.store(f"{place}/{RECORD}", summed, durable=True)
+    return summed
+
+
+def _sum(snapshot: Snapshot) -> str:
+    import hashlib  # lazy: rare
+
+    data = records.to_data(snapshot._replace(digest=""))
+    return "sha256:" + hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_all(machine_dir: str) -> tuple[list[Snapshot], list[tuple[str, str]]]:
+    """All snapshots, oldest first, and (id, why not) of those whose record cannot be used."""
+    found, damaged = [], []
+    for snapshot_id in ids(machine_dir):
+        try:
+            found.append(load(machine_dir, snapshot_id))
+        except NotFound:
+            damaged.append((snapshot_id, "its record is missing"))
+        except (IntegrityError, Unsupported, HostError) as error:
+            damaged.append((snapshot_id, error.message))
+    return sorted(found, key=lambda snapshot: (snapshot.created_ns, snapshot.id)), damaged
+
+
+def load_current(machine_dir: str) -> str:
+    """The id of the snapshot that the machine descends from, or ""."""
+    try:
+        with open(f"{machine_dir}/snapshots/{_CURRENT}", encoding="ascii", errors="replace") as file:
+            name = file.read(64).strip()
+    except OSError:
+        return ""
+    return name if _is_id(name) else ""
+
+
+def store_current(machine_dir: str, snapshot_id: str) -> None:
+    records.write_file(f"{machine_dir}/snapshots/{_CURRENT}", snapshot_id.encode(), durable=True)
+
+
+# -- making one
+
+
+def begin(machine_dir: str) -> tuple[str, str]:
+    """(id, directory) of a snapshot that is to be made. Until `finish` nobody but `mend` sees it."""
+    make_directory(f"{machine_dir}/snapshots")
+    snapshot_id = os.urandom(8).hex()
+    place = f"{machine_dir}/snapshots/{_TEMPORARY}{snapshot_id}"
+    os.mkdir(place, 0o700)
+    return snapshot_id, place
+
+
+def copy_disks(machine_dir: str, place: str) -> None:
+    """What the machine in `machine_dir` has written, into the directory `place`. Nobody may write to it meanwhile.
+
+    Blocks are shared where the file system can share them. Raises `OSError`, and `HostError` for what cp(1) says.
+    """
+    copy_file(f"{machine_dir}/{DATA_DISK}", f"{place}/{DATA_DISK}")
+    for name in TREES:
+        if os.path.isdir(f"{machine_dir}/{name}"):
+            _copy_tree(f"{machine_dir}/{name}", f"{place}/{name}")
+    copy_file(f"{machine_dir}/{_COPY_MARK}", f"{place}/{_COPY_MARK}")
+
+
+def copy_file(source: str, target: str) -> None:
+    """A regular file, its mode kept; nothing when it is not there. Raises `OSError`."""
+    try:
+        read = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        mode = stat.S_IMODE(os.fstat(read).st_mode)
+        write = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            if not reflink.clone(read, write):
+                reflink.copy_data(read, write)
+        finally:
+            os.close(write)
+    finally:
+        os.close(read)
+
+
+def _copy_tree(source: str, target: str) -> None:
+    """A container's files with all that they are: cp(1) knows hard links, holes, attributes and overlayfs's whiteouts."""
+    argv = [
+        "cp", "-R", "-d", "--preserve=mode,ownership,timestamps,links,xattr", "--reflink=auto", "--sparse=auto", "-T",
+        "--", source, target,
+    ]  # fmt: skip
+    said = os.memfd_create("cp", os.MFD_CLOEXEC)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, said, 2)]
+        environment = {"PATH": os.defpath, "LC_ALL": "C"}
+        pid = os.posix_spawnp("cp", argv, environment, file_actions=actions)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        told = os.pread(said, 4096, 0).decode(errors="replace").strip()
+    finally:
+        os.close(said)
+    if status:
+        full = "No space left" in told
+        raise HostError(
+            f"cannot copy the machine's files: {told.splitlines()[0] if told else f'cp ended with status {status}'}",
+            hint="free some space, for example with 'nagaya snapshot rm'" if full else "",
+            errno=errno.ENOSPC if full else 0,
+        )
+
+
+def sum_parts(place: str) -> tuple[Part, ...]:
+    """The sums of all that is in a snapshot's directory but its record. Raises `OSError`."""
+    parts = []
+    for name in _list(place):
+        kind = "tree" if name in TREES else "file"
+        digest, data_bytes = (digests.digest_tree if kind == "tree" else digests.digest_file)(f"{place}/{name}")
+        parts.append(Part(name, kind, digest, data_bytes))
+    return tuple(parts)
+
+
+def _list(place: str) -> list[str]:
+    """Names of a snapshot's parts: trees as one, of `memory` each file."""
+    found = []
+    for name in sorted(os.listdir(place)):
+        if name == RECORD:
+            continue
+        if name in TREES or not os.path.isdir(f"{place}/{name}"):
+            found.append(name)
+        else:
+            found += [f"{name}/{below}" for below in _list(f"{place}/{name}")]
+    return found
+
+
+def finish(machine_dir: str, place: str, snapshot: Snapshot) -> Snapshot:
+    """The directory `place` of `begin` is whole: give it its name. What follows a kill is all of it, or nothing."""
+    snapshot = store(place, snapshot)
+    reflink.sync_file_system(place)
+    os.rename(place, directory(machine_dir, snapshot.id))
+    store_current(machine_dir, snapshot.id)  # durable: so the rename before it is
+    return snapshot
+
+
+def verify(place: str, snapshot: Snapshot) -> None:
+    """Compare every part with its sum. Raises `IntegrityError`, `HostError`."""
+    hint = "the machine was left as it is; 'nagaya snapshot rm' removes the snapshot"
+    known = {part.name for part in snapshot.parts}
+    try:
+        strange = set(_list(place)) - known
+        if strange:
+            raise IntegrityError(f"snapshot '{snapshot.name}' has a part that it should not: {min(strange)}", hint=hint)
+        for part in snapshot.parts:
+            sum_ = digests.digest_tree if part.kind == "tree" else digests.digest_file
+            if sum_(f"{place}/{part.name}")[0] != part.digest:
+                raise IntegrityError(
+                    f"snapshot '{snapshot.name}' is damaged: {part.name} is not what was saved", hint=hint
+                )
+    except FileNotFoundError as error:
+        raise IntegrityError(f"snapshot '{snapshot.name}' is damaged: {error.filename} is missing", hint=hint) from None
+    except OSError as error:
+        raise HostError.from_os(error, f"cannot read snapshot '{snapshot.name}'") from None
+
+
+# -- removing one
+
+
+def remove(machine_dir: str, snapshot_id: str, *, parent: str) -> None:
+    """Remove one, whose children become its `parent`'s. A kill in between leaves a valid tree."""
+    for other in load_all(machine_dir)[0]:
+        if other.parent == snapshot_id:
+            store(directory(machine_dir, other.id), other._replace(parent=parent))
+    if load_current(machine_dir) == snapshot_id:
+        store_current(machine_dir, parent)
+    trash = f"{machine_dir}/snapshots/{_TRASH}{snapshot_id}"
+    remove_tree(trash)
+    os.rename(directory(machine_dir, snapshot_id), trash)
+    remove_tree(trash)
+
+
+# -- restoring one
+
+
+def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: MachineSpec) -> str:
+    """Copies of a snapshot's disks, and the records that go with them; `commit_restore` puts them in place.
+
+    Answers where they are. The machine may run meanwhile. Raises `OSError`, `HostError`.
+    """
+    fresh = f"{machine_dir}/{RESTORE}.tmp"
+    remove_tree(fresh)
+    os.mkdir(fresh, 0o700)
+    copy_disks(place, fresh)
+    records.store(f"{fresh}/spec.json", spec)
+    records.store(f"{fresh}/rootfs.json", snapshot.layers)
+    records.write_file(f"{fresh}/{_CURRENT}", snapshot.id.encode())
+    reflink.sync_file_system(fresh)
+    return fresh
+
+
+def commit_restore(machine_dir: str) -> None:
+    """From here on the machine, which does not run, is what was prepared, whoever is killed. Raises `OSError`."""
+    os.rename(f"{machine_dir}/{RESTORE}.tmp", f"{machine_dir}/{RESTORE}")
+    _sync_directory(machine_dir)
+    _finish_restore(machine_dir)
+
+
+def _finish_restore(machine_dir: str) -> None:
+    """Every step may be the second of its kind: what is still in the directory has not been put in place."""
+    fresh, old = f"{machine_dir}/{RESTORE}", f"{machine_dir}/{RESTORE}/old"
+    if not os.path.exists(f"{fresh}/settled"):
+        # What the snapshot does not have, the machine must not keep: one that was never started has no `upper`.
+        for name in (*TREES, _COPY_MARK, "work"):
+            if os.path.lexists(f"{fresh}/{name}") or not os.path.lexists(f"{machine_dir}/{name}"):
+                continue
+            if not os.path.exists(f"{fresh}/{name}.placed"):
+                remove_tree(old)
+                os.rename(f"{machine_dir}/{name}", old)
+        for name in (*TREES, _COPY_MARK):
+            if not os.path.lexists(f"{fresh}/{name}"):
+                continue
+            _touch(f"{fresh}/{name}.placed")  # before: a second run must not take the new one for the old one
+            if os.path.lexists(f"{machine_dir}/{name}"):
+                remove_tree(old)
+                os.rename(f"{machine_dir}/{name}", old)
+            os.rename(f"{fresh}/{name}", f"{machine_dir}/{name}")
+        _touch(f"{fresh}/settled")
+    make_directory(f"{machine_dir}/snapshots")
+    for name, target in (
+        (DATA_DISK, DATA_DISK),
+        ("rootfs.json", "rootfs.json"),
+        ("spec.json", "spec.json"),
+        (_CURRENT, f"snapshots/{_CURRENT}"),
+    ):
+        if os.path.lexists(f"{fresh}/{name}"):
+            os.rename(f"{fresh}/{name}", f"{machine_dir}/{target}")
+    _sync_directory(machine_dir)
+    os.rename(fresh, f"{fresh}.tmp")  # its marks must not go before the rest of it
+    remove_tree(f"{fresh}.tmp")
+
+
+def _touch(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# -- after a kill
+
+
+def needs_mending(machine_dir: str) -> bool:
+    """Whether a command on this machine's snapshots was cut off, or is at work. Two looks at the disk."""
+    if os.path.lexists(f"{machine_dir}/{RESTORE}") or os.path.lexists(f"{machine_dir}/{RESTORE}.tmp"):
+        return True
+    try:
+        names = os.listdir(f"{machine_dir}/snapshots")
+    except FileNotFoundError:
+        return False
+    return any(name.startswith((_TEMPORARY, _TRASH)) for name in names)
+
+
+def mend(machine_dir: str) -> None:
+    """Under the command lock: finish a restore that had begun, drop what else was cut off. Raises `OSError`."""
+    if os.path.lexists(f"{machine_dir}/{RESTORE}"):
+        _finish_restore(machine_dir)
+    remove_tree(f"{machine_dir}/{RESTORE}.tmp")
+    try:
+        names = os.listdir(f"{machine_dir}/snapshots")
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.startswith((_TEMPORARY, _TRASH)) or name.endswith(".tmp"):
+            remove_tree(f"{machine_dir}/snapshots/{name}")

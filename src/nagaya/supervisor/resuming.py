@@ -1,0 +1,43 @@
+"""What a supervisor knows of its machine's programs, as a snapshot keeps it, and how another one goes on with it."""
+
+from __future__ import annotations
+
+from nagaya.errors import IntegrityError
+from nagaya.protocol.agent import WINDOW, SavedLink
+from nagaya.static import NamedTuple
+from nagaya.storage import records
+
+
+class SavedProgram(NamedTuple):
+    """`owed` is output that had been received and not yet been credited, in bytes."""
+
+    channel: int
+    main: bool
+    tty: bool
+    stdin: bool  # whether it was given an input, and that has not been closed
+    owed: int
+
+
+class SavedPrograms(NamedTuple):
+    link: SavedLink
+    programs: tuple[SavedProgram, ...]
+    out_of_memory: bool = False
+
+
+def store(path: str, saved: SavedPrograms) -> None:
+    records.store(path, saved)
+
+
+def load(path: str) -> SavedPrograms:
+    """Read and check. Raises `IntegrityError`."""
+    try:
+        saved = records.load(path, SavedPrograms)
+    except FileNotFoundError:
+        raise IntegrityError("the snapshot does not say which programs ran") from None
+    channels = {one.channel for one in saved.link.channels}
+    known = [one.channel for one in saved.programs]
+    mains = sum(one.main for one in saved.programs)
+    whole = set(known) == channels and len(known) == len(channels) and mains == 1
+    if not whole or not all(0 <= one.owed <= WINDOW for one in saved.programs):
+        raise IntegrityError("the snapshot's programs are not in order")
+    return saved

@@ -1,0 +1,187 @@
+"""Taking a snapshot of a machine that runs: hold the agent, pause, save the memory, copy the disks, go on.
+
+The copying is a child's: the supervisor serves its clients meanwhile, whose requests to the agent wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from nagaya.errors import Conflict, HostError, NagayaError, RemoteError
+from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.model.state import PAUSED
+from nagaya.protocol import control
+from nagaya.protocol.setup import time_payload
+from nagaya.static import NoReturn
+from nagaya.storage import snapshots
+from nagaya.supervisor import resuming
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.supervisor.client import Client
+    from nagaya.supervisor.supervisor import Supervisor
+
+HELD_WITHIN_S = 60.0  # the guest writes out what it has in memory first
+_MOST_TEXT = 4096
+
+
+class Saving:
+    """One snapshot of `machine` into the directory `place`, for `client`, which is answered at the end."""
+
+    def __init__(self, machine: Supervisor, client: Client, place: str, *, memory: bool) -> None:
+        self.client = client
+        self._machine = machine
+        self._place = place
+        self._memory = memory
+        self._warnings: list[str] = []
+        self._was_paused = machine.state.phase == PAUSED
+        self._held = False  # HOLD was sent, and CONTINUE was not
+        self._stopped = False  # it was us who paused the machine
+        self._paused_at_ns = 0
+        self._pid = 0
+        self._pidfd = self._said = -1
+        self._over = False
+
+    def begin(self) -> None:
+        """Raises `NagayaError` and `OSError`; nothing has happened then."""
+        machine = self._machine
+        assert machine.booted is not None and machine.programs is not None
+        if not machine.booted.setup:
+            self._stop()
+            return
+        self._held = True
+        machine.set_timer("held", HELD_WITHIN_S, self._not_held)
+        machine.programs.hold(self._agent_held)
+
+    def _not_held(self) -> None:
+        self._fail(RemoteError(f"the machine's agent did not come to rest within {HELD_WITHIN_S:.0f} s"))
+
+    def _agent_held(self, errno: int) -> None:
+        if self._over:
+            return
+        self._machine.cancel_timer("held")
+        if errno:
+            self._warnings.append(
+                f"the machine's disk could not be frozen ({os.strerror(errno)}): what it has is that of a power cut"
+            )
+        try:
+            self._stop()
+        except NagayaError as problem:
+            self._fail(problem)
+        except OSError as error:
+            self._fail(HostError.from_os(error, "cannot save the machine"))
+
+    def _stop(self) -> None:
+        """Pause, and save what is in memory; then the disks."""
+        machine = self._machine
+        assert machine.programs is not None
+        self._paused_at_ns = time.monotonic_ns()
+        if not self._was_paused:
+            machine.engine.pause()  # type: ignore[attr-defined]
+            self._stopped = True
+        try:
+            if self._memory:
+                os.mkdir(f"{self._place}/{snapshots.MEMORY}", 0o700)
+                machine.engine.save(f"{self._place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
+                resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
+            self._copy()
+        except BaseException:
+            self._go_on()
+            raise
+
+    def _copy(self) -> None:
+        read, write = os.pipe2(os.O_CLOEXEC)
+        self._said = read
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _copy_disks(os.path.dirname(os.path.dirname(self._place)), self._place, write, parent)
+        os.close(write)
+        self._pidfd = os.pidfd_open(self._pid)
+        self._machine.loop.watch(self._pidfd, self._copied)
+
+    def _copied(self, events: int) -> None:
+        complaint = self._reap()
+        if complaint:
+            self._fail(HostError(f"cannot copy the machine's disks: {complaint}"))
+            return
+        self._go_on()
+        self._end()
+        paused_ms = (time.monotonic_ns() - self._paused_at_ns) / 1e6
+        self.client.finish(control.reply(paused_ms=round(paused_ms, 1), warnings=self._warnings))
+
+    def _reap(self) -> str:
+        """The child has ended, or is being killed: what it complained of."""
+        self._machine.loop.forget(self._pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        os.set_blocking(self._said, False)
+        try:
+            complaint = os.read(self._said, _MOST_TEXT).decode(errors="replace")
+        except BlockingIOError:
+            complaint = ""
+        os.close(self._said)
+        os.close(self._pidfd)
+        self._pid, self._pidfd, self._said = 0, -1, -1
+        return complaint or ("" if status == 0 else f"status {status}")
+
+    def _go_on(self) -> None:
+        """Let the machine run as it ran before, if it still is there."""
+        machine = self._machine
+        if machine.booted is None or machine.programs is None:
+            return
+        if self._stopped:
+            self._stopped = False
+            machine.engine.resume()  # type: ignore[attr-defined]
+        if self._held:
+            self._held = False
+            machine.programs.go_on(time_payload(time.time_ns()))
+
+    def _fail(self, problem: NagayaError) -> None:
+        self.abandon()
+        self.client.fail(problem)
+
+    def abandon(self) -> None:
+        """Nothing comes of it: the client has gone, or the machine has ended or is to end. It goes on where it was."""
+        if self._over:
+            return
+        self._end()
+        if self._pid:
+            try:
+                os.killpg(self._pid, signal.SIGKILL)  # with what it has executed
+            except ProcessLookupError:
+                os.kill(self._pid, signal.SIGKILL)  # it has no group of its own yet
+            self._reap()
+        self._go_on()
+
+    def stopped(self) -> None:
+        """`abandon`, for who asks the machine to end while it is being saved."""
+        self.abandon()
+        self.client.fail(Conflict("the machine was asked to end while its snapshot was being taken"))
+
+    def _end(self) -> None:
+        self._over = True
+        self._machine.cancel_timer("held")
+        self._machine.saving = None
+
+
+def _copy_disks(machine_dir: str, place: str, said: int, parent: int) -> NoReturn:
+    """In a child; never returns."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(status)
+        close_all_but((said,))
+        snapshots.copy_disks(machine_dir, place)
+        status = 0
+    except NagayaError as problem:
+        os.write(said, problem.message.encode(errors="replace")[:_MOST_TEXT])
+    except OSError as error:
+        os.write(said, f"{error.strerror or error}".encode(errors="replace")[:_MOST_TEXT])
+    except BaseException as error:
+        os.write(said, repr(error).encode(errors="replace")[:_MOST_TEXT])
+    finally:
+        os._exit(status)
