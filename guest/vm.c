@@ -468,7 +468,7 @@ static int renew(const struct field *f)
 		return 0;
 	case U_NETWORK:
 		if (vm_reconfigure_link(f->bytes))
-			vm_warn("cannot give the link its new addresses: %s", strerror(errno));
+			vm_warn("%s", vm_report.text);
 		return 0;
 	}
 	return 0;

@@ -78,7 +78,7 @@ enum { UN_MAC = 0, UN_PREFIX = 6, UN_PREFIX6 = 7, UN_MTU = 8, UN_ADDRESS = 12, U
        UN_GATEWAY6 = 36, UN_NAME = 52 };
 int vm_bring_up_loopback(void);
 int vm_configure_link(const unsigned char *field);
-int vm_reconfigure_link(const unsigned char *field); /* 0 or -1 with errno */
+int vm_reconfigure_link(const unsigned char *field);
 
 /* vm_targets.c: these answer -1 with errno. An O_PATH descriptor of `path` in the machine's root, made when missing:
  * directories, or an empty file. Without `follow`, a link on the way is ELOOP. */

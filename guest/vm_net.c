@@ -211,43 +211,69 @@ int vm_configure_link(const unsigned char *field)
 	return failed;
 }
 
-/* The machine has become another one, or has come to another network: eth0 is what it was at SETUP. */
+/* -- a machine that has become another one, or has come to another network */
+
+static int has_address6(const char *name, const unsigned char *address)
+{
+	char digits[33], found[33], device[32];
+	FILE *list = fopen("/proc/net/if_inet6", "re");
+	int has = 0;
+
+	for (int i = 0; i < 16; i++)
+		snprintf(digits + 2 * i, 3, "%02x", address[i]);
+	while (list && !has && fscanf(list, "%32s %*s %*s %*s %*s %31s", found, device) == 2)
+		has = !strcmp(found, digits) && !strcmp(device, name);
+	if (list)
+		fclose(list);
+	return has;
+}
+
+static int is_as_told(struct link *link, const unsigned char *field)
+{
+	struct ifreq r = link->request;
+	struct sockaddr_in now;
+	uint32_t wanted;
+
+	memcpy(&wanted, field + UN_ADDRESS, 4);
+	if (ioctl(link->sock, SIOCGIFHWADDR, &r) || memcmp(r.ifr_hwaddr.sa_data, field + UN_MAC, 6))
+		return 0;
+	if (wanted) {
+		if (ioctl(link->sock, SIOCGIFADDR, &r))
+			return 0;
+		memcpy(&now, &r.ifr_addr, sizeof now);
+		if (now.sin_addr.s_addr != wanted)
+			return 0;
+	}
+	return is_zero(field + UN_ADDRESS6, 16) || has_address6(link->request.ifr_name, field + UN_ADDRESS6);
+}
+
+/* Down, which takes what the kernel made of the old MAC and addresses, and up again with the new ones. */
+static int renew_link(struct link *link, const unsigned char *field)
+{
+	struct ifreq r = link->request;
+
+	if (ioctl(link->sock, SIOCGIFFLAGS, &r))
+		return vm_fail(errno, "the machine has no link %s any more", r.ifr_name);
+	r.ifr_flags &= (short)~IFF_UP;
+	if (ioctl(link->sock, SIOCSIFFLAGS, &r))
+		return vm_fail(errno, "cannot bring the link %s down", r.ifr_name);
+	if (ioctl(link->sock, SIOCGIFHWADDR, &r))
+		return vm_fail(errno, "cannot look at the link %s", r.ifr_name);
+	memcpy(r.ifr_hwaddr.sa_data, field + UN_MAC, 6);
+	if (ioctl(link->sock, SIOCSIFHWADDR, &r))
+		return vm_fail(errno, "cannot give the link %s another MAC address", r.ifr_name);
+	return configure(link, field);
+}
+
 int vm_reconfigure_link(const unsigned char *field)
 {
 	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
-	struct ifreq *r = &link.request;
-	uint32_t address, gateway;
-	unsigned prefix = get16(field + 6);
-	int failed = 0, error;
+	int failed;
 
-	memcpy(&address, field + 12, 4);
-	memcpy(&gateway, field + 16, 4);
 	if (link.sock < 0)
-		return -1;
-	strcpy(r->ifr_name, INSIDE);
-	if (ioctl(link.sock, SIOCGIFHWADDR, r)) {
-		failed = -1;
-	} else if (memcmp(r->ifr_hwaddr.sa_data, field, 6)) {
-		memcpy(r->ifr_hwaddr.sa_data, field, 6);
-		failed = ioctl(link.sock, SIOCSIFHWADDR, r);
-	}
-	if (!failed) {
-		struct sockaddr_in now;
-		memset(&r->ifr_addr, 0, sizeof r->ifr_addr);
-		int had = !ioctl(link.sock, SIOCGIFADDR, r);
-		memcpy(&now, &r->ifr_addr, sizeof now);
-		if (!had || now.sin_addr.s_addr != address) {
-			set_address(&r->ifr_addr, address);
-			failed = ioctl(link.sock, SIOCSIFADDR, r);
-			set_address(&r->ifr_netmask, htonl(prefix ? ~0u << (32 - prefix) : 0));
-			failed = failed || ioctl(link.sock, SIOCSIFNETMASK, r);
-			/* With its last address a link loses its routes. */
-			if (!failed && gateway && add_default_route(link.sock, gateway) && errno != EEXIST)
-				failed = -1;
-		}
-	}
-	error = errno;
+		return vm_fail(errno, "the guest kernel has no IPv4");
+	snprintf(link.request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
+	failed = is_as_told(&link, field) ? 0 : renew_link(&link, field);
 	close(link.sock);
-	errno = error;
-	return failed ? -1 : 0;
+	return failed;
 }

@@ -116,7 +116,7 @@ def a_spawn(dice: random.Random) -> bytes:
 def a_frame(dice: random.Random, channels: list[int]) -> bytes:
     """Mostly what a host might say, on channels that may have ended; now and then nonsense."""
     channel = dice.choice(channels) if channels and dice.random() < 0.9 else dice.randrange(4)
-    match dice.randrange(9):
+    match dice.randrange(11):
         case 0 | 1:
             channels.append(len(channels) + 10)
             frame = encode(protocol.SPAWN, channels[-1], a_spawn(dice))
@@ -130,8 +130,12 @@ def a_frame(dice: random.Random, channels: list[int]) -> bytes:
             frame = encode(protocol.SIGNAL, channel, struct.pack("<I", dice.choice((0, 1, 9, 15, 19, 18, 65, 1 << 31))))
         case 7:
             frame = encode(protocol.RESIZE, channel, dice.randbytes(4))
+        case 8:
+            frame = encode(protocol.HOLD, 0, b"" if dice.random() < 0.9 else b"x")
+        case 9:
+            frame = encode(protocol.CONTINUE, 0, dice.randbytes(dice.choice((0, 0, 8, 16))))
         case _:
-            frame = encode(dice.randrange(20), channel, dice.randbytes(dice.randrange(12)))
+            frame = encode(dice.randrange(24), channel, dice.randbytes(dice.randrange(12)))
             if dice.random() < 0.7:
                 frame = encode(protocol.RESIZE, channel, bytes(4))
     return frame

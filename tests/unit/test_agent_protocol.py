@@ -12,21 +12,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nagaya.errors import RemoteError, UsageError
+from nagaya.errors import IntegrityError, RemoteError, UsageError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Process
 from nagaya.protocol import agent
-from nagaya.protocol.agent import AgentLink, Exited, Hello, Output, SpawnFailed, Started, StdinRoom
+from nagaya.protocol.agent import (
+    WINDOW,
+    AgentLink,
+    Continued,
+    Exited,
+    Held,
+    Hello,
+    Output,
+    SavedChannel,
+    SavedLink,
+    SpawnFailed,
+    Started,
+    StdinRoom,
+)  # fmt: skip
 from nagaya.protocol.frame import MAX_PAYLOAD, Decoder, Frame, encode
 
 POLICY = ProcessPolicy(capabilities=0xA80425FB, no_new_privileges=True)
 U32 = struct.Struct("<I")
-HELLO = encode(agent.HELLO, 0, struct.pack("<II", 1, 0))
+HELLO = encode(agent.HELLO, 0, struct.pack("<II", agent.VERSION, 0))
 
 
 def greeted() -> AgentLink:
     link = AgentLink()
-    assert link.receive(HELLO) == [Hello(1, 0)]
+    assert link.receive(HELLO) == [Hello(agent.VERSION, 0)]
     return link
 
 
@@ -66,7 +79,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     header = {name: int(value) for name, value in re.findall(r"^\t([FT]_\w+|SF_\w+) = (\d+),$", text, re.M)}
     ours = {name: value for name, value in vars(agent).items() if isinstance(value, int)}
     frames = {name[2:]: value for name, value in header.items() if name.startswith("F_")}
-    assert len(frames) == 18
+    assert len(frames) == 22
     assert frames == {name: ours[name] for name in frames}
     assert {n[1:]: v for n, v in header.items() if n[:2] == "T_"} == {n: ours[n] for n in ours if f"T{n}" in header}
     flags = {name[2:]: value for name, value in header.items() if name.startswith("SF_")}
@@ -297,9 +310,9 @@ def test_violations(name: str) -> None:
     "first",
     [
         encode(agent.STDOUT, 1, b"x"),
-        encode(agent.HELLO, 1, struct.pack("<II", 1, 0)),
+        encode(agent.HELLO, 1, struct.pack("<II", agent.VERSION, 0)),
         encode(agent.HELLO, 0, U32.pack(1)),
-        encode(agent.HELLO, 0, struct.pack("<II", 2, 0)),
+        encode(agent.HELLO, 0, struct.pack("<II", agent.VERSION + 1, 0)),
     ],
 )
 def test_the_first_frame_must_be_our_hello(first: bytes) -> None:
@@ -375,3 +388,134 @@ def test_well_framed_nonsense_is_refused_and_nothing_else(frames: list[tuple[int
             link.receive(encode(type_, channel, payload))
     except RemoteError:
         pass
+
+
+# -- HOLD and CONTINUE
+
+HELD = encode(agent.HELD, 0, U32.pack(0))
+CONTINUED = encode(agent.CONTINUED, 0, U32.pack(0))
+
+
+def held() -> tuple[AgentLink, int]:
+    """A link with one program, whose agent is held."""
+    link, channel = running()
+    link.hold()
+    assert [frame.type for frame in take(link)] == [agent.HOLD]
+    assert link.receive(HELD) == [Held(0)]
+    return link, channel
+
+
+def test_what_is_asked_while_held_waits() -> None:
+    link, channel = running()
+    link.hold()
+    link.signal(channel, 15)
+    other = link.spawn(Process(argv=("true",)), POLICY)
+    assert [frame.type for frame in take(link)] == [agent.HOLD]
+    output = encode(agent.STDOUT, channel, b"x")
+    assert link.receive(output + HELD) == [Output(channel, 1, b"x"), Held(0)]
+    assert take(link) == []
+    link.go_on(b"payload")
+    frames = take(link)
+    assert [(frame.type, frame.channel) for frame in frames] == [
+        (agent.CONTINUE, 0), (agent.SIGNAL, channel), (agent.SPAWN, other),
+    ]  # fmt: skip
+    assert frames[0].payload == b"payload"
+    warned = encode(agent.CONTINUED, 0, U32.pack(1) + b"no\x1blink\n")
+    assert link.receive(warned + output) == [Continued(("no?link",)), Output(channel, 1, b"x")]
+    link.hold()  # again
+
+
+def test_shutdown_does_not_wait() -> None:
+    link, _ = held()
+    link.shutdown()
+    assert [frame.type for frame in take(link)] == [agent.SHUTDOWN]
+
+
+def test_a_hold_that_is_given_up() -> None:
+    link, channel = running()
+    link.hold()
+    link.go_on(b"")
+    assert [frame.type for frame in take(link)] == [agent.HOLD, agent.CONTINUE]
+    late = encode(agent.STDOUT, channel, b"late")
+    assert link.receive(late + HELD + CONTINUED) == [Output(channel, 1, b"late"), Continued(())]
+    link.hold()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        HELD,
+        CONTINUED,
+        encode(agent.STDOUT, 1, b"x"),
+        encode(agent.EXITED, 1, U32.pack(0)),
+        encode(agent.HELD, 1, U32.pack(0)),
+    ],
+)
+def test_nothing_comes_while_held(frame: bytes) -> None:
+    link, _ = held()
+    with pytest.raises(RemoteError):
+        link.receive(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [HELD, CONTINUED, encode(agent.HELD, 0, b""), encode(agent.CONTINUED, 0, U32.pack(2) + b"one\n")],
+)
+def test_nobody_had_asked(frame: bytes) -> None:
+    link, _ = running()
+    with pytest.raises(RemoteError):
+        link.receive(frame)
+    link, _ = held()
+    link.go_on(b"")
+    if frame != CONTINUED:
+        with pytest.raises(RemoteError):
+            link.receive(frame)
+
+
+def test_another_link_goes_on() -> None:
+    link, channel = running()
+    link.receive(encode(agent.STDOUT, channel, bytes(1000)))
+    link.grant(channel, 400)
+    assert link.send_stdin(channel, bytes(3000)) == 3000
+    link.hold()
+    take(link)
+    link.receive(HELD)
+    saved = link.save()
+    assert saved.channels == (SavedChannel(channel, True, True, WINDOW - 3000, WINDOW - 1000, 400),)
+    other = AgentLink.resumed(saved)
+    assert other.outgoing() == b""
+    other.go_on(b"")
+    take(other)
+    room = WINDOW - 3000
+    credit = encode(agent.CREDIT, channel, U32.pack(3000))
+    assert other.receive(CONTINUED + credit) == [Continued(()), StdinRoom(channel, WINDOW)]
+    assert other.stdin_room(channel) == room + 3000
+    assert other.spawn(Process(argv=("true",)), POLICY) != channel
+    assert other.receive(encode(agent.EXITED, channel, U32.pack(3))) == [Exited(channel, 3)]
+
+
+def test_only_a_held_link_can_be_saved() -> None:
+    link, _ = running()
+    with pytest.raises(ValueError, match="held"):
+        link.save()
+
+
+GOOD = SavedChannel(1, True, False, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        SavedLink(agent.VERSION + 1, True, False, 2, ()),
+        SavedLink(agent.VERSION, True, False, 0, ()),
+        SavedLink(agent.VERSION, True, False, 1 << 32, ()),
+        SavedLink(agent.VERSION, True, False, 2, (GOOD, GOOD)),
+        SavedLink(agent.VERSION, True, False, 2, (GOOD._replace(channel=0),)),
+        SavedLink(agent.VERSION, True, False, 2, (GOOD._replace(input_room=WINDOW + 1),)),
+        SavedLink(agent.VERSION, True, False, 2, (GOOD._replace(output_room=-1),)),
+        SavedLink(agent.VERSION, True, False, 2, (GOOD._replace(owed=1 << 40),)),
+    ],
+)
+def test_a_damaged_link_is_refused(saved: SavedLink) -> None:
+    with pytest.raises(IntegrityError):
+        AgentLink.resumed(saved)

@@ -69,7 +69,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     text = (Path(__file__).parents[2] / "guest" / "proto.h").read_text()
     numbers = {name: int(value) for name, value in re.findall(r"^\t(U[FMP]?_\w+) = (\d+),", text, re.M)}
     of = {prefix: {n[len(prefix) :]: v for n, v in numbers.items() if n.startswith(prefix)} for prefix in ("U_", "UF_")}
-    assert len(of["U_"]) == 11 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
+    assert len(of["U_"]) == 12 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
     assert len(of["UF_"]) == 4 and of["UF_"] == {name: getattr(setup, f"_{name}") for name in of["UF_"]}
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UM_")} == setup.MOUNT_KINDS
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UP_")} == setup.POWER_OFF
@@ -173,7 +173,7 @@ def greeted(*, asked: bool = True) -> AgentLink:
     link = AgentLink()
     if asked:
         link.setup(setup_payload(PLAIN))
-    assert link.receive(encode(agent.HELLO, 0, struct.pack("<II", 1, 1))) == [Hello(1, 1)]
+    assert link.receive(encode(agent.HELLO, 0, struct.pack("<II", agent.VERSION, 1))) == [Hello(agent.VERSION, 1)]
     return link
 
 
@@ -182,7 +182,7 @@ def test_setup_goes_first_and_once() -> None:
     link.setup(setup_payload(PLAIN._replace(time_ns=5)))
     link.spawn(Process(("true",)), POLICY)
     assert link.outgoing() == b""  # the agent is not there yet
-    link.receive(encode(agent.HELLO, 0, struct.pack("<II", 1, 1)))
+    link.receive(encode(agent.HELLO, 0, struct.pack("<II", agent.VERSION, 1)))
     link.stamp(7)
     assert Decoder().feed(link.outgoing())[0].payload == setup_payload(PLAIN._replace(time_ns=7))
     kinds = [(frame.type, frame.channel) for frame in Decoder().feed(link.outgoing())]

@@ -88,6 +88,13 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "rm": "disk:RM",
         },
     ),
+    "snapshot": (
+        "Take, list, restore and remove snapshots of machines",
+        {
+            "create": "snapshot:CREATE", "ls": "snapshot:LS", "tree": "snapshot:TREE", "inspect": "snapshot:INSPECT",
+            "restore": "snapshot:RESTORE", "rename": "snapshot:RENAME", "rm": "snapshot:RM", "prune": "snapshot:PRUNE",
+        },
+    ),
     "kernel": (
         "Build, list and remove the kernels that machines boot",
         {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
@@ -112,12 +119,25 @@ GROUP_SUMMARIES = {
     "disk snapshot": "Keep states of a disk inside it, and go back to them",
     "disk check": "Check the tables of a disk image",
     "disk rm": "Remove disks",
+    "snapshot create": "Take a snapshot of a machine, running or not",
+    "snapshot ls": "List snapshots",
+    "snapshot tree": "Show which snapshot came from which",
+    "snapshot inspect": "Show everything about snapshots",
+    "snapshot restore": "Make a machine what it was at a snapshot",
+    "snapshot rename": "Give a snapshot another name",
+    "snapshot rm": "Remove snapshots",
+    "snapshot prune": "Remove old snapshots",
     "kernel build": "Build a guest kernel from this host's source package",
     "kernel ls": "List guest kernels",
     "kernel path": "Show where a guest kernel is",
     "kernel rm": "Remove guest kernels",
 }
-_ALIASES = {"list": "ls", "remove": "rm"}  # second words that Docker's users also know
+_ALIASES = {
+    "list": "ls",
+    "remove": "rm",
+    "delete": "rm",
+    "revert": "restore",
+}  # second words that Docker's users also know
 _TOP_ALIASES = {"ls": "ps", "list": "ps"}
 
 

@@ -73,6 +73,7 @@ class Stats(NamedTuple):
 # What `inspect` tells of each type, in these words: an engine names in `missing` those that it lacks, and why.
 FEATURES = (
     "pause",  # and unpause
+    "memory",  # in snapshots, and forks
     "stats",
     "limits",  # that change while the machine runs
     "offline",  # cp, diff, commit and export of a machine that does not run
@@ -144,6 +145,11 @@ class Saving(Protocol):
         Raises `HostError` (a full disk, say) and `Conflict` when the machine is not paused; what was written is the
         caller's to remove then. A boot from it raises `IntegrityError` for a damaged one, and `Unsupported` for one of
         another version, CPU, KVM, or of other devices than the request's machine has.
+        """
+
+    def check_saved(self, spec: MachineSpec, directory: str) -> None:
+        """Raise what a boot of `spec` from `directory` would, as far as can be told beforehand: a machine may still run
+        whose place it is to take. The files' sums have been compared. Changes nothing.
         """
 
 

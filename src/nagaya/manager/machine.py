@@ -103,9 +103,7 @@ class Machine:
         """
         return self.go(attach=attach, rows=rows, columns=columns)
 
-    def go(
-        self, *, attach: bool = False, rows: int = 0, columns: int = 0, saved: str = ""
-    ) -> Attachment | None:
+    def go(self, *, attach: bool = False, rows: int = 0, columns: int = 0, saved: str = "") -> Attachment | None:
         """`start`; with the directory of a snapshot in `saved` from its memory, which the caller has checked."""
         fresh, self._held = self._held, None
         lock = fresh or self.lock()
@@ -325,6 +323,7 @@ class Machine:
             "state": {**to_data(state), "warnings": list(state.warnings)},
             "directory": self.directory,
             "log_path": f"{self.directory}/log",
+            "snapshots": [snapshot.name for snapshot in self.snapshots.list()],
             "capabilities": [feature for feature in FEATURES if feature not in missing],
             "missing": dict(missing),
         }

@@ -142,6 +142,10 @@ def mend_snapshots(directory: str) -> None:
 
 
 def _sweep_snapshots(paths: Paths, machine_id: str) -> None:
+    from nagaya.storage import snapshots  # lazy: few machines have any
+
+    if not snapshots.needs_mending(paths.machine(machine_id)):
+        return
     lock = machines.command_lock(paths, machine_id)
     if not lock.acquire(wait=False):
         return  # somebody is at work, and mends it

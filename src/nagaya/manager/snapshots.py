@@ -14,6 +14,7 @@ from nagaya.model.state import ALIVE, PAUSED, RUNNING, STARTING
 from nagaya.static import NamedTuple
 from nagaya.storage import records, rootfs, snapshots
 from nagaya.storage.snapshots import Snapshot
+from nagaya.storage.tree import remove_tree
 
 builtins_list = list  # `Snapshots.list` hides the type's name from annotations in its own class
 TYPE_CHECKING = False
@@ -121,7 +122,7 @@ class Snapshots:
                 )  # fmt: skip
                 made = snapshots.finish(self._directory, place, made)
             except BaseException as error:
-                snapshots.remove_tree(place)
+                remove_tree(place)
                 if isinstance(error, OSError):
                     raise HostError.from_os(error, "cannot make a snapshot") from None
                 if isinstance(error, RecursionError):
@@ -139,7 +140,7 @@ class Snapshots:
             if not memory or explicit:
                 raise
             warnings.append(f"the disks alone are in the snapshot: {problem.message}")
-            snapshots.remove_tree(place)
+            remove_tree(place)
             os.mkdir(place, 0o700)
             memory = False
             answer = self._machine.ask("save", place=place, memory=False)
@@ -224,7 +225,7 @@ class Snapshots:
             except OSError as error:
                 raise HostError.from_os(error, f"cannot restore snapshot '{snapshot.name}'") from None
             finally:
-                snapshots.remove_tree(f"{self._directory}/{snapshots.RESTORE}.tmp")
+                remove_tree(f"{self._directory}/{snapshots.RESTORE}.tmp")
             machine.spec = spec
             machine.record("restore", snapshot=snapshot.name)
             if with_memory or runs:

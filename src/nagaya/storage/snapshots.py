@@ -246,7 +246,7 @@ def _list(place: str) -> list[str]:
     """Names of a snapshot's parts: trees as one, of `memory` each file."""
     found = []
     for name in sorted(os.listdir(place)):
-        if name == RECORD:
+        if name.startswith(RECORD):  # one that was cut off while it was rewritten, too
             continue
         if name in TREES or not os.path.isdir(f"{place}/{name}"):
             found.append(name)

@@ -23,7 +23,7 @@ def prune(context: Context, parsed: Parsed) -> int:
     what = ["all machines that do not run", "all images that no machine uses" if whole else "all images without a name"]
     if parsed.switch("volumes"):
         what.append("all anonymous volumes that no machine uses")
-    if not _confirmed(parsed, what):
+    if not confirmed(parsed, what):
         return EXIT_FAILURE
     report: Report = {"machines": context.host.machines.prune(), **_images(context, whole=whole)}
     if parsed.switch("volumes"):
@@ -32,21 +32,21 @@ def prune(context: Context, parsed: Parsed) -> int:
 
 
 def prune_machines(context: Context, parsed: Parsed) -> int:
-    if not _confirmed(parsed, ["all machines that do not run"]):
+    if not confirmed(parsed, ["all machines that do not run"]):
         return EXIT_FAILURE
     return _print(parsed, {"machines": context.host.machines.prune()})
 
 
 def prune_images(context: Context, parsed: Parsed) -> int:
     whole = parsed.switch("all")
-    if not _confirmed(parsed, ["all images that no machine uses" if whole else "all images without a name"]):
+    if not confirmed(parsed, ["all images that no machine uses" if whole else "all images without a name"]):
         return EXIT_FAILURE
     return _print(parsed, _images(context, whole=whole))
 
 
 def prune_volumes(context: Context, parsed: Parsed) -> int:
     whole = parsed.switch("all")
-    if not _confirmed(parsed, [f"all {'' if whole else 'anonymous '}volumes that no machine uses"]):
+    if not confirmed(parsed, [f"all {'' if whole else 'anonymous '}volumes that no machine uses"]):
         return EXIT_FAILURE
     return _print(parsed, {"volumes": _volumes(context, whole=whole)})
 
@@ -70,7 +70,7 @@ def _anonymous(name: str) -> bool:
     return len(name) == 32 and all(letter in "0123456789abcdef" for letter in name)
 
 
-def _confirmed(parsed: Parsed, what: list[str]) -> bool:
+def confirmed(parsed: Parsed, what: list[str]) -> bool:
     """Ask, unless -f. Raises `UsageError` when there is nobody to ask."""
     if parsed.switch("force"):
         return True

@@ -47,6 +47,7 @@ def agent_path() -> str:
 
 # See `engines.base.FEATURES`.
 MISSING = {
+    "memory": "its programs are this host's kernel's, and Nagaya does not use CRIU, which could take them out of it",
     "storage": "a container's files lie on this host's file system",
     "own-kernel": "a container's programs run on this host's kernel",
     "other-cpus": "a container's programs run on this host's CPU",

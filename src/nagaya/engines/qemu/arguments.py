@@ -46,6 +46,7 @@ class Machine(NamedTuple):
     shares: tuple[Share, ...] = ()
     tsc_khz: int = 0  # how fast the time stamp counter runs; 0 = the guest has to find out
     append: str = ""
+    incoming: bool = False  # waits to be told what to go on from
 
 
 def plan_command(machine: Machine) -> list[str]:
@@ -79,6 +80,8 @@ def plan_command(machine: Machine) -> list[str]:
     for number, share in enumerate(machine.shares):
         command += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
         command += ["-device", f"vhost-user-fs-device,chardev=share{number},tag={share.tag}"]
+    if machine.incoming:
+        command += ["-incoming", "defer"]
     return command
 
 

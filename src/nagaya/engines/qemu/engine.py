@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 
 from nagaya.engines.base import Booted, BootRequest, Stats
-from nagaya.engines.qemu import arguments, rights
+from nagaya.engines.qemu import arguments, rights, saved
 from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
@@ -66,7 +66,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "explain", "offline"))
+    capabilities = frozenset(("pause", "stats", "explain", "memory", "offline"))
     missing = rules.MISSING
 
     def __init__(self) -> None:
@@ -74,6 +74,7 @@ class EmulatedEngine:
         self._pidfd = -1
         self._memory_bytes = 0
         self._links: tuple[str, ...] = ()
+        self._machine: Machine | None = None
         self._monitor: Monitor | None = None
         self._console: TextLog | None = None
         self._log: TextLog | None = None
@@ -117,7 +118,8 @@ class EmulatedEngine:
                 failed.callback(os.close, agent)
                 log_end = self._open_log(request.runtime_dir)
                 local.callback(os.close, log_end)
-                machine = self._assemble(request, board, inherited)._replace(agent=agent_number)
+                machine = self._assemble(request, board, inherited)
+                machine = machine._replace(agent=agent_number, incoming=bool(request.saved))
                 shares = start_shares(request.mounts, request.runtime_dir, log_end, local)
                 if shares is not None:
                     self._helpers.append(shares.pid)
@@ -130,9 +132,12 @@ class EmulatedEngine:
                     virtiofs_tags=shares.tags if shares is not None else (),
                 )
                 payload = setup_payload(setup)
+                self._machine = machine
                 self._start(machine, inherited, log_end)
             # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
             self._greet()
+            if request.saved:
+                self._go_on_from(request.saved)
             failed.pop_all()
         stack.callback(self._cleanup)
         return Booted(
@@ -211,7 +216,44 @@ class EmulatedEngine:
         last = said.splitlines()[-1] if said else f"it ended with status {status}"
         return LaunchError(f"{message}: {last}", command="qemu", status=status, log_tail=said)
 
+    def _go_on_from(self, directory: str) -> None:
+        """Load what was saved, and let the CPUs run."""
+        assert self._monitor is not None and self._machine is not None
+        saved.check(self._machine, saved.read_version(self._monitor), directory)
+        state = os.open(f"{directory}/{saved.STATE}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            self._monitor.command("getfd", fdname="state", descriptor=state)
+            saved.await_migration(
+                self._monitor, "migrate-incoming", "fd:state", "the saved machine could not be loaded"
+            )
+            self._monitor.command("cont")
+        except MonitorClosed:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT)
+            raise self._launch_error("QEMU could not go on from the saved machine", ended) from None
+        finally:
+            os.close(state)
+
     # -- while it runs
+
+    def save(self, directory: str) -> None:
+        """See `Saving.save`."""
+        assert self._monitor is not None and self._machine is not None
+        if self._machine.shares:
+            raise Unsupported(
+                "QEMU cannot save a machine that shares directories with this host",
+                hint="save its disks alone: --no-memory",
+            )
+        saved.write(self._monitor, self._machine, directory)
+
+    def check_saved(self, spec: MachineSpec, directory: str) -> None:
+        """See `Saving.check_saved`."""
+        board = find_board(spec.platform)
+        machine = Machine(
+            board, spec.id, rules.cpus(spec), rules.memory_bytes(spec), -1, -1, -1, -1, -1, -1, -1,
+            cards=() if spec.network == "none" else (Card(""),) * (len(spec.attachments) or 1),
+            tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
+        )  # fmt: skip
+        saved.check(machine, saved.ask_version(board.program), directory)
 
     def pause(self) -> None:
         assert self._monitor is not None

@@ -33,8 +33,15 @@ class Monitor:
         """
         self.command("qmp_capabilities", timeout_s=timeout_s)
 
-    def command(self, name: str, *, timeout_s: float = COMMAND_TIMEOUT_S, **arguments: object) -> Any:
-        """Run one command; its result. Raises `QmpError` when QEMU refuses or does not answer in time."""
+    def command(
+        self, name: str, *, timeout_s: float = COMMAND_TIMEOUT_S, descriptor: int = -1, **arguments: object
+    ) -> Any:
+        """Run one command; its result. Raises `QmpError` when QEMU refuses or does not answer in time.
+
+        QEMU is given a copy of `descriptor` with it.
+        """
+        if descriptor >= 0:
+            self._give(descriptor)
         wanted = self._link.execute(name, **arguments)
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -46,6 +53,30 @@ class Monitor:
                 if isinstance(answer, Refusal):
                     raise answer.error()
                 return answer.value
+
+    def forget(self, name: str) -> None:
+        """Drop the events of that name that have come."""
+        self.events = [event for event in self.events if event.name != name]
+
+    def await_event(self, name: str, timeout_s: float) -> Event:
+        """The next event of that name, which is then dropped. Raises `QmpError` when none comes in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            for event in self.events:
+                if event.name == name:
+                    self.events = [one for one in self.events if one is not event]
+                    return event
+            self._wait(deadline_s)
+            self._take(self._read())
+
+    def _give(self, descriptor: int) -> None:
+        """A byte that QEMU's parser skips, and a descriptor with it, for the next command's (`getfd`) use."""
+        import array
+        import socket  # lazy: only who saves a machine
+
+        with socket.socket(fileno=os.dup(self.fd)) as stream:
+            rights = array.array("i", [descriptor])
+            stream.sendmsg([b"\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
     def drain(self) -> bool:
         """Take the events that have come; False when QEMU has closed its end, or broken the protocol."""

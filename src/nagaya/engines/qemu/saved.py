@@ -1,0 +1,119 @@
+"""An emulated machine's memory and devices in a directory: QEMU's own migration stream, and what it is a stream of.
+
+state        QEMU's, as `migrate` writes it; pages of zeros take a byte each
+machine.json `SavedMachine`: another QEMU, or another machine, cannot go on from it
+"""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.engines.qemu.arguments import Machine
+from nagaya.engines.qemu.monitor import Monitor
+from nagaya.engines.vm import child
+from nagaya.errors import HostError, IntegrityError, RemoteError, Unsupported
+from nagaya.protocol.qmp import QmpError
+from nagaya.static import NamedTuple
+from nagaya.storage import records
+
+FORMAT = 1
+STATE, RECORD = "state", "machine.json"
+SAVED_WITHIN_S = 600.0
+_FASTEST = 1 << 40  # bytes a second; QEMU's own idea is 128 MiB
+_DESCRIPTOR = "snapshot"
+
+
+class SavedMachine(NamedTuple):
+    """What must be the same where a machine goes on."""
+
+    format: int
+    version: str  # QEMU's, with its package
+    platform: str
+    cpus: int
+    memory_bytes: int
+    cards: int
+    tsc_khz: int
+
+
+def describe(machine: Machine, version: str) -> SavedMachine:
+    return SavedMachine(
+        FORMAT, version, machine.board.platform, machine.cpus, machine.memory_bytes, len(machine.cards),
+        machine.tsc_khz,
+    )  # fmt: skip
+
+
+def read_version(monitor: Monitor) -> str:
+    """QEMU's, as "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"."""
+    answer = monitor.command("query-version")
+    try:
+        numbers = answer["qemu"]
+        return f"{int(numbers['major'])}.{int(numbers['minor'])}.{int(numbers['micro'])} ({answer['package']})"
+    except (TypeError, KeyError, ValueError):
+        raise QmpError("QEMU does not say which version it is") from None
+
+
+def ask_version(program: str) -> str:
+    """The same, of a program that does not run yet. Raises `Unsupported`."""
+    import subprocess  # lazy: 16 ms, and only for a restore
+
+    try:
+        told = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, errors="replace", timeout=30, check=True,
+            env=child.ENVIRONMENT, stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unsupported(f"{program} cannot be run", finding=str(error)) from None
+    return told.splitlines()[0].removeprefix("QEMU emulator version ") if told else ""
+
+
+def write(monitor: Monitor, machine: Machine, directory: str) -> None:
+    """Save a machine that stands. Raises `HostError`, `RemoteError` with what QEMU says."""
+    try:
+        fd = os.open(f"{directory}/{STATE}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise HostError.from_os(error, "cannot save the machine's memory") from None
+    try:
+        monitor.command("getfd", fdname=_DESCRIPTOR, descriptor=fd)
+        monitor.command("migrate-set-parameters", max_bandwidth=_FASTEST)
+        await_migration(monitor, "migrate", f"fd:{_DESCRIPTOR}", "the machine's memory could not be saved")
+        records.store(f"{directory}/{RECORD}", describe(machine, read_version(monitor)))
+    except OSError as error:
+        raise HostError.from_os(error, "cannot save the machine's memory") from None
+    finally:
+        os.close(fd)
+
+
+def await_migration(monitor: Monitor, command: str, uri: str, failure: str) -> None:
+    """Start a migration, of either direction, and wait for its end. Raises `RemoteError`."""
+    monitor.command("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    monitor.forget("MIGRATION")
+    monitor.command(command, uri=uri)
+    while (status := monitor.await_event("MIGRATION", SAVED_WITHIN_S).data.get("status")) != "completed":
+        if status in ("failed", "cancelled"):
+            told = monitor.command("query-migrate")
+            why = told.get("error-desc", "") if isinstance(told, dict) else ""
+            raise RemoteError(f"{failure}: {why or 'QEMU does not say why; the disk may be full'}")
+
+
+def check(machine: Machine, version: str, directory: str) -> None:
+    """Raise `Unsupported` when `machine`, under a QEMU of that version, could not go on from there; `IntegrityError`."""
+    try:
+        saved = records.load(f"{directory}/{RECORD}", SavedMachine)
+    except FileNotFoundError:
+        raise IntegrityError(f"there is no saved machine in {directory}") from None
+    if saved.format != FORMAT:
+        raise Unsupported(f"the machine was saved in format {saved.format}, and this Nagaya knows {FORMAT}")
+    if not os.path.isfile(f"{directory}/{STATE}"):
+        raise IntegrityError(f"the saved machine in {directory} has no memory")
+    if saved.version != version:
+        raise Unsupported(
+            f"the machine was saved by QEMU {saved.version}, and this is {version}",
+            hint="restore its disks alone: --no-memory",
+        )
+    now = describe(machine, version)
+    for name, before, here in zip(saved._fields, saved, now, strict=True):
+        if before != here:
+            raise Unsupported(
+                f"the machine was saved with another {name.replace('_', ' ')} than it has here ({before}, not {here})",
+                hint="restore its disks alone: --no-memory",
+            )
