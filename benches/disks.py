@@ -44,7 +44,7 @@ def main(rounds: int) -> bool:
             rounds=rounds,
         )  # fmt: skip
         clone = next(sample.median for sample in clones if sample.name.startswith("nagaya"))
-        kept = report("linked clone of a 20 GB disk", clones, [Check("seconds", clone, 0.1)])
+        kept = report("linked clone of a 20 GB disk", clones, [Check("milliseconds", clone, 100)])
 
         source = f"{directory}/source.raw"
         with open(source, "wb") as file:

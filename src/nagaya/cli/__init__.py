@@ -107,6 +107,8 @@ def _dispatch(argv: list[str], state: _Invocation) -> int:
         return _unknown(rest)
     name, place = found
     command: Command = catalog.load(place)
+    if command.instead is not None:
+        command = command.instead(rest[name.count(" ") + 1 :]) or command
     state.runs_program = command.runs_program
     parsed = parse(name, command, rest[name.count(" ") + 1 :])
     if parsed.help:

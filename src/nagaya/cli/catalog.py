@@ -63,7 +63,8 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
     "machine": (
         "The machine commands under one word",
         {"ls": "ps", "prune": "prune:PRUNE_MACHINES", "inspect": "inspect:INSPECT_MACHINE"}
-        | {name: name for name in MACHINES if name not in ("ps", "inspect")},
+        | {name: name for name in MACHINES if name not in ("ps", "inspect")}
+        | {"create": "hardware:CREATE"},
     ),
     "image": (
         "The image commands under one word",
@@ -101,6 +102,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }  # fmt: skip
 GROUP_SUMMARIES = {
+    "machine create": "Create a whole machine from disks; or, given an image, as 'nagaya create' does",
     "machine prune": "Remove machines that do not run",
     "machine inspect": "Show everything about machines",
     "image inspect": "Show everything about images",

@@ -161,7 +161,7 @@ def _mounts(parsed: Parsed) -> tuple[Mount, ...]:
     return tuple(mounts)
 
 
-def _settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: str) -> Setting:
+def settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: str) -> Setting:
     """A flag's value, else what the files say, else the default."""
     if parsed.given(key):
         return Setting(parsed.text(key), f"--{key}")
@@ -169,7 +169,7 @@ def _settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: st
 
 
 def _network(parsed: Parsed, settings: dict[str, Setting]) -> NetworkOptions:
-    texts = parsed.texts("network") or [_settled(parsed, settings, "network", "bridge").text]
+    texts = parsed.texts("network") or [settled(parsed, settings, "network", "bridge").text]
     return read_network(parsed, texts)
 
 
@@ -183,7 +183,7 @@ def _has_disk(parsed: Parsed) -> bool:
 
 
 def _limits(parsed: Parsed, settings: dict[str, Setting]) -> Limits:
-    memory, cpus, storage = (_settled(parsed, settings, key, "0") for key in ("memory", "cpus", "storage"))
+    memory, cpus, storage = (settled(parsed, settings, key, "0") for key in ("memory", "cpus", "storage"))
     if storage.source != "--storage" and not _has_disk(parsed):
         storage = Setting("0", "")  # settled for virtual machines, and this is none
     return Limits(

@@ -45,7 +45,7 @@ class Flag:
 class Command:
     """One command: what its line looks like, what `--help` shows of it, and the function that carries it out."""
 
-    __slots__ = ("about", "examples", "flags", "program_after", "run", "runs_program", "usage", "words")
+    __slots__ = ("about", "examples", "flags", "instead", "program_after", "run", "runs_program", "usage", "words")
 
     def __init__(
         self,
@@ -58,11 +58,13 @@ class Command:
         runs_program: bool = False,
         about: str = "",
         examples: tuple[tuple[str, str], ...] = (),
+        instead: Callable[[list[str]], Command | None] | None = None,
     ) -> None:
         """`usage` shows the words after the flags, `words` is their least and greatest number.
 
         `program_after`: after so many words the rest of the line is a program's and is not looked at (0 = never).
         `runs_program`: the exit status is a program's, so that our own failures are 125. `examples`: (line, meaning).
+        `instead` looks at the words and flags before they are read: they may be meant for another command.
         """
         self.run = run
         self.usage = usage
@@ -72,6 +74,7 @@ class Command:
         self.runs_program = runs_program
         self.about = about
         self.examples = examples
+        self.instead = instead
 
 
 class Parsed:

@@ -8,6 +8,16 @@ TYPES = ("container", "kvm", "emulated")
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.engines.base import Engine
+    from nagaya.model.spec import MachineSpec
+
+
+def engine_of(spec: MachineSpec) -> Engine:
+    """The engine that boots a machine. Whole machines all have the same one, whatever runs their CPUs."""
+    if spec.hardware is None:
+        return open_engine(spec.type)
+    from nagaya.engines.qemu.pc import WholeMachineEngine  # lazy: as below
+
+    return WholeMachineEngine(spec.type)
 
 
 def open_engine(type_: str) -> Engine:

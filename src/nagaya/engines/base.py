@@ -15,14 +15,14 @@ from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
 from nagaya.net.plan import NetworkPlan
 from nagaya.static import NamedTuple, Protocol
-from nagaya.storage.plan import DiskPlan, MountPlan, RootfsPlan
+from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
 
 class BootRequest(NamedTuple):
     """All that a boot needs. The manager planned it; the engine carries it out."""
 
     spec: MachineSpec
-    rootfs: RootfsPlan | DiskPlan  # as the engine's `rootfs_kind` says
+    rootfs: RootfsPlan | DiskPlan | HardwarePlan  # as the engine's `rootfs_kind` says
     mounts: tuple[MountPlan, ...]  # spec.mounts with sources resolved to host paths, parents before children
     network: NetworkPlan
     etc: tuple[tuple[str, str], ...]  # (path inside, host file) to bind: /etc/hosts, /etc/hostname, /etc/resolv.conf
@@ -44,11 +44,12 @@ class Booted(NamedTuple):
 
     pid: int  # the machine's init as the host sees it; for display, never to be signalled
     pidfd: int  # readable when the machine has ended
-    agent: int  # connected stream socket or port to the agent, non-blocking
+    agent: int  # connected stream socket or port to the agent, non-blocking; -1 where there is none, but a console
     policy: ProcessPolicy
     warnings: tuple[str, ...] = ()
     helpers: tuple[int, ...] = ()  # children of the engine's: the machine cannot be set up without them
     copies: tuple[Copy, ...] = ()  # what the supervisor is to copy in, for want of a way to share it
+    console: int = -1  # connected stream to the serial console of a machine that has no agent
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
     # (for one that went on from what was saved too, and then not to be sent: its agent has had it)
     origin: str = ""  # how it came to run, for `inspect`: "boot", "template", "saved"; "" = there is one way only
@@ -93,7 +94,7 @@ class Engine(Protocol):
     """One instance boots one machine at a time, inside that machine's supervisor."""
 
     type: str
-    rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan
+    rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
     capabilities: frozenset[
         str
     ]  # subset of {"pause", "stats", "limits", "memory", "oom", "offline", "init", "explain"}
@@ -168,6 +169,16 @@ class Explaining(Protocol):
 
         `ended` is how its process did; None when another has reaped it.
         """
+
+
+class Powered(Protocol):
+    """A whole machine, which has buttons instead of an agent."""
+
+    def power_down(self) -> None:
+        """Press the power button: a system that heeds it ends in good order."""
+
+    def quit(self) -> None:
+        """Switch it off; what it has written is brought to its disks first."""
 
 
 class Offline(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nagaya.engines.base import Stats
-from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, UsageError
+from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, Unsupported, UsageError
 from nagaya.manager import repair
 from nagaya.manager.attachment import Attachment, Connection, ask, connect
 from nagaya.manager.creating import plan_exec
@@ -217,6 +217,8 @@ class Machine:
 
         with self.lock():
             self.reload()
+            if options.type is not None or options.storage_bytes is not None:
+                self.need_agent("change its type or storage; 'nagaya disk resize' makes a disk larger")
             planned = plan_update(self.spec, options)
             if planned == self.spec:
                 raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
@@ -248,6 +250,7 @@ class Machine:
 
     def exec(self, options: ExecOptions, *, detach: bool = False) -> Attachment | None:
         """Run a further program in it. Raises `ExecError` when it cannot be executed."""
+        self.need_agent("start programs in it")
         require("exec", self.state.phase, self.name)
         process = plan_exec(options, self.spec.process)
         connection = connect(self.runtime_dir, self.name)
@@ -280,6 +283,7 @@ class Machine:
 
     def applet(self, argv: tuple[str, ...], *, stdin: bool = False, data_disk: bool = False) -> Attachment:
         """One of the agent's own functions (docs/agent-protocol.md): what `top` and `cp` are made of."""
+        self.need_agent("look into it")
         connection = connect(self.runtime_dir, self.name)
         process = Process(argv=argv, stdin=stdin)
         return self._stream(
@@ -310,14 +314,14 @@ class Machine:
 
     def inspect(self) -> dict[str, object]:
         """Everything about it, JSON-ready."""
-        from nagaya.engines import open_engine  # lazy: an engine is large
+        from nagaya.engines import engine_of  # lazy: an engine is large
         from nagaya.engines.base import FEATURES
 
         state = self.state
         spec: dict[str, object] = to_data(self.spec)
         spec["labels"] = dict(self.spec.labels)
         spec["sysctls"] = dict(self.spec.sysctls)
-        missing = open_engine(self.spec.type).missing
+        missing = engine_of(self.spec).missing
         return {
             **spec,
             "state": {**to_data(state), "warnings": list(state.warnings)},
@@ -359,6 +363,7 @@ class Machine:
 
     def diff(self) -> list[Change]:
         """What the machine has changed of its image: A added, C changed, D deleted."""
+        self.need_agent("tell what it has changed")
         from nagaya.images.changes import diff
 
         self.reload()
@@ -369,6 +374,7 @@ class Machine:
         self, reference: str, *, author: str = "", message: str = "", changes: tuple[str, ...] = (), pause: bool = True
     ) -> Image:
         """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
+        self.need_agent("make an image of it")
         base = self._store.images.get(self.spec.image_id)
         # The agent, which tells what is on a machine's own disk, would be frozen with it.
         frozen = pause and self.state.phase == "running" and not self._has_disk()
@@ -386,11 +392,19 @@ class Machine:
 
     # -- inside
 
+    def need_agent(self, what: str) -> None:
+        """Raise `Unsupported` for a whole machine: nothing of ours is inside it that could do `what`."""
+        if self.spec.hardware is not None:
+            raise Unsupported(
+                f"machine '{self.name}' is a whole machine with a system of its own: Nagaya cannot {what}",
+                hint=f"'nagaya attach {self.name}' shows its serial console",
+            )
+
     def _has_disk(self) -> bool:
         """Whether it keeps its changes on a disk of its own."""
-        from nagaya.engines import open_engine  # lazy: only who looks at its changes
+        from nagaya.engines import engine_of  # lazy: only who looks at its changes
 
-        return open_engine(self.spec.type).rootfs_kind == "disk"
+        return engine_of(self.spec).rootfs_kind == "disk"
 
     @contextmanager
     def _changes(self) -> Iterator[str]:

@@ -23,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.progress import Progress
     from nagaya.images.store import Image
+    from nagaya.manager.hardware import HardwareOptions
 
 SHORTEST_PREFIX = 1
 
@@ -67,6 +68,31 @@ class Machines:
         else:
             lock.release()
         return machine
+
+    def create_whole(self, options: HardwareOptions) -> tuple[Machine, str]:
+        """Make a whole machine, not yet started; and what there is to say about it. Raises as `create`."""
+        from nagaya.manager import hardware  # lazy: whole machines alone
+        from nagaya.storage.disk_images.store import Disks
+
+        if options.name:
+            check_name(options.name)
+            self._refuse_taken(options.name)
+        type_, note = hardware.choose_runner(options.type, hardware.find_architecture(options.architecture))
+        machine_id = os.urandom(16).hex()
+        spec = hardware.plan_whole_machine(options, Disks(self._paths.root), type_=type_, machine_id=machine_id)
+        lock = self._make_directory(machine_id)
+        try:
+            spec = self._claim_name(spec)
+            hardware.make_own_files(self._paths, spec, options)
+            machines.store_spec(self._paths, spec)
+            machines.store_state(self._paths, machine_id, MachineState(phase=CREATED))
+        except BaseException:
+            machines.discard(self._paths, machine_id, spec.name)
+            raise
+        finally:
+            lock.release()
+        events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
+        return Machine(self._paths, spec, store=self._store), note
 
     def _make(
         self, options: CreateOptions, image: Image, type_: str, root_image: str, *, starting: bool

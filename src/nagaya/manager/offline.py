@@ -30,6 +30,7 @@ def open_offline(
 
     `locked` is for who holds its command lock already.
     """
+    machine.need_agent("look into it")
     with nullcontext() if locked else machine.lock():
         if machines.load_state(machine.paths, machine.id).phase not in (CREATED, EXITED):
             raise Conflict(f"machine '{machine.name}' has just been started", hint="try again")

@@ -86,10 +86,10 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
 
 def reclaim(paths: Paths, spec: MachineSpec) -> None:
     """Free what a killed supervisor left on the host: processes, cgroups, links, addresses, sockets."""
-    from nagaya.engines import open_engine  # lazy: only repairs need an engine outside a supervisor
+    from nagaya.engines import engine_of  # lazy: only repairs need an engine outside a supervisor
     from nagaya.net import attach
 
-    open_engine(spec.type).reclaim(spec.id)
+    engine_of(spec).reclaim(spec.id)
     if spec.network not in ("none", "host"):
         attach.reclaim_machine(paths.root, spec.id)
     machines.remove_runtime(paths, spec.id)

@@ -57,12 +57,18 @@ def choose_type(wanted: str, *, platform: str = "", kernel: str = "") -> Choice:
     `auto` is `emulated` for another `platform` than this host's, which nothing else runs; with a `kernel` of the
     machine's own it does not ask for ours. Raises `UsageError` for a type that there is not, naming who asked for it.
     """
-    who, name = _first_choice(wanted)
-    if name not in CHOICES:
-        raise UsageError(f"{who}: unknown machine type '{name}'", hint=f"one of: {', '.join(CHOICES)}")
+    name = choose_first(wanted)
     if name != AUTO:
         return Choice(name)
     return Choice("emulated") if _is_foreign(platform) else _find_best(kernel)
+
+
+def choose_first(wanted: str) -> str:
+    """`wanted`, or what is settled: one of `CHOICES`, as it stands there. Raises `UsageError`."""
+    who, name = _first_choice(wanted)
+    if name not in CHOICES:
+        raise UsageError(f"{who}: unknown machine type '{name}'", hint=f"one of: {', '.join(CHOICES)}")
+    return name
 
 
 def _is_foreign(platform: str) -> bool:

@@ -92,6 +92,7 @@ class Snapshots:
         if len(description) > MAX_DESCRIPTION or not description.isprintable():
             raise UsageError(f"a description is one printable line of at most {MAX_DESCRIPTION} characters")
         machine = self._machine
+        machine.need_agent("keep snapshots of it; 'nagaya disk snapshot' keeps states of a disk")
         with machine.lock():
             machine.reload()
             name = self._choose_name(name)

@@ -22,6 +22,14 @@ class DiskPlan(NamedTuple):
     read_only: bool = False  # the root as programs see it
 
 
+class HardwarePlan(NamedTuple):
+    """A whole machine's drives, in the order of its record, with their paths on this host ("" = no disc is in)."""
+
+    paths: tuple[str, ...]
+    backing_places: tuple[str, ...]  # directories in which backing files may lie beside the images' own
+    firmware_state: str  # the file with UEFI's variables
+
+
 class MountPlan(NamedTuple):
     """A mount whose source is a host path already checked to exist ("" for tmpfs)."""
 

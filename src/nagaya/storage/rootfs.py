@@ -9,9 +9,10 @@ from nagaya.model.spec import MachineSpec
 from nagaya.static import NamedTuple
 from nagaya.storage import machines, records
 from nagaya.storage.paths import Paths
-from nagaya.storage.plan import DiskPlan, MountPlan, RootfsPlan
+from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
 DATA_DISK = "data.img"
+FIRMWARE_STATE = "uefi-variables.fd"
 
 
 class Layers(NamedTuple):
@@ -47,6 +48,19 @@ def plan_disks(directory: str, spec: MachineSpec) -> DiskPlan:
     if not os.path.isfile(data):
         raise IntegrityError(f"the machine's disk is missing ({data})", hint="remove the machine: nagaya rm")
     return DiskPlan(image, data, spec.read_only)
+
+
+def plan_hardware(paths: Paths, spec: MachineSpec) -> HardwarePlan:
+    """A whole machine's drives. Raises `Conflict` for a disk that is to be written and that others stand on."""
+    from nagaya.storage.disk_images.store import Disks  # lazy: whole machines alone have them
+
+    directory, disks = paths.machine(spec.id), Disks(paths.root)
+    drives = spec.hardware.drives if spec.hardware is not None else ()
+    found = tuple(f"{directory}/{drive.path}" if drive.own else drive.path for drive in drives)
+    for drive, path in zip(drives, found, strict=True):
+        if path and not drive.read_only:
+            disks.refuse_dependants(path)
+    return HardwarePlan(found, (disks.directory, directory), f"{directory}/{FIRMWARE_STATE}")
 
 
 def plan_rootfs(directory: str, spec: MachineSpec) -> RootfsPlan:

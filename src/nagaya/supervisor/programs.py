@@ -35,10 +35,28 @@ class Listener(Protocol):
         """So much of its input has gone on to the program."""
 
 
+class Link(Protocol):
+    """Where a program's input goes and its output comes from: the agent's, or a console."""
+
+    def grant(self, channel: int, count: int) -> None: ...
+    def send_stdin(self, channel: int, data: bytes) -> int: ...
+    def close_stdin(self, channel: int) -> None: ...
+    def signal(self, channel: int, number: int) -> None: ...
+    def resize(self, channel: int, rows: int, columns: int) -> None: ...
+
+
+class Owner(Protocol):
+    """What a program belongs to."""
+
+    @property
+    def link(self) -> Link: ...
+    def flush(self) -> None: ...
+
+
 class Program:
     """One program and who is attached to it. Output is lossless: a client that does not read holds it back."""
 
-    def __init__(self, owner: Programs, channel: int, *, wants_stdin: bool, tty: bool, log: LogWriter | None) -> None:
+    def __init__(self, owner: Owner, channel: int, *, wants_stdin: bool, tty: bool, log: LogWriter | None) -> None:
         self._owner = owner
         self._log = log
         self._owed = 0

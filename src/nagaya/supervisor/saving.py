@@ -17,6 +17,7 @@ from nagaya.protocol.setup import time_payload
 from nagaya.static import NoReturn
 from nagaya.storage import snapshots
 from nagaya.supervisor import resuming
+from nagaya.supervisor.programs import Programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Saving:
     def begin(self) -> None:
         """Raises `NagayaError` and `OSError`; nothing has happened then."""
         machine = self._machine
-        assert machine.booted is not None and machine.programs is not None
+        assert machine.booted is not None and isinstance(machine.programs, Programs)
         if not machine.booted.setup:
             self._stop()
             return
@@ -76,7 +77,7 @@ class Saving:
     def _stop(self) -> None:
         """Pause, and save what is in memory; then the disks."""
         machine = self._machine
-        assert machine.programs is not None
+        assert isinstance(machine.programs, Programs)
         self._paused_at_ns = time.monotonic_ns()
         if not self._was_paused:
             machine.engine.pause()  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ class Saving:
     def _go_on(self) -> None:
         """Let the machine run as it ran before, if it still is there."""
         machine = self._machine
-        if machine.booted is None or machine.programs is None:
+        if machine.booted is None or not isinstance(machine.programs, Programs):
             return
         if self._stopped:
             self._stopped = False

@@ -10,7 +10,7 @@ import signal
 import time
 from contextlib import ExitStack
 
-from nagaya.engines import open_engine
+from nagaya.engines import engine_of
 from nagaya.engines.base import Booted, BootRequest
 from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
@@ -22,6 +22,7 @@ from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogWriter
 from nagaya.storage.paths import Paths, make_directory
+from nagaya.storage.plan import DiskPlan, HardwarePlan, RootfsPlan
 from nagaya.supervisor import requests
 from nagaya.supervisor.client import Client
 from nagaya.supervisor.etc import write_etc
@@ -31,6 +32,7 @@ from nagaya.supervisor.programs import Program, Programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.supervisor.console import Console
     from nagaya.supervisor.filling import Filling
     from nagaya.supervisor.resuming import SavedPrograms
     from nagaya.supervisor.saving import Saving
@@ -39,6 +41,7 @@ KILLED = 128 + 9
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 60.0
 STABLE_AFTER_S = 10.0
+PRESS_AGAIN_S = 3.0
 
 
 class Supervisor:
@@ -65,10 +68,10 @@ class Supervisor:
         self._lock = lock
         self._command = command
         self.loop = Loop()
-        self.engine = open_engine(spec.type)
+        self.engine = engine_of(spec)
         self.state = machines.load_state(paths, spec.id)
         self.booted: Booted | None = None
-        self.programs: Programs | None = None
+        self.programs: Programs | Console | None = None
         self.main: Program | None = None
         self.filling: Filling | None = None
         self.saving: Saving | None = None
@@ -133,7 +136,7 @@ class Supervisor:
         for fd, call in booted.watch:
             self.loop.watch(fd, lambda events_, call=call: call())  # type: ignore[misc]
         self._watch_helpers(booted.helpers)
-        self.programs = Programs(self.loop, booted.agent, on_lost=self._agent_lost)
+        self.programs = self._connect(booted)
         if programs is not None:
             self._resume(booted, programs)
             return
@@ -155,7 +158,7 @@ class Supervisor:
 
     def _resume(self, booted: Booted, programs: SavedPrograms) -> None:
         """Go on with programs that run already: tell the agent who the machine is by now, and when."""
-        assert self.programs is not None
+        assert isinstance(self.programs, Programs)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         try:
             main = self.programs.resume(programs, log=self._log)
@@ -179,6 +182,23 @@ class Supervisor:
         """CONTINUE's payload: SETUP's, and what makes the machine another one than that which was saved."""
         return payload
 
+    def _connect(self, booted: Booted) -> Programs | Console:
+        """To the agent, or where there is none to the console."""
+        if booted.agent >= 0:
+            return Programs(self.loop, booted.agent, on_lost=self._agent_lost)
+        from nagaya.supervisor.console import Console  # lazy: whole machines alone
+
+        return Console(self.loop, booted.console, press=self._press, on_lost=self._agent_lost)
+
+    def _press(self, number: int) -> None:
+        """A signal to a whole machine: of its buttons it has the one for power."""
+        from nagaya.supervisor.console import is_power_button
+
+        if is_power_button(number):
+            self.engine.power_down()  # type: ignore[attr-defined]
+            if self.state.stop_requested:  # a system that has just begun to boot does not see it: press again
+                self.set_timer("press", PRESS_AGAIN_S, lambda: self._press(number))
+
     def _watch_helpers(self, pids: tuple[int, ...]) -> None:
         for pid in pids:
             fd = os.pidfd_open(pid)  # our child, and not waited for: the pid is still its own
@@ -199,7 +219,7 @@ class Supervisor:
         """Copy the machine's volumes in, for as long as it takes while something moves; then start its program."""
         from nagaya.supervisor.filling import Filling  # lazy: only where volumes cannot be shared
 
-        assert self.programs is not None
+        assert isinstance(self.programs, Programs)
         self.filling = Filling(
             self.loop, self.programs, booted.copies, on_done=self._spawn_main, on_failed=self._filling_failed,
             on_progress=lambda: self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out),
@@ -238,10 +258,9 @@ class Supervisor:
         stack = self._stack = ExitStack()
         try:
             network = wire_up(self.paths, self.spec, stack)
-            plan_root = rootfs.plan_disks if self.engine.rootfs_kind == "disk" else rootfs.plan_rootfs
             request = BootRequest(
                 spec=self.spec,
-                rootfs=plan_root(self._directory, self.spec),
+                rootfs=self._plan_rootfs(),
                 mounts=rootfs.plan_mounts(self.paths, self.spec),
                 network=network,
                 etc=write_etc(f"{self._directory}/etc", self.spec, network),
@@ -253,6 +272,13 @@ class Supervisor:
         except BaseException:
             stack.close()
             raise
+
+    def _plan_rootfs(self) -> RootfsPlan | DiskPlan | HardwarePlan:
+        if self.engine.rootfs_kind == "hardware":
+            return rootfs.plan_hardware(self.paths, self.spec)
+        if self.engine.rootfs_kind == "disk":
+            return rootfs.plan_disks(self._directory, self.spec)
+        return rootfs.plan_rootfs(self._directory, self.spec)
 
     def _start_failed(self, problem: NagayaError) -> None:
         self._problem = problem
@@ -301,7 +327,7 @@ class Supervisor:
     def _agent_lost(self, problem: NagayaError | None) -> None:
         """The stream to the agent ended: as part of the end (then the pidfd tells), or instead of it."""
         self._problem = self._problem or problem
-        if self.booted is not None:
+        if self.booted is not None and self.booted.agent >= 0:
             self.engine.kill()
 
     def _ended(self, events_: int) -> None:
@@ -333,6 +359,9 @@ class Supervisor:
         for name in list(self._timers):
             self.cancel_timer(name)
         status = self._exit_status
+        if booted.agent < 0 and status is None and ended is not None and ended.si_code == os.CLD_EXITED:
+            status = ended.si_status  # the system has switched its machine off, or we have
+            self._problem = self._problem or (self._explain(ended) if status else None)
         oom = programs.out_of_memory
         if "oom" in self.engine.capabilities:
             oom = self.engine.oom_killed()  # type: ignore[attr-defined]
@@ -487,6 +516,11 @@ class Supervisor:
 
         A kernel of the machine's own has to write it out first: pulling the plug would lose what is in its memory.
         """
+        if self.booted is not None and self.booted.agent < 0:
+            self._exit_status = KILLED
+            self.engine.quit()  # type: ignore[attr-defined]
+            self.set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
+            return
         if self.booted is None or self.programs is None or not self.booted.setup or self.state.phase == STARTING:
             self.engine.kill()
             return

@@ -13,6 +13,8 @@ from nagaya.engines.qemu import arguments, rights, saved
 from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
+from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.measures import block_bytes
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
@@ -23,7 +25,6 @@ from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import start_shares
 from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
-from nagaya.kernel import unix
 from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
@@ -40,25 +41,6 @@ USER_NETWORK_WARNING = (
     "a plain user's machine has a user-mode network: nobody can reach it, and it reaches what listens on this host's "
     "loopback by 10.0.2.2 (--network none cuts it off)"
 )
-
-
-class _Inherited:
-    """What QEMU is to inherit: each descriptor gets the number that it will have there, and is closed here by `stack`."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self.fds: list[int] = []
-        self._stack = stack
-
-    def add(self, fd: int) -> int:
-        self._stack.callback(os.close, fd)
-        self.fds.append(fd)
-        return child.FIRST_FD + len(self.fds) - 1
-
-    def connect(self) -> tuple[int, int]:
-        """A stream socket to QEMU: (our end, which does not block; the number of QEMU's)."""
-        ours, theirs = unix.socket_pair()
-        os.set_blocking(ours, False)
-        return ours, self.add(theirs)
 
 
 class EmulatedEngine:
@@ -113,7 +95,7 @@ class EmulatedEngine:
         with ExitStack() as failed:
             failed.callback(self._abandon)
             with ExitStack() as local:
-                inherited = _Inherited(local)
+                inherited = Inherited(local)
                 agent, agent_number = inherited.connect()
                 failed.callback(os.close, agent)
                 log_end = self._open_log(request.runtime_dir)
@@ -160,7 +142,7 @@ class EmulatedEngine:
         self._log = TextLog(log, f"{directory}/qemu.log")
         return end
 
-    def _assemble(self, request: BootRequest, board: Board, inherited: _Inherited) -> Machine:
+    def _assemble(self, request: BootRequest, board: Board, inherited: Inherited) -> Machine:
         """Open what the machine is made of."""
         disks = request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
@@ -188,7 +170,7 @@ class EmulatedEngine:
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
 
-    def _start(self, machine: Machine, inherited: _Inherited, log: int) -> None:
+    def _start(self, machine: Machine, inherited: Inherited, log: int) -> None:
         user_network = any(card.tap < 0 for card in machine.cards)
         launch = child.Launch(
             argv=arguments.plan_command(machine),
@@ -268,7 +250,7 @@ class EmulatedEngine:
         assert self._monitor is not None
         cpu_ns, resident_bytes = read_usage(self._pid)
         reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
-        read, written = _block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
+        read, written = block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
         if self._links:  # the host's ends: what they send is what the machine receives
             sent, received = attach.link_bytes(self._links)
@@ -400,7 +382,7 @@ def _open_kernel(spec: MachineSpec, board: Board) -> int:
     return copy
 
 
-def _plug(link: LinkPlan, inherited: _Inherited) -> Card:
+def _plug(link: LinkPlan, inherited: Inherited) -> Card:
     if link.driver == "user":
         return Card(link.mac)
     return Card(link.mac, inherited.add(tap.open_link(link)))
@@ -414,15 +396,3 @@ def _check_links(spec: MachineSpec, board: Board) -> None:
             f"an emulated machine of this kind has room for {room} networks, and {len(spec.attachments)} were asked for",
             hint="use --type kvm or --type container, or fewer networks",
         )
-
-
-def _block_bytes(answer: object) -> tuple[int, int]:
-    """The sums of query-blockstats, (read, written); -1 where QEMU tells nothing of the kind."""
-    read = written = 0
-    try:
-        for device in answer:  # type: ignore[attr-defined]
-            read += int(device["stats"]["rd_bytes"])
-            written += int(device["stats"]["wr_bytes"])
-    except (TypeError, KeyError, ValueError):
-        return -1, -1
-    return read, written

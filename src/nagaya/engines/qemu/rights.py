@@ -12,10 +12,10 @@ from nagaya.kernel import namespaces
 MOST_FILES = 256
 
 
-def plan_rights(machine_id: str, *, host_network: bool) -> Callable[[], None]:
+def plan_rights(machine_id: str, *, host_network: bool, groups: tuple[int, ...] = ()) -> Callable[[], None]:
     """What to do in the child before QEMU is executed. A plain user's QEMU stays that user's, for it can be nobody else's.
 
-    `host_network`: QEMU's user-mode network opens sockets of the host; otherwise it sees an empty network.
+    `groups`: those whose devices it may open. `host_network`: QEMU's user-mode network opens sockets of the host; otherwise it sees an empty network.
     """
 
     def give_up() -> None:
@@ -24,7 +24,7 @@ def plan_rights(machine_id: str, *, host_network: bool) -> Callable[[], None]:
             return
         namespaces.unshare(namespaces.CLONE_NEWIPC | (0 if host_network else namespaces.CLONE_NEWNET))
         id_ = user_id(machine_id)
-        os.setgroups([])
+        os.setgroups(groups)
         os.setresgid(id_, id_, id_)
         os.setresuid(id_, id_, id_)
 

@@ -20,6 +20,7 @@ from nagaya.storage.disk_images.headers import Header, read_header, recognise
 
 DEEPEST = 64
 _PROTOCOL = ":"
+_WITH_BACKING = ("qcow2", "vmdk")  # for QEMU; the others have nothing that could be said of it
 # QEMU locks the bytes from 100 and from 200 on (block/file-posix.c); the first one is ours.
 _LOCK_START, _LOCK_LENGTH = 0, 1
 
@@ -49,17 +50,20 @@ class Chain(NamedTuple):
     def descriptors(self) -> tuple[int, ...]:
         return tuple(layer.fd for layer in self.layers)
 
-    def node(self, *, alone: bool = False) -> dict[str, Any]:
+    def node(self, *, alone: bool = False, files: tuple[str, ...] = ()) -> dict[str, Any]:
         """The image as QEMU's block options. Nothing is left to a header: no backing is said to be none.
 
-        `alone` is for what needs no content, but the tables of the first layer.
+        `alone` is for what needs no content, but the tables of the first layer. `files`: other names for the layers.
         """
         node: dict[str, Any] | None = None
         for depth, layer in reversed(list(enumerate(self.layers[:1] if alone else self.layers))):
-            file: dict[str, Any] = {"driver": "file", "filename": layer.locator}
+            file: dict[str, Any] = {"driver": "file", "filename": files[depth] if files else layer.locator}
             if depth or not self.writable:
                 file["read-only"] = True
-            node = {"driver": layer.driver, "file": file, "backing": node}
+            above: dict[str, Any] = {"driver": layer.driver, "file": file}
+            if layer.format in _WITH_BACKING:
+                above["backing"] = node
+            node = above
             if depth or not self.writable:
                 node["read-only"] = True
         assert node is not None

@@ -279,7 +279,7 @@ class Disks:
             raise NotFound(f"there is no disk '{text}'", hint="'nagaya disk ls' lists them all") from None
         if path in in_use:
             raise Conflict(f"disk '{text}' belongs to a machine", hint="'nagaya ps -a' lists them; remove it first")
-        self._refuse_dependants(path)
+        self.refuse_dependants(path)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
@@ -308,9 +308,8 @@ class Disks:
                     found.append(other)
         return sorted(found)
 
-    # -- inside
-
-    def _refuse_dependants(self, path: str) -> None:
+    def refuse_dependants(self, path: str) -> None:
+        """Raise `Conflict` when other disks stand on the one at `path`."""
         others = self.dependants(path)
         if others:
             raise Conflict(
@@ -318,6 +317,8 @@ class Disks:
                 + (f", and {len(others) - 1} more" if len(others) > 1 else ""),
                 hint="remove those first, or make them whole: nagaya disk convert",
             )
+
+    # -- inside
 
     def _open(
         self,
@@ -336,7 +337,7 @@ class Disks:
 
     def _open_to_change(self, path: str, stack: ExitStack, *, format: str) -> Chain:
         chain = self._open(path, stack, format=format, writable=True, allow_backing=True)
-        self._refuse_dependants(chain.top.path)
+        self.refuse_dependants(chain.top.path)
         return chain
 
     def _describe(self, chain: Chain) -> Disk:

@@ -1,0 +1,155 @@
+"""From a whole machine to QEMU's command line. Pure: what QEMU opens are descriptors that it was born with.
+
+The exceptions are QEMU's own files below /usr/share: the BIOS, and the option ROMs of cards.
+"""
+
+from __future__ import annotations
+
+import json
+
+from nagaya.engines.qemu.arguments import SANDBOX, USER_NETWORK, Card
+from nagaya.engines.qemu.pc_boards import PcBoard
+from nagaya.static import Any, NamedTuple
+
+MOST_DRIVES = 16  # of virtio
+MOST_IDE_DRIVES = 4  # two buses with two places each; of AHCI it is 6
+MOST_CDS = 4
+
+
+class PcDrive(NamedTuple):
+    """`node` is the image as QEMU's block options, whose files are /dev/fdset/N; None = no disc is in."""
+
+    name: str
+    node: dict[str, Any] | None
+    descriptors: tuple[tuple[int, int], ...]  # (number of the descriptor in QEMU, N)
+    cdrom: bool
+    boot_index: int
+
+
+class PcFirmware(NamedTuple):
+    """Numbers of descriptors: UEFI's code and the machine's own variables, or what is booted in their place; -1 = none."""
+
+    code: int = -1
+    variables: int = -1
+    loader: int = -1
+
+
+class PcMachine(NamedTuple):
+    """All that the command line says. Descriptors are numbers in QEMU's process."""
+
+    board: PcBoard
+    id: str  # 32 hex digits
+    kvm: bool
+    cpus: int
+    memory_bytes: int
+    compat: bool
+    firmware: PcFirmware
+    drives: tuple[PcDrive, ...]
+    monitor: int
+    console: int
+    cards: tuple[Card, ...] = ()
+
+
+def plan_pc(machine: PcMachine) -> list[str]:
+    """QEMU's argv."""
+    board = machine.board
+    uuid = "-".join(machine.id[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+    command = [
+        board.program, "-no-user-config", "-nodefaults", "-display", "none", "-vnc", "none",
+        "-sandbox", SANDBOX,
+        "-name", f"guest={machine.id}",
+        "-uuid", uuid,
+        "-machine", _machine(machine),
+        *(("-accel", "kvm", "-cpu", "host") if machine.kvm else ("-accel", "tcg,thread=multi", "-cpu", board.cpu)),
+        "-smp", str(machine.cpus),
+        "-m", f"{machine.memory_bytes >> 10}k",
+        "-rtc", "base=utc,driftfix=slew" if board.vga else "base=utc",
+        "-boot", "menu=off,strict=off",
+        "-chardev", f"socket,id=monitor,fd={machine.monitor}", "-mon", "chardev=monitor,mode=control",
+        "-chardev", f"socket,id=console,fd={machine.console}", "-serial", "chardev:console",
+    ]  # fmt: skip
+    command += _firmware(machine.firmware)
+    command += _screen(machine)
+    command += _drives(machine)
+    command += _network(machine)
+    if not machine.compat:
+        command += ["-device", "virtio-rng-pci"]
+        command += ["-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,deflate-on-oom=on"]
+    return command
+
+
+def _machine(machine: PcMachine) -> str:
+    board = machine.board
+    text = board.compat_machine if machine.compat and board.compat_machine else board.machine
+    if machine.firmware.code >= 0:
+        text += ",pflash0=firmware,pflash1=variables"
+    return text
+
+
+def _firmware(firmware: PcFirmware) -> list[str]:
+    if firmware.loader >= 0:
+        return ["-kernel", f"/proc/self/fd/{firmware.loader}"]
+    if firmware.code < 0:
+        return []
+    command = []
+    for group, (name, number) in enumerate((("firmware", firmware.code), ("variables", firmware.variables)), start=1):
+        read_only = name == "firmware"
+        file = {"driver": "file", "filename": f"/dev/fdset/{group}", "read-only": read_only, "locking": "off"}
+        node = {"driver": "raw", "node-name": name, "read-only": read_only, "file": file}
+        command += ["-add-fd", f"fd={number},set={group}", "-blockdev", json.dumps(node)]
+    return command
+
+
+FIRST_SET = 3  # of the drives: two are the firmware's
+
+
+def _screen(machine: PcMachine) -> list[str]:
+    """A screen, and a pointer that says where it is rather than how it moved: what VNC has."""
+    if machine.board.vga:
+        command = ["-device", "VGA,id=screen" if machine.compat else "VGA,id=screen,edid=on,xres=1024,yres=768"]
+        usb = "piix3-usb-uhci,id=usb" if machine.compat else "qemu-xhci,id=usb"
+        return [*command, "-device", usb, "-device", "usb-tablet,bus=usb.0"]
+    return [
+        "-device", "virtio-gpu-pci,id=screen", "-device", "qemu-xhci,id=usb",
+        "-device", "usb-kbd,bus=usb.0", "-device", "usb-tablet,bus=usb.0",
+    ]  # fmt: skip
+
+
+def _drives(machine: PcMachine) -> list[str]:
+    command: list[str] = []
+    if not machine.board.vga and any(drive.cdrom for drive in machine.drives):
+        command += ["-device", "virtio-scsi-pci,id=cds"]
+    for number, drive in enumerate(machine.drives):
+        for descriptor, group in drive.descriptors:
+            command += ["-add-fd", f"fd={descriptor},set={group}"]
+        if drive.node is not None:
+            command += ["-blockdev", json.dumps({**drive.node, "node-name": drive.name})]
+        command += ["-device", _drive_device(machine, drive, number)]
+    return command
+
+
+def _drive_device(machine: PcMachine, drive: PcDrive, number: int) -> str:
+    kind = "virtio-blk-pci"
+    if drive.cdrom:
+        kind = "ide-cd" if machine.board.vga else "scsi-cd,bus=cds.0"
+    elif machine.compat:
+        kind = "ide-hd"
+    text = f"{kind},id={drive.name}-device,bootindex={drive.boot_index}"
+    if drive.node is not None:
+        text += f",drive={drive.name}"
+    if not drive.cdrom:
+        text += f",serial={drive.name}"
+    if machine.compat and machine.board.vga:  # two buses with two places each
+        text += f",bus=ide.{number // 2},unit={number % 2}"
+    return text
+
+
+def _network(machine: PcMachine) -> list[str]:
+    command: list[str] = []
+    for number, card in enumerate(machine.cards):
+        tap = f"tap,id=net{number},fd={card.tap},vhost=off"
+        user = f"user,id=net{number},net={USER_NETWORK},ipv6=off"
+        kind = "e1000" if machine.compat else "virtio-net-pci"
+        command += ["-netdev", tap if card.tap >= 0 else user]
+        command += ["-device", f"{kind},id=card{number},netdev=net{number},mac={card.mac}"]
+    return command

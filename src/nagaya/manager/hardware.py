@@ -1,0 +1,226 @@
+"""Whole machines: from what a caller asks for to a record, and the disks that are made for one machine alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from contextlib import ExitStack
+
+from nagaya.engines import TYPES, engine_of
+from nagaya.engines.kvm.known import HARDWARE, find_kvm
+from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
+from nagaya.manager.creating import check_options
+from nagaya.manager.options import CreateOptions
+from nagaya.manager.settings import AUTO, choose_first
+from nagaya.model.spec import Drive, Hardware, Limits, MachineSpec, Process
+from nagaya.static import NamedTuple
+from nagaya.storage import rootfs
+from nagaya.storage.disk_images.chain import choose_format, open_chain
+from nagaya.storage.disk_images.formats import get_format
+from nagaya.storage.disk_images.store import Disks
+from nagaya.storage.paths import Paths
+
+FIRMWARES = ("bios", "uefi")
+ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "riscv64": "linux/riscv64"}
+_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
+DEFAULT_MEMORY_BYTES = 1 << 30
+DEFAULT_STOP_S = 60.0
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([kmgt](i?b)?)?", re.IGNORECASE)
+
+
+class DriveOptions(NamedTuple):
+    """One --disk or --cdrom. `text` names a disk, or is "" with a size for a new one; "" of a CD drive: no disc."""
+
+    text: str = ""
+    size_bytes: int = 0  # of a new disk, or of a clone that is to be larger
+    format: str = ""
+    cdrom: bool = False
+    read_only: bool = False
+    clone: bool = False  # a linked clone for this machine alone
+    allow_backing: bool = False
+
+
+class HardwareOptions(NamedTuple):
+    """What a caller may ask of a whole machine. "" = the default."""
+
+    name: str = ""
+    type: str = ""
+    architecture: str = ""
+    firmware: str = ""
+    drives: tuple[DriveOptions, ...] = ()
+    boot: str = ""  # "disk" | "cdrom": what is tried first
+    compat: bool = False
+    common: CreateOptions = CreateOptions(image="")  # network, limits, restart, labels, hostname, log
+
+
+def is_size(text: str) -> bool:
+    """Whether --disk's value is a size and no name."""
+    return _SIZE.fullmatch(text) is not None
+
+
+def choose_runner(wanted: str, architecture: str) -> tuple[str, str]:
+    """What runs the machine's CPUs, and what there is to say about that. Raises `UsageError`, `Unsupported`.
+
+    QEMU needs a KVM that the CPU does the work of: with a software one (PVM) it does not run.
+    """
+    name = choose_first(wanted)
+    if name == TYPES[0]:
+        if wanted:
+            raise UsageError(
+                f"a whole machine is no {name}: it boots a system of its own", hint="use --type kvm, emulated or auto"
+            )
+        name = AUTO  # settled for machines from images
+    finding = _find_kvm() if architecture == os.uname().machine else f"this host's CPU runs no {architecture} system"
+    if name == "kvm" and finding:
+        raise Unsupported(f"QEMU cannot use KVM here: {finding}", hint="use --type emulated", finding=finding)
+    if name == "kvm" or (name == AUTO and not finding):
+        return "kvm", ""
+    return "emulated", f"the machine is emulated, and slow: {finding}" if name == AUTO else ""
+
+
+def _find_kvm() -> str:
+    """Why QEMU cannot use this host's KVM; "" when it can."""
+    try:
+        finding = find_kvm()
+    except NagayaError as error:
+        return error.message
+    return (
+        ""
+        if finding.kind == HARDWARE
+        else f"this host's KVM is a software one ({finding.kind}), on which QEMU does not run"
+    )
+
+
+def plan_whole_machine(options: HardwareOptions, disks: Disks, *, type_: str, machine_id: str) -> MachineSpec:
+    """The record. Raises `UsageError`, `NotFound`, `Unsupported`, `IntegrityError` for what could not work; changes nothing."""
+    common = options.common
+    check_options(common)
+    architecture = find_architecture(options.architecture)
+    firmware = options.firmware or ("uefi" if architecture == "aarch64" else "bios")
+    if firmware not in FIRMWARES:
+        raise UsageError(f"unknown firmware '{firmware}'", hint=f"one of: {', '.join(FIRMWARES)}")
+    if options.boot not in ("", "disk", "cdrom"):
+        raise UsageError(f"--boot: '{options.boot}' is neither disk nor cdrom")
+    drives = tuple(_plan_drive(each, number, disks) for number, each in enumerate(options.drives))
+    if not drives:
+        raise UsageError("a whole machine needs a disk or a CD", hint="for example --disk 20g --cdrom installer.iso")
+    paths = [drive.path for drive in drives if drive.path and not drive.read_only]
+    if len(set(paths)) < len(paths):
+        raise UsageError("two drives of the machine have the same disk")
+    limits = common.limits
+    spec = MachineSpec(
+        id=machine_id,
+        name=options.name,
+        type=type_,
+        image="",
+        image_id="",
+        platform=ARCHITECTURES[architecture],
+        process=Process(argv=(firmware,), tty=True, stdin=True),
+        hostname=common.hostname or options.name or machine_id[:12],
+        created_ns=time.time_ns(),
+        network=common.network,
+        attachments=common.attachments,
+        ports=common.ports,
+        net_rate_bits=common.net_rate_bits,
+        allow_host=common.allow_host,
+        limits=limits._replace(memory_bytes=limits.memory_bytes or DEFAULT_MEMORY_BYTES),
+        restart=common.restart,
+        log=common.log,
+        auto_remove=common.auto_remove,
+        stop_timeout_s=common.stop_timeout_s,
+        labels=common.labels,
+        hardware=Hardware(
+            firmware=firmware,
+            drives=drives,
+            boot_cdrom=options.boot == "cdrom",
+            compat=options.compat,
+        ),
+    )
+    _check_limits(spec.limits)
+    engine = engine_of(spec)
+    engine.check_host()
+    engine.check(spec)
+    return spec
+
+
+def find_architecture(text: str) -> str:
+    """uname(2)'s word. Raises `UsageError`."""
+    name = _ALIASES.get(text, text) or os.uname().machine
+    if name not in ARCHITECTURES:
+        raise UsageError(f"unknown architecture '{text}'", hint=f"one of: {', '.join(ARCHITECTURES)}")
+    return name
+
+
+def _check_limits(limits: Limits) -> None:
+    unsupported = {"pids": limits.pids, "cpuset-cpus": limits.cpuset_cpus, "blkio-weight": limits.blkio_weight}
+    for name, value in unsupported.items():
+        if value:
+            raise Unsupported(f"--{name} is for containers", hint=f"leave --{name} away")
+
+
+def _plan_drive(options: DriveOptions, number: int, disks: Disks) -> Drive:
+    """With the path of the disk that is to be used, and checked as far as its header and what lies under it go."""
+    if options.cdrom and not options.text:
+        return Drive("", "raw", cdrom=True, read_only=True)
+    if not options.text:
+        if options.size_bytes <= 0:
+            raise UsageError("--disk needs a size or the name of a disk", hint="for example --disk 20g")
+        return Drive(f"disk{number}.qcow2", "qcow2", own=True)
+    if options.size_bytes and not options.clone:
+        raise UsageError(
+            f"--disk {options.text}: a size is for a new disk, or for a clone",
+            hint="make it larger first: nagaya disk resize",
+        )
+    path = os.path.realpath(disks.locate(options.text))
+    read_only = options.read_only or options.cdrom
+    format_ = choose_format(path, options.format or ("raw" if options.cdrom else ""))
+    with ExitStack() as stack:
+        chain = open_chain(
+            path, stack, format=format_, allowed=(disks.directory,), allow_backing=options.allow_backing, lock=False
+        )
+        if any(layer.header.extents for layer in chain.layers):
+            raise Unsupported(
+                f"'{path}' is a VMDK in several files, which no machine can use", hint="convert it: nagaya disk convert"
+            )
+    if options.clone:
+        # Everything that it stands on is what the user has named: it lies where it lies.
+        return Drive(f"disk{number}.qcow2", "qcow2", own=True, allow_backing=True)
+    if not read_only:
+        disks.refuse_dependants(path)
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"'{path}' cannot be written", hint=f"use --disk {options.text},ro, or a clone of it")
+    return Drive(path, format_, options.cdrom, read_only, allow_backing=options.allow_backing)
+
+
+def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) -> None:
+    """The disks for this machine alone, and its UEFI's variables, in its directory."""
+    hardware, directory = spec.hardware, paths.machine(spec.id)
+    assert hardware is not None
+    disks = Disks(paths.root)
+    for drive, wanted in zip(hardware.drives, options.drives, strict=True):
+        if not drive.own:
+            continue
+        target = f"{directory}/{drive.path}"
+        if wanted.clone:
+            base = disks.clone(
+                disks.locate(wanted.text), target, linked=True, format=wanted.format, allow_backing=wanted.allow_backing
+            )
+            if wanted.size_bytes > base.virtual_bytes:
+                disks.resize(target, "", wanted.size_bytes)
+        else:
+            disks.create(target, wanted.size_bytes, format=get_format(drive.format).name)
+    if hardware.firmware == "uefi":
+        _copy_variables(spec, f"{directory}/{rootfs.FIRMWARE_STATE}")
+
+
+def _copy_variables(spec: MachineSpec, target: str) -> None:
+    from nagaya.engines.qemu.pc_boards import find_firmware, find_pc_board  # lazy: UEFI alone
+    from nagaya.storage.records import write_file
+
+    _, template = find_firmware(find_pc_board(spec.platform))
+    try:
+        with open(template, "rb") as file:
+            write_file(target, file.read())
+    except FileNotFoundError:
+        raise NotFound(f"UEFI's variables are missing ({template})") from None

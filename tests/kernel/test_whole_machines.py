@@ -1,0 +1,328 @@
+"""Whole machines by the library and the command: a system of 512 bytes on QEMU, from its first word to its last."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nagaya import Host, Machine
+from nagaya.errors import Conflict, IntegrityError, NotFound, Unsupported, UsageError
+from nagaya.manager.attachment import Attachment
+from nagaya.manager.hardware import DriveOptions, HardwareOptions
+from nagaya.manager.options import CreateOptions
+from nagaya.model.spec import Restart
+from tests.conftest import require_program
+from tests.e2e.command import Cli
+
+WITHIN_S = 60.0
+QUIET = CreateOptions(image="", network="none", stop_timeout_s=30)
+SOURCE = os.path.join(os.path.dirname(__file__), "boot_sector.S")
+
+
+@pytest.fixture(scope="session")
+def boot_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw disk of 1 MiB with boot_sector.S at its beginning."""
+    for program in ("qemu-system-x86_64", "qemu-img", "as", "ld"):
+        require_program(program)
+    place = tmp_path_factory.mktemp("boot")
+    path = place / "boot.raw"
+    subprocess.run(["as", "--32", SOURCE, "-o", place / "boot.o"], check=True)
+    link = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", path, place / "boot.o"]
+    subprocess.run(link, check=True)
+    os.truncate(path, 1 << 20)
+    return path
+
+
+@pytest.fixture
+def host(nagaya_root: str) -> Iterator[Host]:
+    made = Host(root=nagaya_root)
+    yield made
+    for machine in made.machines.list():
+        machine.remove(force=True)
+
+
+@pytest.fixture
+def make(host: Host, boot_disk: Path) -> Callable[..., Machine]:
+    """A machine with a clone of the boot disk."""
+
+    def create(name: str = "m", common: CreateOptions = QUIET, **changes: object) -> Machine:
+        options = HardwareOptions(
+            name=name, type="emulated", drives=(DriveOptions(str(boot_disk), clone=True),), common=common
+        )
+        return host.machines.create_whole(options._replace(**changes))[0]  # type: ignore[arg-type]
+
+    return create
+
+
+def said(machine: Machine) -> str:
+    return b"".join(line.data + (b"" if line.partial else b"\n") for line in machine.logs()).decode().replace("\r", "")
+
+
+def wait_until(machine: Machine, text: str, times: int = 1) -> None:
+    deadline_s = time.monotonic() + WITHIN_S
+    while said(machine).count(text) < times:
+        assert time.monotonic() < deadline_s, (text, said(machine), machine.state)
+        time.sleep(0.02)
+
+
+def talk(attachment: Attachment, text: str, until: str) -> str:
+    """Type on the console, and read until it has answered."""
+    import select
+
+    attachment.send_stdin(text.encode())
+    got, deadline_s = b"", time.monotonic() + WITHIN_S
+    while until.encode() not in got:
+        assert time.monotonic() < deadline_s, got
+        attachment.flush()
+        select.select([attachment], [], [], 1)
+        for event in attachment.receive():
+            got += getattr(event, "data", b"")
+    return got.decode()
+
+
+def qemu_of(machine: Machine) -> int:
+    """The pid of its QEMU; only for tests, which own both."""
+    return machine.state.pid or machine.inspect()["state"]["pid"]  # type: ignore[index]
+
+
+def test_a_whole_life(make: Callable[..., Machine]) -> None:
+    machine = make()
+    assert machine.state.phase == "created"
+    machine.start()
+    wait_until(machine, "READY")
+    assert machine.state.phase == "running"
+    with machine.attach() as attachment:
+        assert "hello" in talk(attachment, "hello", "hello")
+        assert "absent" in talk(attachment, "r", "absent")
+        assert "stored" in talk(attachment, "w", "stored")
+    assert machine.stats().memory_bytes > 1 << 20
+    machine.pause()
+    assert machine.state.phase == "paused"
+    before = machine.stats().cpu_ns
+    time.sleep(0.3)
+    assert machine.stats().cpu_ns - before < 100_000_000
+    machine.unpause()
+    machine.stop()
+    assert (machine.state.phase, machine.state.exit_code, machine.state.error) == ("exited", 0, "")
+    assert said(machine).endswith("BYE\n")
+    machine.start()
+    wait_until(machine, "READY", times=2)
+    with machine.attach() as attachment:
+        assert "found" in talk(attachment, "r", "found")  # its disk has kept it
+        attachment.send_stdin(b"q")
+        attachment.flush()
+    assert machine.wait() == 0  # it has switched itself off
+
+
+def test_what_is_not_inside_cannot_be_asked(make: Callable[..., Machine], tmp_path: Path) -> None:
+    machine = make()
+    for attempt in (
+        lambda: machine.diff(),
+        lambda: machine.commit("x"),
+        lambda: machine.copy_out("/etc", str(tmp_path)),
+    ):
+        with pytest.raises(Unsupported, match="whole machine"):
+            attempt()
+    machine.start()
+    for attempt in (lambda: machine.run(["true"]), lambda: machine.top()):
+        with pytest.raises(Unsupported, match="whole machine"):
+            attempt()
+    machine.kill()
+    assert machine.state.exit_code == 137
+
+
+def test_a_system_that_ignores_the_button_is_switched_off(make: Callable[..., Machine], tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf.raw"
+    deaf.write_bytes(b"\xfa\xf4\xeb\xfc".ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 16))  # cli; 1: hlt; jmp 1b
+    machine = make(drives=(DriveOptions(str(deaf)),))
+    machine.start()
+    began = time.monotonic()
+    machine.stop(timeout_s=0.5)
+    assert 0.4 < time.monotonic() - began < 20
+    assert machine.state.exit_code == 137
+
+
+@pytest.mark.parametrize("what", ["qemu", "supervisor"])
+def test_killed_and_back(make: Callable[..., Machine], what: str) -> None:
+    machine = make()
+    machine.start()
+    wait_until(machine, "READY")
+    with machine.attach() as attachment:
+        talk(attachment, "w", "stored")
+    pid = qemu_of(machine)
+    parent = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1])  # type: ignore[index]
+    os.kill(pid if what == "qemu" else parent, signal.SIGKILL)
+    deadline_s = time.monotonic() + WITHIN_S
+    while machine.state.phase == "running":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
+    machine.start()
+    wait_until(machine, "READY", times=2)
+    with machine.attach() as attachment:
+        talk(attachment, "r", "found")
+    machine.stop()
+
+
+def test_it_comes_back_by_its_policy(make: Callable[..., Machine]) -> None:
+    machine = make(common=QUIET._replace(restart=Restart("always")))
+    machine.start()
+    wait_until(machine, "READY")
+    os.kill(qemu_of(machine), signal.SIGKILL)
+    wait_until(machine, "READY", times=2)
+    assert machine.state.restarts == 1
+    machine.stop()
+    assert machine.state.phase == "exited"
+
+
+def test_its_disk_is_in_use(host: Host, make: Callable[..., Machine], boot_disk: Path) -> None:
+    host.disks.convert(str(boot_disk), "shared")
+    first, second = (make(name, drives=(DriveOptions("shared"),)) for name in ("one", "two"))
+    first.start()
+    wait_until(first, "READY")
+    for attempt in (
+        second.start,
+        lambda: host.disks.resize("shared", "+", 1 << 20),
+        lambda: host.disks.clone("shared", "copy", linked=True),
+        lambda: host.disks.check("shared"),
+    ):
+        with pytest.raises(Conflict, match="in use"):
+            attempt()
+    assert second.state.phase == "exited"
+    qemu_img = subprocess.run(["qemu-img", "check", host.disks.locate("shared")], capture_output=True, text=True)
+    assert "lock" in qemu_img.stderr  # QEMU's own
+    first.kill()
+    assert host.disks.check("shared").clean
+    second.start()
+    second.kill()
+    with pytest.raises(Conflict, match="belongs to a machine"):
+        host.disks.remove("shared", in_use=host.machines.disk_paths())
+
+
+def test_nobody_writes_what_others_stand_on(host: Host, make: Callable[..., Machine], boot_disk: Path) -> None:
+    host.disks.convert(str(boot_disk), "base")
+    writer = make("writer", drives=(DriveOptions("base"),))
+    host.disks.clone("base", "above", linked=True)
+    with pytest.raises(Conflict, match="stands on it"):
+        writer.start()
+    reader = make("reader", drives=(DriveOptions("above"),))
+    reader.start()
+    wait_until(reader, "READY")
+    reader.kill()
+
+
+def test_a_disk_that_became_evil(host: Host, make: Callable[..., Machine], boot_disk: Path, tmp_path: Path) -> None:
+    """A guest that took its QEMU over can write its image's header: the next start looks at it anew."""
+    host.disks.convert(str(boot_disk), "victim")
+    machine = make(drives=(DriveOptions("victim"),))
+    path = host.disks.locate("victim")
+    secret = tmp_path / "secret.raw"
+    secret.write_bytes(bytes(1 << 20))
+    subprocess.run(["qemu-img", "rebase", "-u", "-b", secret, "-F", "raw", path], check=True)
+    with pytest.raises(IntegrityError, match="outside its own directory"):
+        machine.start()
+
+
+@pytest.mark.parametrize("format", ["raw", "vmdk", "vdi", "vhd", "vhdx"])
+def test_every_format_boots(host: Host, make: Callable[..., Machine], boot_disk: Path, format: str) -> None:
+    host.disks.convert(str(boot_disk), "disk", to=format)
+    machine = make(drives=(DriveOptions("disk"),))
+    machine.start()
+    wait_until(machine, "READY")
+    with machine.attach() as attachment:
+        talk(attachment, "w", "stored")
+    machine.stop()
+    machine.start()
+    with machine.attach() as attachment:
+        talk(attachment, "r", "found")
+    machine.kill()
+
+
+def test_hardware_for_old_systems(make: Callable[..., Machine]) -> None:
+    machine = make(compat=True, common=QUIET._replace(network="user"))
+    machine.start()
+    wait_until(machine, "READY")
+    machine.stop()
+    assert machine.state.exit_code == 0
+
+
+def test_qemu_has_nothing_of_the_host(make: Callable[..., Machine]) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    machine = make()
+    machine.start()
+    status = Path(f"/proc/{qemu_of(machine)}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Uid"].split()[0] not in ("0", "65534") and fields["Groups"].strip() == ""
+    assert int(fields["CapEff"], 16) == 0 and fields["NoNewPrivs"] == "1" and fields["Seccomp"] == "2"
+    links = Path(f"/proc/{qemu_of(machine)}/net/dev").read_text()
+    assert "eth0" not in links and "lo:" in links
+    machine.kill()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"drives": ()}, UsageError),
+        ({"drives": (DriveOptions("none"),)}, NotFound),
+        ({"drives": (DriveOptions("/etc"),)}, UsageError),
+        ({"firmware": "coreboot"}, UsageError),
+        ({"architecture": "vax"}, UsageError),
+        ({"type": "container"}, UsageError),
+        ({"boot": "floppy"}, UsageError),
+        ({"common": QUIET._replace(network="host")}, Unsupported),
+        ({"drives": tuple(DriveOptions(size_bytes=1 << 20) for _ in range(17))}, UsageError),
+    ],
+)
+def test_what_cannot_be_made(host: Host, make: Callable[..., Machine], changes: dict, problem: type) -> None:
+    with pytest.raises(problem):
+        make(**changes)
+    machines = Path(host.paths.machines)
+    assert not machines.exists() or list(machines.iterdir()) == []
+
+
+def test_the_command(empty_cli: Cli, boot_disk: Path, tmp_path: Path) -> None:
+    cli = empty_cli
+    made = cli(
+        "machine",
+        "create",
+        "pc",
+        "--disk",
+        f"{boot_disk},clone",
+        "--disk",
+        "1g",
+        "--network",
+        "none",
+        "--type",
+        "emulated",
+    )
+    assert made.code == 0, made
+    cli.ok("start", "pc")
+    deadline_s = time.monotonic() + WITHIN_S
+    while "READY" not in cli.ok("logs", "pc"):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert cli.ok("ps", "--format", "{{.Names}} {{.Type}} {{.State}}") == "pc emulated running\n"
+    assert '"firmware": "bios"' in cli.ok("inspect", "pc")
+    refused = cli("exec", "pc", "true")
+    assert refused.code == 125 and "whole machine" in refused.err
+    cli.ok("restart", "pc")
+    cli.ok("stop", "pc")
+    cli.ok("rm", "pc")
+    for words, status in (
+        (("x", "--disk", "20q"), 1),
+        (("x", "--disk", "20g,ro"), 2),
+        (("x", "--disk", f"{boot_disk},colour=red"), 2),
+        (("x", "--firmware", "bios"), 2),
+        (("../x", "--disk", "1g"), 2),
+    ):
+        done = cli("machine", "create", *words)
+        assert done.code == status and "Traceback" not in done.err, done
+    assert cli.machines() == []
