@@ -48,7 +48,13 @@ def is_gone(pid: int) -> bool:
 
 
 def descriptors(pid: int) -> set[str]:
-    return {os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+    held = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            held.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except FileNotFoundError:  # closed meanwhile
+            pass
+    return held
 
 
 def test_it_holds_its_disk_and_little_else(process: DeviceProcess, disk: Path) -> None:

@@ -153,7 +153,7 @@ def test_checksums_and_segmentation_are_left_to_each_other(vhost: bool) -> None:
     assert largest["flags"] & NEEDS_CSUM
     assert largest["gso"] == GSO_TCPV4
     assert largest["gso_size"] == 1460
-    assert largest["bytes"] > 3000
+    assert largest["bytes"] > 2 * 1460  # several segments in one; a slow host's TCP sends no more than two at once
     assert largest["buffers"] == (largest["bytes"] + HEADER_BYTES + 1599) // 1600
     assert largest["dropped"] == 0
 
