@@ -151,13 +151,18 @@ def _bridges(stores: list[str]) -> set[str]:
 def _tables(stores: list[str], *, everything: bool) -> list[str]:
     from nagaya.net.firewall import table_name
 
-    ours = {table_name(bridge) for bridge in _bridges(stores)}
+    ours = {table_name(store) for store in stores}
     try:
         done = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return []  # nothing can have been loaded without it
     names = [line.split()[-1] for line in done.stdout.splitlines() if line]
-    return [name for name in names if name in ours or (everything and name.startswith("nagaya"))]
+    names += [f"names of {bridge}" for bridge in _bridges(stores) if os.path.exists(f"/run/nagaya-names/{bridge}")]
+    return [
+        name
+        for name in names
+        if name in ours or name.startswith("names of ") or (everything and name.startswith("nagaya"))
+    ]
 
 
 def _lock_files(stores: list[str]) -> list[str]:

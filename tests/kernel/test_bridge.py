@@ -15,7 +15,8 @@ import pytest
 
 SCRIPT = """
 import os, sys, socket, threading
-from nagaya.net import attach, addresses
+from nagaya.net import attach, addresses, links, firewall
+from nagaya.storage.paths import Paths
 from nagaya.model.spec import MachineSpec, Process
 from nagaya.kernel import namespaces, netlink
 from nagaya.kernel.mount import mount, MS_REC, MS_PRIVATE
@@ -71,33 +72,34 @@ assert os.read(seen[0], 100) == b"listening\\n"
 
 ids = ["%032x" % number for number in (0xa << 112, 0xb << 112)]
 specs = [MachineSpec(id=id_, name="m", type="container", image="", image_id="", platform="", process=Process(()), hostname="m", created_ns=0) for id_ in ids]
-plans = [attach.plan_network(spec, root) for spec in specs]
-assert [attach.plan_network(spec, root) for spec in specs] == plans      # twice: nothing more happens
+paths = Paths(root, f"{root}/run")
+plans = [attach.plan_network(spec, paths) for spec in specs]
+assert [attach.plan_network(spec, paths) for spec in specs] == plans      # twice: nothing more happens
 bridge = plans[0].links[0].bridge
-assert netlink.has_nft_table(bridge.replace("-", "_"))
+assert firewall.is_whole(root)
 assert open("/proc/sys/net/ipv4/ip_forward").read().strip() == "1"
 
 def machine(plan):
-    attach.configure(plan)
+    links.configure(plan)
     for address in ("203.0.113.9", ):
         with socket.create_connection((address, 8080), timeout=5) as connection:
             assert connection.recv(10) == b"hello"
 for plan in plans:
     pid, start = inside(lambda: machine(plan))
-    attach.connect(plan, pid)
+    links.connect(plan, pid)
     assert netlink.index_of(plan.links[0].host_link)
     start()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     who = os.read(seen[0], 100).decode().strip()
     assert who == "203.0.113.1", who                                    # translated to the host's address
-    attach.disconnect(plan); attach.disconnect(plan)
 assert os.waitstatus_to_exitcode(os.waitpid(world_pid, 0)[1]) == 0
 
-assert not attach.remove_idle(root)                                     # two machines hold addresses
+assert not attach.remove_idle(paths)                                     # two machines hold addresses
 for machine_id in ids:
-    attach.reclaim_machine(root, machine_id)
-assert attach.remove_idle(root)
-assert not netlink.has_nft_table(bridge.replace("-", "_"))
+    attach.let_go(paths, machine_id); attach.let_go(paths, machine_id)
+assert attach.remove_idle(paths)
+assert not firewall.is_whole(root)
+assert netlink.count_nft_rules(netlink.NFPROTO_INET, firewall.table_name(root)) is None
 assert sorted(os.listdir(f"{root}/network")) == []
 print("OK")
 """
@@ -120,9 +122,10 @@ def test_machines_reach_the_world_with_the_host_s_address(tmp_path: Path) -> Non
 
 def test_missing_nft_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nagaya.errors import Unsupported
-    from nagaya.net import firewall
+    from nagaya.net import firewall, programs
 
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "PATH", str(tmp_path))
     with pytest.raises(Unsupported, match="nft") as caught:
-        firewall._run_nft("")
+        firewall.rebuild(str(tmp_path), [])
     assert "apt install nftables" in caught.value.hint

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
 from nagaya.kernel import netlink
 from nagaya.model.spec import Attachment, MachineSpec, Process
-from nagaya.net import addresses, attach, firewall, names, networks, planning, subnets
+from nagaya.net import addresses, attach, dns, firewall, names, networks, planning, subnets
 from nagaya.net.networks import NetworkRecord
 from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.net.subnets import Subnet, parse_subnet
 from nagaya.storage import records
+from nagaya.storage.paths import Paths
 
 IDS = ["abcdef12" + f"{number:024x}" for number in range(40)]  # each begins its search at the same place
 SUBNET = parse_subnet("10.87.0.0/16")
@@ -123,10 +124,15 @@ def test_resolv_conf(host: str, dns: tuple[str, ...], own: bool, expected: str) 
 
 
 def test_hosts() -> None:
-    text = names.hosts("inn", "10.87.0.5", (("db", "10.0.0.9"),))
-    assert "10.87.0.5\tinn\n" in text
-    assert "10.0.0.9\tdb\n" in text
-    assert "127.0.1.1\tinn" in names.hosts("inn", "", ())
+    text = names.hosts("inn", ("10.87.0.5", "fd00::5"), (("db", "10.0.0.9"),))
+    assert "10.87.0.5\tinn\nfd00::5\tinn\n10.0.0.9\tdb\n" in text
+    assert "127.0.1.1\tinn" in names.hosts("inn", (), ())
+
+
+def test_domains_to_search_replace_the_host_s() -> None:
+    text = names.resolv_conf("search a\nnameserver 1.2.3.4\n", (), own_namespace=True, search=("x", "y"))
+    assert text == "search x y\nnameserver 1.2.3.4\n"
+    assert names.has_nameserver(text) and not names.has_nameserver("# nameserver 1\nnameserver\n")
 
 
 def test_a_store_of_its_own_has_a_bridge_of_its_own() -> None:
@@ -179,16 +185,71 @@ def test_one_way_out() -> None:
 
 def test_plans_without_links(tmp_path: Path) -> None:
     for mode in ("none", "host"):
-        assert attach.plan_network(spec(network=mode), str(tmp_path)) == NetworkPlan(mode)
+        assert attach.plan_network(spec(network=mode), Paths(str(tmp_path), str(tmp_path))) == NetworkPlan(mode)
     assert planning.attachments(spec()) == (Attachment("nagaya0"),)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_firewall_names_only_its_own_table() -> None:
-    text = firewall.ruleset("nagaya-1a2b", "10.87.0.0/16")
-    assert text.count("table ") == 1
-    assert text.startswith("table inet nagaya_1a2b {")
-    assert 'ip saddr 10.87.0.0/16 oifname != "nagaya-1a2b" masquerade' in text
+LINK = LinkPlan(
+    network="front", bridge="nagaya-1a2b", host_link="ngy0", mac="02:00:00:00:00:01", address="10.64.0.2", prefix=24,
+    address6="fd00::2", prefix6=64, names=("db", "0123"),
+)  # fmt: skip
+
+
+def test_the_firewall_names_only_its_own_tables() -> None:
+    text = firewall.tables("/somewhere")
+    name = networks.bridge_name("/somewhere").replace("-", "_")
+    heads = [line.removesuffix(" {").split()[-1] for line in text.splitlines() if "table " in line]
+    assert set(heads) == {name}
+    assert text.count("{{") == text.count("}}") == 0
+    assert firewall.rules_of(firewall._INET) == 24 and firewall.rules_of(firewall._BRIDGE) == 11
+
+
+def test_elements_of_a_machine() -> None:
+    found = firewall.machine_elements(NetworkPlan("links", (LINK, LinkPlan("user")), allow_host=True))
+    assert ("bridge", "senders4", '"ngy0" . 02:00:00:00:00:01 . 10.64.0.2') in found
+    assert ("bridge", "senders6", '"ngy0" . 02:00:00:00:00:01 . fe80::ff:fe00:1') in found
+    assert ("bridge", "owned6", '"ngy0" . 0xfd000000000000000000000000000002') in found
+    assert ("inet", "trusted4", '"nagaya-1a2b" . 10.64.0.2') in found
+    assert not any(name.startswith("trusted") for _, name, _ in firewall.link_elements(LINK, trusted=False))
+
+
+def test_an_internal_network_s_elements_have_no_way_out() -> None:
+    record = NetworkRecord("front", "0" * 32, "bridge", 1, "10.64.0.0/24", "10.64.0.1", "fd00::/64", "fd00::1")
+    inside = [name for _, name, _ in firewall.network_elements("/r", record._replace(internal=True))]
+    assert inside == ["bridges", "insides", "closed", "gateways4", "gateways6"]
+    assert [name for _, name, _ in firewall.network_elements("/r", record)] == [
+        "bridges", "insides", "leaving4", "gateways4", "leaving6", "gateways6"
+    ]  # fmt: skip
+
+
+def test_elements_become_commands_that_can_be_given_twice() -> None:
+    text = firewall.additions("t", [("inet", "a", "1"), ("inet", "a", "2"), ("bridge", "b", "x . y")])
+    assert text == "add element inet t a { 1, 2 }\nadd element bridge t b { x . y }\n"
+    assert firewall.removals("t", [("inet", "a", "1")]) == "add element inet t a { 1 }\ndelete element inet t a { 1 }\n"
+
+
+def test_dnsmasq_s_command_line() -> None:
+    record = NetworkRecord("front", "0" * 32, "bridge", 1, "10.64.0.0/24", "10.64.0.1", "fd00::/64", "fd00::1")
+    argv = dns.arguments(record, "br", 1400, resolvers=("9.9.9.9",))
+    assert {"--interface=br", "--dhcp-range=10.64.0.0,static,255.255.255.0,1h", "--server=9.9.9.9"} <= set(argv)
+    assert {"--host-record=host.nagaya.internal,10.64.0.1,fd00::1", "--dhcp-option=option:router,10.64.0.1"} <= set(
+        argv
+    )
+    closed = dns.arguments(record._replace(internal=True), "br", 1400, resolvers=("9.9.9.9",))
+    assert "--no-resolv" in closed and "--dhcp-option=option:router" in closed  # none
+    assert not any(word.startswith("--server") for word in closed)
+    assert not any(
+        "dhcp-range" in word for word in dns.arguments(record._replace(subnet="", gateway=""), "br", 0, resolvers=())
+    )
+
+
+def test_names_on_the_network() -> None:
+    assert planning.names_of(spec("0123456789abcdef" * 2), Attachment("x", aliases=("db", "m"))) == (
+        "m",
+        "0123456789ab",
+        "db",
+    )
 
 
 def test_netlink_attributes_are_padded() -> None:
@@ -199,7 +260,7 @@ def test_netlink_attributes_are_padded() -> None:
 
 def test_a_plain_user_gets_a_network_that_needs_no_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    (link,) = attach.plan_network(spec("abcdef1234" + "0" * 22), str(tmp_path)).links
+    (link,) = attach.plan_network(spec("abcdef1234" + "0" * 22), Paths(str(tmp_path), str(tmp_path))).links
     assert (link.driver, link.mac, link.bridge, link.host_link) == ("user", "02:ab:cd:ef:12:34", "", "")
     assert (link.address, link.prefix, link.gateway) == ("10.0.2.15", 24, "10.0.2.2")
     assert list(tmp_path.iterdir()) == []

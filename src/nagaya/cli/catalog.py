@@ -96,6 +96,13 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "restore": "snapshot:RESTORE", "rename": "snapshot:RENAME", "rm": "snapshot:RM", "prune": "snapshot:PRUNE",
         },
     ),
+    "network": (
+        "Create, list, inspect and remove networks, plug machines in and out",
+        {
+            "create": "network:CREATE", "ls": "network:LS", "inspect": "network:INSPECT", "rm": "network:RM",
+            "connect": "network:CONNECT", "disconnect": "network:DISCONNECT", "prune": "network:PRUNE",
+        },
+    ),
     "kernel": (
         "Build, list and remove the kernels that machines boot",
         {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
@@ -129,6 +136,13 @@ GROUP_SUMMARIES = {
     "snapshot rename": "Give a snapshot another name",
     "snapshot rm": "Remove snapshots",
     "snapshot prune": "Remove old snapshots",
+    "network create": "Create a network",
+    "network ls": "List networks",
+    "network inspect": "Show networks, and who is where on them",
+    "network rm": "Remove networks",
+    "network connect": "Plug a machine into a network",
+    "network disconnect": "Take a machine off a network",
+    "network prune": "Remove networks that no machine is on",
     "kernel build": "Build a guest kernel from this host's source package",
     "kernel ls": "List guest kernels",
     "kernel path": "Show where a guest kernel is",

@@ -19,6 +19,7 @@ MACHINE_KEYS = (
 )  # fmt: skip
 IMAGE_KEYS = ("before", "dangling", "label", "reference", "since")
 VOLUME_KEYS = ("dangling", "label", "name")
+NETWORK_KEYS = ("dangling", "driver", "id", "label", "name")
 EVENT_KEYS = ("action", "event", "id", "image", "label", "machine", "name", "type", "volume")
 _SYNONYMS = {"container": "machine"}
 
@@ -107,6 +108,19 @@ def matches_volume(filters: Filters, name: str, labels: Mapping[str, str], *, us
     tests: dict[str, Callable[[str], bool]] = {
         "name": lambda value: search(value, name),
         "dangling": lambda value: (not used) == (value.lower() in ("true", "1")),
+    }
+    return _all(filters, tests) and matches_labels(filters.get("label", []), labels)
+
+
+def matches_network(
+    filters: Filters, name: str, id: str, driver: str, labels: Mapping[str, str], *, is_used: Callable[[str], bool]
+) -> bool:
+    """Whether a network passes. One that no machine is on is dangling."""
+    tests: dict[str, Callable[[str], bool]] = {
+        "name": lambda value: search(value, name),
+        "id": lambda value: id.startswith(value),
+        "driver": lambda value: driver == value,
+        "dangling": lambda value: (not is_used(name)) == (value.lower() in ("true", "1")),
     }
     return _all(filters, tests) and matches_labels(filters.get("label", []), labels)
 

@@ -49,6 +49,14 @@ def read(parsed: Parsed, networks: list[str]) -> NetworkOptions:
     )
 
 
+def read_attachment(parsed: Parsed) -> Attachment:
+    """What `network connect` asks of the network; its name is left empty."""
+    return Attachment(
+        "", aliases=tuple(parsed.texts("alias")), address=parsed.text("ip"), address6=parsed.text("ip6"),
+        mac=parsed.text("mac-address").lower().replace("-", ":"),
+    )  # fmt: skip
+
+
 def _merge(one: Attachment, first: Attachment) -> Attachment:
     for name in ("address", "address6", "mac"):
         given = getattr(first, name)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from nagaya.errors import NagayaError
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
-from nagaya.net.plan import NetworkPlan
+from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.static import NamedTuple, Protocol
 from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
@@ -80,6 +80,7 @@ FEATURES = (
     "offline",  # cp, diff, commit and export of a machine that does not run
     "devices",  # --device of this host
     "host-network",  # --network host
+    "network-connect",  # to a further network while it runs
     "userns",  # --userns auto
     "seccomp-profile",  # --security-opt seccomp=PROFILE
     "cpuset",  # --cpuset-cpus
@@ -97,7 +98,7 @@ class Engine(Protocol):
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
     capabilities: frozenset[
         str
-    ]  # subset of {"pause", "stats", "limits", "memory", "oom", "offline", "init", "explain"}
+    ]  # subset of {"pause", "stats", "limits", "memory", "oom", "offline", "init", "plug", "explain"}
 
     missing: dict[str, str]  # those of FEATURES that it lacks: why
 
@@ -156,6 +157,16 @@ class Saving(Protocol):
 
 class Resizable(Protocol):
     def set_limits(self, limits: Limits) -> None: ...
+
+
+class Pluggable(Protocol):
+    """Of the capability "plug": network links that come and go while the machine runs."""
+
+    def plug(self, link: LinkPlan) -> None:
+        """Connect the machine to what the host has prepared. Raises `HostError`; it has no such link then."""
+
+    def unplug(self, link: LinkPlan) -> None:
+        """The host has taken the link away."""
 
 
 class OomAware(Protocol):

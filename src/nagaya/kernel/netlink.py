@@ -1,4 +1,4 @@
-"""rtnetlink(7), and the one nfnetlink question we have, as a few messages of our own.
+"""rtnetlink(7), and the two nfnetlink questions we have, as messages of our own.
 
 pyroute2 does all this and more, and takes 166 ms to import: a start has 40.
 """
@@ -62,8 +62,11 @@ RTA_OIF = 4
 RTA_GATEWAY = 5
 
 NFT_GETTABLE = 10 << 8 | 1
+NFT_GETRULE = 10 << 8 | 7
 NFTA_TABLE_NAME = 1
+NFTA_RULE_TABLE = 1
 NFPROTO_INET = 1
+NFPROTO_BRIDGE = 7
 
 _HEADER = Struct("=IHHII")
 _IFINFO = Struct("=BxHiII")
@@ -362,14 +365,15 @@ def _extended_text(message: bytes) -> str:
     return ""
 
 
-def has_nft_table(name: str) -> bool:
-    """Whether table `inet NAME` exists: 0.1 ms, where asking the nft program takes 10."""
+def count_nft_rules(family: int, table: str) -> int | None:
+    """How many rules a table has; None when there is none of that name. 0.1 ms, where asking the nft program takes 5."""
     try:
         with Netlink(NETLINK_NETFILTER) as netlink:
-            body = _NFGEN.pack(NFPROTO_INET, 0, 0) + attribute(NFTA_TABLE_NAME, text(name))
-            netlink.request(NFT_GETTABLE, 0, body, f"look for table {name}")
+            head = _NFGEN.pack(family, 0, 0)
+            netlink.request(NFT_GETTABLE, 0, head + attribute(NFTA_TABLE_NAME, text(table)), f"look for table {table}")
+            body = head + attribute(NFTA_RULE_TABLE, text(table))
+            return sum(1 for _ in netlink.dump(NFT_GETRULE, body, f"list rules of {table}"))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT, errno.EINVAL, errno.EOPNOTSUPP):
-            return False
+            return None
         raise
-    return True

@@ -17,7 +17,7 @@ NO_UPPER = ("overlay", "nfs", "nfs4", "cifs", "smb3", "9p", "vfat", "exfat", "nt
 """File systems that overlayfs cannot write to."""
 VHOST = ("/dev/vhost-net", "/dev/vhost-vsock")
 _ANSWER_BYTES = 4096
-_TRIAL_BRIDGE, _TRIAL_SUBNET = "trial", "10.0.0.0/16"
+_TRIAL_BRIDGE, _TRIAL_ROOT = "trial", "/trial"
 
 
 class Program(NamedTuple):
@@ -156,12 +156,12 @@ def look_at_network() -> Finding:
 def _make_network() -> None:
     from nagaya.kernel.namespaces import CLONE_NEWNET, unshare
     from nagaya.kernel.netlink import Netlink
-    from nagaya.net.firewall import ensure
+    from nagaya.net.firewall import rebuild
 
     unshare(CLONE_NEWNET)
     with Netlink() as netlink:
         netlink.add_bridge(_TRIAL_BRIDGE)
-    ensure(_TRIAL_BRIDGE, _TRIAL_SUBNET)
+    rebuild(_TRIAL_ROOT, [("inet", "bridges", f'"{_TRIAL_BRIDGE}"')])
 
 
 def look_at_forwarding() -> Finding:

@@ -12,17 +12,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.store import ImageStore
     from nagaya.manager.machines import Machines
+    from nagaya.manager.networks import Networks
     from nagaya.storage.disk_images.store import Disks
     from nagaya.storage.volumes import Volumes
 
 
 class Host:
-    """The machines, images, volumes and disks of one store (`root`, default: root's or the user's own)."""
+    """The machines, images, networks, volumes and disks of one store (`root`, default: root's or the user's own)."""
 
     def __init__(self, *, root: str = "", run_dir: str = "") -> None:
         self.paths = find_paths(root, run_dir)
         self._images: ImageStore | None = None
         self._machines: Machines | None = None
+        self._networks: Networks | None = None
         self._volumes: Volumes | None = None
         self._disks: Disks | None = None
 
@@ -44,6 +46,14 @@ class Host:
 
             self._machines = Machines(self.paths, self)
         return self._machines
+
+    @property
+    def networks(self) -> Networks:
+        if self._networks is None:
+            from nagaya.manager.networks import Networks  # lazy: most commands need none
+
+            self._networks = Networks(self.paths, self)
+        return self._networks
 
     @property
     def volumes(self) -> Volumes:

@@ -240,6 +240,26 @@ class Machine:
         self.record("update")
         return describe(before, planned, alive=alive)
 
+    def change(self, planned: MachineSpec, op: str, network: str) -> str:
+        """Store a record with another set of networks, under the command lock, and carry that out if it runs.
+
+        `op` is "plug" or "unplug". Answers "now", or why it waits for the next start.
+        """
+        before, self.spec = self.spec, planned
+        alive = self.settled().phase in ALIVE
+        machines.store_spec(self.paths, planned)
+        if not alive:
+            return "from the next start"
+        try:
+            self.ask(op, network=network)
+        except Unsupported as reason:
+            return f"from the next start: {reason.message}"
+        except BaseException:
+            self.spec = before
+            machines.store_spec(self.paths, before)
+            raise
+        return "now"
+
     # -- programs
 
     def attach(self, *, stdin: bool = True) -> Attachment:

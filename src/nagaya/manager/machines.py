@@ -42,6 +42,10 @@ class Machines:
         one whose start was cut off, so that `run --rm` leaves nothing even then.
         """
         check_options(options)
+        if options.attachments:
+            from nagaya.manager.networks import check_attachments  # lazy: most machines have the default network
+
+            check_attachments(self._paths, options.attachments)
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
@@ -168,10 +172,10 @@ class Machines:
                     removed.append(machine.id)
             except (NotFound, Conflict):
                 continue  # somebody removed or started it meanwhile
-        if os.path.isdir(f"{self._paths.root}/network"):
+        if os.path.isdir(f"{self._paths.root}/network") and not os.geteuid():
             from nagaya.net import attach  # lazy: few commands touch the network
 
-            attach.remove_idle(self._paths.root)
+            attach.remove_idle(self._paths)
         return removed
 
     def image_ids(self) -> frozenset[str]:

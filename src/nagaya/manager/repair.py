@@ -90,8 +90,8 @@ def reclaim(paths: Paths, spec: MachineSpec) -> None:
     from nagaya.net import attach
 
     engine_of(spec).reclaim(spec.id)
-    if spec.network not in ("none", "host"):
-        attach.reclaim_machine(paths.root, spec.id)
+    if spec.network not in ("none", "host") and not os.geteuid():
+        attach.let_go(paths, spec.id)
     machines.remove_runtime(paths, spec.id)
 
 
@@ -110,7 +110,8 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
         for type_ in TYPES:
             open_engine(type_).reclaim(machine_id)
         with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
-            attach.reclaim_machine(paths.root, machine_id)
+            if not os.geteuid():
+                attach.let_go(paths, machine_id)
             names = machines.names_of(paths, machine_id)
             machines.discard(paths, machine_id, "")
             for name in names:

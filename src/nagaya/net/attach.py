@@ -1,125 +1,294 @@
-"""Connecting a machine to its networks: plan, prepare the host, connect, configure inside, disconnect."""
+"""The host's side of a machine's networks: plan, prepare, plug in and out, let go, mend.
+
+What a machine has on the host is written down first (net/live.py), so whoever comes after a kill can take it away, and
+whoever finds the firewall or a name server damaged can make it again.
+"""
 
 from __future__ import annotations
 
 import os
 
-from nagaya.errors import HostError
+from nagaya.errors import HostError, NagayaError, NotFound
 from nagaya.kernel.netlink import Netlink, index_of
-from nagaya.model.spec import DEFAULT_NETWORK, MachineSpec
-from nagaya.net import addresses, firewall, networks, planning
+from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
+from nagaya.net import addresses, dns, firewall, live, networks, planning, programs
 from nagaya.net.plan import LinkPlan, NetworkPlan
+from nagaya.net.subnets import parse_subnet
+from nagaya.storage.paths import Paths
 from nagaya.storage.tree import remove_tree
 
+NO_NAMES = "machines have no names for each other"
 
-def plan_network(spec: MachineSpec, root: str) -> NetworkPlan:
-    """Work out a machine's network, claim its addresses and bring its bridges and their firewall up.
+
+def plan_network(spec: MachineSpec, paths: Paths) -> NetworkPlan:
+    """Work out a machine's network, claim its addresses and bring up bridges, firewall and name servers.
 
     A plain user can make no bridge: "bridge" is a user-mode network then. Nothing is left when it raises.
     """
     if spec.network in ("none", "host"):
         return NetworkPlan(spec.network)
     if spec.network == "user" or os.geteuid():
-        return planning.plan_user(spec.id)
+        return planning.plan_user(spec)
     links: list[LinkPlan] = []
     with planning.host_lock(), Netlink() as netlink:
         try:
             for number, attachment in enumerate(planning.attachments(spec)):
-                links.append(planning.plan_link(root, spec.id, attachment, number, netlink=netlink))
-            plan = NetworkPlan("links", planning.without_second_gateways(links))
-            for link in links:
-                if link.driver == "bridge" and link.address:
-                    firewall.ensure(link.bridge, networks.load(root, link.network).subnet)
+                links.append(planning.plan_link(paths.root, spec, attachment, number, netlink=netlink))
+            plan = NetworkPlan(
+                "links", planning.without_second_gateways(links), allow_host=spec.allow_host, ports=spec.ports,
+                rate_bits=spec.net_rate_bits,
+            )  # fmt: skip
+            live.store(paths, spec.id, plan)
+            return _prepare(paths, spec.id, plan)
         except BaseException:
-            release(root, spec.id)
+            _let_go(paths, spec.id, netlink)
             raise
-    return plan
 
 
-def connect(plan: NetworkPlan, pid: int) -> None:
-    """Make the machine's links: pairs between their bridges and the network namespace of process `pid`."""
-    try:
-        with Netlink() as netlink:
-            for link in plan.links:
-                if link.driver == "bridge":
-                    connect_link(netlink, link, pid)
-    except OSError as error:
-        raise HostError.from_os(error, "cannot connect the machine to its network") from None
+def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
+    """Firewall and names of a plan that has been stored; the plan with what the machine has to know of them."""
+    warnings: list[str] = []
+    servers: list[str] = []
+    hosts: list[tuple[str, str]] = []
+    bridged = [link for link in plan.links if link.driver == "bridge"]
+    starting: list[programs.Started] = []
+    for link in bridged:
+        record = networks.load(paths.root, link.network)
+        try:
+            dns.write_names(machine_id, link)
+            started = dns.start(record, link.bridge, link.mtu)
+        except FileNotFoundError:
+            warnings.append(f"{NO_NAMES} on network '{link.network}': dnsmasq is not installed (dnsmasq-base)")
+            continue
+        if started is not None:
+            starting.append(started)
+        servers.append(record.gateway or record.gateway6)
+        hosts += [(dns.HOST_NAME, gateway) for gateway in (record.gateway, record.gateway6) if gateway and not hosts]
+    if bridged:
+        _admit(paths, plan)
+    for started in starting:
+        problem = dns.finish(started)
+        if problem:
+            warnings.append(f"{NO_NAMES}: {problem.removeprefix('dnsmasq: ')}")
+            servers = []
+    return plan._replace(warnings=tuple(warnings), nameservers=tuple(servers[:1]), hosts=tuple(hosts))
 
 
-def connect_link(netlink: Netlink, link: LinkPlan, pid: int) -> None:
-    netlink.add_veth(
-        link.host_link, master=index_of(link.bridge), mtu=link.mtu, peer=link.name, peer_mac=link.mac, peer_pid=pid
-    )
+def _admit(paths: Paths, plan: NetworkPlan) -> None:
+    """Let the firewall know of a machine. Damaged tables, or some that know otherwise, are loaded anew for all."""
+    elements: firewall.Elements = []
+    for name in dict.fromkeys(link.network for link in plan.links if link.driver == "bridge"):
+        elements += firewall.network_elements(paths.root, networks.load(paths.root, name))
+    elements += firewall.machine_elements(plan)
+    if not (firewall.is_whole(paths.root) and firewall.add(paths.root, elements)):
+        firewall.rebuild(paths.root, all_elements(paths))
 
 
-def configure(plan: NetworkPlan) -> None:
-    """Inside the machine's network namespace: loopback, and each link's addresses and routes."""
-    if plan.kind == "host":
+def all_elements(paths: Paths) -> firewall.Elements:
+    """What the tables are to have, by the plans of the machines that run."""
+    plans = live.load_all(paths).values()
+    names = dict.fromkeys(link.network for plan in plans for link in plan.links if link.driver == "bridge")
+    elements: firewall.Elements = []
+    for name in names:
+        try:
+            elements += firewall.network_elements(paths.root, networks.load(paths.root, name))
+        except NagayaError:
+            continue  # its record is gone or damaged: its machines stay cut off from everything
+    for plan in plans:
+        elements += firewall.machine_elements(plan)
+    return list(dict.fromkeys(elements))
+
+
+# -- while it runs
+
+
+def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
+    """Plan one more link of a machine that runs, and let the host know of it. Nothing is left when it raises."""
+    with planning.host_lock(), Netlink() as netlink:
+        plan = live.load(paths, spec.id)
+        if plan is None:
+            raise NotFound("the machine has no network that could be added to", hint="give it one, and start it again")
+        used = {link.host_link for link in plan.links}
+        number = next(n for n in range(planning.MOST_LINKS + 1) if planning.host_link(spec.id, n) not in used)
+        link = planning.plan_link(paths.root, spec, attachment, number, netlink=netlink)
+        longer = plan._replace(links=planning.without_second_gateways([*plan.links, link]))
+        try:
+            live.store(paths, spec.id, longer)
+            _prepare(paths, spec.id, longer._replace(links=longer.links[-1:]))
+        except BaseException:
+            _drop_links(paths, spec.id, plan, (link,), netlink)
+            raise
+        return longer.links[-1]
+
+
+def unplug(paths: Paths, machine_id: str, network: str, *, keep_device: bool) -> LinkPlan | None:
+    """Cut a machine that runs off a network; the link that it had there. `keep_device`: somebody has it open."""
+    with planning.host_lock(), Netlink() as netlink:
+        plan = live.load(paths, machine_id)
+        gone = tuple(link for link in plan.links if link.network == network) if plan is not None else ()
+        if plan is None or not gone:
+            return None
+        rest = plan._replace(links=tuple(link for link in plan.links if link not in gone))
+        _drop_links(paths, machine_id, rest, gone, netlink, keep_device=keep_device)
+        return gone[0]
+
+
+# -- letting go
+
+
+def let_go(paths: Paths, machine_id: str) -> None:
+    """Take away all that a machine has on the host's network. Idempotent; for repairs too."""
+    with planning.host_lock(), Netlink() as netlink:
+        _let_go(paths, machine_id, netlink)
+
+
+def _let_go(paths: Paths, machine_id: str, netlink: Netlink) -> None:
+    plan = live.load(paths, machine_id)
+    if plan is not None:
+        _drop_links(paths, machine_id, None, plan.links, netlink)
         return
-    with Netlink() as netlink:
-        netlink.set_up(index_of("lo"))
-        for link in plan.links:
-            configure_link(netlink, link)
-
-
-def configure_link(netlink: Netlink, link: LinkPlan) -> None:
-    index = index_of(link.name)
-    if link.address:
-        netlink.add_address(index, link.address, link.prefix)
-    if link.address6:
-        netlink.add_address6(index, link.address6, link.prefix6)
-    netlink.set_up(index)
-    for gateway in (link.gateway, link.gateway6):
-        if gateway:
-            netlink.add_default_route(gateway)
-
-
-def disconnect(plan: NetworkPlan) -> None:
-    """Delete the host's ends of the links, if the namespace's ends have not taken them along yet."""
-    _delete_links([link.host_link for link in plan.links if link.host_link])
-
-
-def _delete_links(names: list[str]) -> None:
-    if not names:
-        return
+    # Its plan went with a reboot, or was never written: what is left is where it always is.
     try:
-        with Netlink() as netlink:
-            for name in names:
-                netlink.delete_link(name)
+        for name in planning.host_links(machine_id):
+            netlink.delete_link(name)
     except OSError as error:
-        raise HostError.from_os(error, f"cannot delete the link {names[0]}") from None
+        raise HostError.from_os(error, "cannot delete a link of the machine") from None
+    for name in networks.names(paths.root):
+        addresses.release(networks.leases(paths.root, name), machine_id)
+        if machine_id in dns.machines_of(networks.bridge_name(paths.root, name)):
+            dns.remove_names(machine_id, networks.bridge_name(paths.root, name))
+        _rest(paths, name)
 
 
-def release(root: str, machine_id: str) -> None:
-    """Give the machine's addresses back."""
-    for name in networks.names(root):
-        addresses.release(networks.leases(root, name), machine_id)
+def _drop_links(
+    paths: Paths, machine_id: str, rest: NetworkPlan | None, links: tuple[LinkPlan, ...], netlink: Netlink, *,
+    keep_device: bool = False,
+) -> None:  # fmt: skip
+    """Take links away, and with `rest` keep the others. The record goes last: a kill in between is mended by it."""
+    bridged = [link for link in links if link.driver == "bridge"]
+    try:
+        for link in bridged:
+            found = netlink.find_link(link.host_link) if keep_device else None
+            if found is not None:
+                netlink.release(found.number)
+            elif not keep_device:
+                netlink.delete_link(link.host_link)
+    except OSError as error:
+        raise HostError.from_os(error, "cannot delete a link of the machine") from None
+    trusted = rest is not None and rest.allow_host
+    elements = [element for link in bridged for element in firewall.link_elements(link, trusted=True)]
+    if rest is not None and trusted is False:
+        elements = [element for element in elements if not element[1].startswith("trusted")]
+    for link in links:
+        addresses.release_addresses(
+            networks.leases(paths.root, link.network), machine_id, (link.address, link.address6)
+        )
+        if link.driver == "bridge":
+            dns.remove_names(machine_id, link.bridge)
+    if rest is None:
+        live.remove(paths, machine_id)
+    else:
+        live.store(paths, machine_id, rest)
+    for name in dict.fromkeys(link.network for link in bridged):
+        elements += _rest(paths, name)
+    if not elements or (firewall.is_whole(paths.root) and firewall.take_out(paths.root, elements)):
+        return
+    if any(plan.links for plan in live.load_all(paths).values()):
+        firewall.rebuild(paths.root, all_elements(paths))
 
 
-def reclaim_machine(root: str, machine_id: str) -> None:
-    """What a killed supervisor left of a machine's network."""
-    _delete_links(planning.host_links(machine_id))
-    release(root, machine_id)
+def _rest(paths: Paths, name: str) -> firewall.Elements:
+    """Stop the name server of a network that has no machine any more; what the firewall has to forget then."""
+    if addresses.has_holders(networks.leases(paths.root, name)):
+        return []
+    dns.stop(networks.bridge_name(paths.root, name))
+    try:
+        return firewall.network_elements(paths.root, networks.load(paths.root, name))
+    except NagayaError:
+        return []  # there is nothing to tell by; the next rebuild leaves it out
 
 
-def remove_idle(root: str) -> bool:
-    """Take the default network's bridge and its firewall down when no machine holds an address; whether that was so."""
-    name = DEFAULT_NETWORK
-    with planning.host_lock():
-        if addresses.has_holders(networks.leases(root, name)):
+# -- mending and removing
+
+
+def mend(paths: Paths) -> list[str]:
+    """Make again what machines that run are missing of the host's side; a sentence for each thing that was missing."""
+    plans = live.load_all(paths)
+    if os.geteuid() or not any(link.driver == "bridge" for plan in plans.values() for link in plan.links):
+        return []
+    said: list[str] = []
+    with planning.host_lock(), Netlink() as netlink:
+        plans = live.load_all(paths)
+        names = dict.fromkeys(link.network for plan in plans.values() for link in plan.links if link.driver == "bridge")
+        for name in names:
+            try:
+                said += _mend_network(paths, name, plans, netlink)
+            except (NagayaError, OSError) as error:
+                said.append(f"network '{name}' cannot be mended: {error}")
+        if names and not firewall.is_whole(paths.root):
+            firewall.rebuild(paths.root, all_elements(paths))
+            said.append("the firewall's tables were damaged, and have been loaded anew")
+    return said
+
+
+def _mend_network(paths: Paths, name: str, plans: dict[str, NetworkPlan], netlink: Netlink) -> list[str]:
+    record = networks.load(paths.root, name)
+    bridge = networks.bridge_name(paths.root, name)
+    links = {id_: link for id_, plan in plans.items() for link in plan.links if link.network == name}
+    first = next(iter(links.values()))
+    said = []
+    found = netlink.find_link(bridge)
+    planning.raise_bridge(record, bridge, first, found, netlink=netlink)
+    if found is None:
+        for link in links.values():
+            port = netlink.find_link(link.host_link)
+            if port is not None:
+                netlink.enslave(port.number, master=index_of(bridge), mtu=link.mtu)
+        said.append(f"the bridge of network '{name}' was gone, and has been made anew")
+    if not dns.is_running(bridge):
+        try:
+            for machine_id, link in links.items():
+                dns.write_names(machine_id, link)
+            started = dns.start(record, bridge, first.mtu)
+        except FileNotFoundError:
+            return said
+        problem = dns.finish(started) if started is not None else ""
+        said.append(problem or f"the name server of network '{name}' was gone, and has been started anew")
+    return said
+
+
+def remove_network(paths: Paths, name: str) -> bool:
+    """Take a network's bridge, name server and record away; False while a machine holds an address in it."""
+    with planning.host_lock(), Netlink() as netlink:
+        if addresses.has_holders(networks.leases(paths.root, name)):
             return False
-        bridge = networks.bridge_name(root)
-        firewall.remove(bridge)
-        _delete_links([bridge])
-        remove_tree(networks.directory(root, name))
+        bridge = networks.bridge_name(paths.root, name)
+        dns.stop(bridge)
+        try:
+            netlink.delete_link(bridge)
+        except OSError as error:
+            raise HostError.from_os(error, f"cannot delete the bridge {bridge}") from None
+        if not any(plan.links for plan in live.load_all(paths).values()):
+            firewall.remove(paths.root)
+        remove_tree(networks.directory(paths.root, name))
     return True
 
 
-def link_bytes(names: tuple[str, ...]) -> tuple[int, int]:
-    """(sent, received) by host links; -1 where none of them is there."""
-    with Netlink() as netlink:
-        found = [link for name in names if (link := netlink.find_link(name)) is not None]
-    if not found:
-        return -1, -1
-    return sum(link.sent_bytes for link in found), sum(link.received_bytes for link in found)
+def remove_idle(paths: Paths) -> bool:
+    """Take the default network down, and every other one's bridge, where no machine runs; whether the first was so."""
+    with planning.host_lock(), Netlink() as netlink:
+        for name in networks.names(paths.root):
+            if name != DEFAULT_NETWORK and not addresses.has_holders(networks.leases(paths.root, name)):
+                dns.stop(networks.bridge_name(paths.root, name))
+                netlink.delete_link(networks.bridge_name(paths.root, name))
+    return remove_network(paths, DEFAULT_NETWORK)
+
+
+def check_addresses(record: networks.NetworkRecord, attachment: Attachment) -> None:
+    """Raise `UsageError` for a fixed address that the network cannot give."""
+    for subnet, gateway, wanted in (
+        (record.subnet, record.gateway, attachment.address),
+        (record.subnet6, record.gateway6, attachment.address6),
+    ):
+        if wanted and subnet:
+            addresses.check_wanted(parse_subnet(subnet), wanted, gateway=gateway)

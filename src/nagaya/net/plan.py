@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nagaya.model.spec import PortMapping
 from nagaya.static import NamedTuple
 
 
@@ -25,6 +26,7 @@ class LinkPlan(NamedTuple):
     address6: str = ""  # "fd12:3456:789a:1::2"
     prefix6: int = 0
     gateway6: str = ""
+    names: tuple[str, ...] = ()  # that others on the network find it by
 
 
 class NetworkPlan(NamedTuple):
@@ -35,12 +37,20 @@ class NetworkPlan(NamedTuple):
     nameservers: tuple[str, ...] = ()  # that answer for its networks; empty = the host's own
     search: tuple[str, ...] = ()  # domains, for /etc/resolv.conf
     hosts: tuple[tuple[str, str], ...] = ()  # (name, address) that /etc/hosts says beside the machine's own
+    allow_host: bool = False  # it may reach what listens on this host
+    ports: tuple[PortMapping, ...] = ()
+    rate_bits: int = 0  # bits per second in each direction; 0 = no limit
     warnings: tuple[str, ...] = ()  # what it has to do without
 
     @property
     def address(self) -> str:
         """The machine's first address, for who wants one."""
         return next((link.address or link.address6 for link in self.links), "")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All that the machine has, of both families."""
+        return tuple(address for link in self.links for address in (link.address, link.address6) if address)
 
     @property
     def is_user(self) -> bool:

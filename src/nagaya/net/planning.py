@@ -39,12 +39,12 @@ def attachments(spec: MachineSpec) -> tuple[Attachment, ...]:
     return spec.attachments or (Attachment(DEFAULT_NETWORK),)
 
 
-def plan_user(machine_id: str) -> NetworkPlan:
+def plan_user(spec: MachineSpec) -> NetworkPlan:
     """A plain user's network: a user can make no bridge, and needs none."""
     link = LinkPlan(
-        driver="user", address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=mac_address(machine_id, 0)
+        driver="user", address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=mac_address(spec.id, 0)
     )
-    return NetworkPlan("links", (link,), nameservers=(USER_NAMESERVER,))
+    return NetworkPlan("links", (link,), nameservers=(USER_NAMESERVER,), ports=spec.ports, rate_bits=spec.net_rate_bits)
 
 
 def mac_address(machine_id: str, number: int) -> str:
@@ -62,11 +62,17 @@ def host_links(machine_id: str) -> list[str]:
     return [host_link(machine_id, number) for number in range(MOST_LINKS)]
 
 
-def plan_link(root: str, machine_id: str, attachment: Attachment, number: int, *, netlink: Netlink) -> LinkPlan:
+def names_of(spec: MachineSpec, attachment: Attachment) -> tuple[str, ...]:
+    """What others on the network find a machine by; the first is what its address is turned into."""
+    return tuple(dict.fromkeys((spec.name, spec.hostname, spec.id[:12], *attachment.aliases)))
+
+
+def plan_link(root: str, spec: MachineSpec, attachment: Attachment, number: int, *, netlink: Netlink) -> LinkPlan:
     """Under `host_lock`: the network's bridge is up and the addresses are the machine's when this returns.
 
     Raises `NotFound`, `Conflict`, `UsageError`, `HostError`; what was claimed by then is the caller's to release.
     """
+    machine_id = spec.id
     record = load_or_make(root, attachment.network, netlink=netlink)
     bridge = networks.bridge_name(root, record.name)
     found = netlink.find_link(bridge) if record.driver == "bridge" else netlink.find_link(record.parent)
@@ -76,6 +82,7 @@ def plan_link(root: str, machine_id: str, attachment: Attachment, number: int, *
         driver=record.driver, network=record.name, bridge=bridge if record.driver == "bridge" else record.parent,
         host_link=host_link(machine_id, number), name=f"eth{number}",
         mac=attachment.mac or mac_address(machine_id, number), mtu=record.mtu or _way_out_mtu(netlink),
+        names=names_of(spec, attachment),
     )  # fmt: skip
     leases = networks.leases(root, record.name)
     # In an internal network there is nowhere to go; a further link's network gives no second way out.

@@ -13,12 +13,14 @@ def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[
     """Write them below `directory`; answers (path inside, host file) pairs."""
     make_directory(directory, 0o755)
     contents = {
-        "hosts": names.hosts(spec.hostname, network.address, spec.extra_hosts),
+        "hosts": names.hosts(spec.hostname, network.addresses, (*network.hosts, *spec.extra_hosts)),
         "hostname": spec.hostname + "\n",
     }
     if network.kind != "none":
         dns = spec.dns or network.nameservers
-        contents["resolv.conf"] = names.resolv_conf(_host_resolv_conf(), dns, own_namespace=network.kind != "host")
+        contents["resolv.conf"] = names.resolv_conf(
+            _host_resolv_conf(), dns, own_namespace=network.kind != "host", search=network.search
+        )
     for name, text in contents.items():
         write_file(f"{directory}/{name}", text.encode(), mode=0o644)
     return tuple((f"/etc/{name}", f"{directory}/{name}") for name in contents)

@@ -1,22 +1,55 @@
-"""Wiring a machine up before its boot and letting go of it after its end."""
+"""Wiring a machine up before its boot, changing its links while it runs, and letting go of it after its end."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 
+from nagaya.errors import Conflict, Unsupported
 from nagaya.model.spec import MachineSpec
-from nagaya.net import attach
 from nagaya.net.plan import NetworkPlan
 from nagaya.storage.paths import Paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.supervisor.supervisor import Supervisor
 
 
 def wire_up(paths: Paths, spec: MachineSpec, stack: ExitStack) -> NetworkPlan:
     """Plan the network, claim its addresses and bring its bridges up. The engine connects the machine to them."""
     if spec.network in ("none", "host"):
         return NetworkPlan(spec.network)
-    plan = attach.plan_network(spec, paths.root)
-    if plan.is_user:
-        return plan
-    stack.callback(attach.release, paths.root, spec.id)
-    stack.callback(attach.disconnect, plan)
+    from nagaya.net import attach  # lazy: ten modules, which a machine without networks does without
+
+    plan = attach.plan_network(spec, paths)
+    if plan.links and not plan.is_user:
+        stack.callback(attach.let_go, paths, spec.id)
     return plan
+
+
+def plug(machine: Supervisor, network: str) -> None:
+    """Give a machine that runs a link to a network that its record names by now. Nothing has changed when it raises."""
+    from nagaya.net import attach, planning
+
+    if "plug" not in machine.engine.capabilities or machine.booted is None:
+        raise Unsupported(
+            f"a machine of type '{machine.spec.type}' gets a new network card at its next start only",
+            hint=f"nagaya restart {machine.spec.name}",
+        )
+    attachment = next((one for one in planning.attachments(machine.spec) if one.network == network), None)
+    if attachment is None:
+        raise Conflict(f"the record of machine '{machine.spec.name}' does not name the network '{network}'")
+    link = attach.plug(machine.paths, machine.spec, attachment)
+    try:
+        machine.engine.plug(link)  # type: ignore[attr-defined]
+    except BaseException:
+        attach.unplug(machine.paths, machine.spec.id, network, keep_device=False)
+        raise
+
+
+def unplug(machine: Supervisor, network: str) -> None:
+    """Cut a machine that runs off a network. A virtual machine keeps the card, whose cable is pulled out."""
+    from nagaya.net import attach
+
+    link = attach.unplug(machine.paths, machine.spec.id, network, keep_device="plug" not in machine.engine.capabilities)
+    if link is not None and "plug" in machine.engine.capabilities:
+        machine.engine.unplug(link)  # type: ignore[attr-defined]

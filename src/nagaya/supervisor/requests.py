@@ -183,6 +183,28 @@ def _update(machine: Supervisor, client: Client, request: dict[str, object]) -> 
     client.finish(control.reply())
 
 
+def _plug(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """The manager has put a network into the record: connect the machine to it."""
+    from nagaya.supervisor.network import plug  # lazy: rare
+
+    before, machine.spec = machine.spec, machines.load_spec(machine.paths, machine.spec.id)
+    try:
+        plug(machine, str(request.get("network")))
+    except BaseException:
+        machine.spec = before
+        raise
+    client.finish(control.reply())
+
+
+def _unplug(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """The manager has taken a network out of the record: cut the machine off it."""
+    from nagaya.supervisor.network import unplug  # lazy: rare
+
+    machine.spec = machines.load_spec(machine.paths, machine.spec.id)
+    unplug(machine, str(request.get("network")))
+    client.finish(control.reply())
+
+
 _REQUESTS: dict[str, Any] = {
     "attach": _attach,
     "exec": _exec,
@@ -194,4 +216,6 @@ _REQUESTS: dict[str, Any] = {
     "wait": _wait,
     "stats": _stats,
     "update": _update,
+    "plug": _plug,
+    "unplug": _unplug,
 }

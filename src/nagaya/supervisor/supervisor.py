@@ -268,7 +268,8 @@ class Supervisor:
                 saved=f"{saved}/memory" if saved else "",
             )
             self.state = self.state._replace(address=network.address)
-            return self.engine.boot(request, stack)
+            booted = self.engine.boot(request, stack)
+            return booted._replace(warnings=(*network.warnings, *booted.warnings))
         except BaseException:
             stack.close()
             raise

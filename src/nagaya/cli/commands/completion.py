@@ -57,6 +57,9 @@ _IMAGE_COMMANDS = (
 )  # fmt: skip
 _VOLUME_COMMANDS = ("volume rm", "volume inspect")
 _DISK_COMMANDS = ("disk info", "disk convert", "disk clone", "disk resize", "disk check", "disk rm")
+_NETWORK_COMMANDS = (
+    "network rm", "network inspect", "network connect", "network disconnect",
+)  # fmt: skip
 _KERNEL_COMMANDS = ("kernel rm", "kernel path")
 _FLAG_VALUES = {
     "network": ("bridge", "host", "none", "user"),
@@ -140,6 +143,12 @@ def _names(context: Context, command: str) -> list[str]:
             return [volume.name for volume in context.host.volumes.list()]
         if command in _DISK_COMMANDS:
             return [disk.name for disk in context.host.disks.list()]
+        if command in _NETWORK_COMMANDS:
+            from nagaya.net.networks import names as network_names
+
+            found = network_names(context.host.paths.root)
+            plugs = command.endswith("connect")
+            return found + ([machine.name for machine in context.host.machines.list()] if plugs else [])
         if command in _KERNEL_COMMANDS:
             from nagaya.kernels.cache import list_kernels
 

@@ -27,7 +27,7 @@ from nagaya.engines.container.devices import LINKS, DeviceNode
 from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix
 from nagaya.kernel import mount as kernel
-from nagaya.net import attach
+from nagaya.net import links
 from nagaya.static import NamedTuple
 from nagaya.storage.plan import RootfsPlan
 
@@ -351,7 +351,7 @@ def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel:
     if channel < 0:
         _wait_for_go(plan.handshake)  # the supervisor has put our end of the network link here by then
         with _step("cannot set up the network"):
-            attach.configure(plan.request.network)
+            links.configure(plan.request.network)
         _tell(plan.handshake, ready=True)
     with _step("cannot start the agent"):
         # Out of the way first: any of these may have one of the numbers that we need.

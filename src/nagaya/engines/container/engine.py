@@ -17,7 +17,8 @@ from nagaya.errors import HostError, Unsupported, UsageError, from_wire
 from nagaya.kernel import namespaces, process, unix
 from nagaya.model.policy import ProcessPolicy
 from nagaya.model.spec import Limits, MachineSpec
-from nagaya.net import attach
+from nagaya.net import links
+from nagaya.net.plan import LinkPlan
 from nagaya.static import Any, NamedTuple
 from nagaya.storage.plan import DiskPlan, RootfsPlan
 
@@ -59,13 +60,14 @@ class ContainerEngine:
 
     type = "container"
     rootfs_kind = "directories"
-    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init"))
+    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init", "plug"))
     missing = MISSING
 
     def __init__(self) -> None:
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
         self._links: tuple[str, ...] = ()
+        self._inside = -1  # what `_pidfd` means, as a number
         self._stub = -1  # pidfd of the PID namespace's first process, where that is not the agent
 
     # -- before a boot
@@ -166,7 +168,7 @@ class ContainerEngine:
             )
             started = _start(plan, handshake)
             failed.pop_all()
-        self._pidfd, self._stub = os.dup(started.pidfd), started.stub
+        self._pidfd, self._stub, self._inside = os.dup(started.pidfd), started.stub, started.pid
         programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
         told = (*warnings, *cgroup.warnings, *started.warnings)
         return Booted(started.pid, started.pidfd, agent, programs, told)
@@ -193,9 +195,20 @@ class ContainerEngine:
         assert self._cgroup is not None
         reading = self._cgroup.stats()
         if self._links:  # the host's ends of the pairs: what they send is what the machine receives
-            sent, received = attach.link_bytes(self._links)
+            sent, received = links.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
+
+    def plug(self, link: LinkPlan) -> None:
+        """See `Pluggable.plug`."""
+        from nagaya.engines.container.plugging import plug  # lazy: few machines are plugged in while they run
+
+        plug(link, self._inside, self._pidfd)
+        self._links = (*self._links, link.host_link)
+
+    def unplug(self, link: LinkPlan) -> None:
+        """See `Pluggable.unplug`: of a pair both ends go."""
+        self._links = tuple(name for name in self._links if name != link.host_link)
 
     def set_limits(self, limits: Limits) -> None:
         assert self._cgroup is not None
@@ -329,7 +342,7 @@ def _start(plan: boot.Plan, handshake: int) -> _Started:
         failed.callback(_abandon, child, before if plan.two_processes else None)
         messages = _messages(handshake)
         inner, warnings = _await_namespaces(messages)
-        attach.connect(plan.request.network, inner or child)
+        links.connect(plan.request.network, inner or child)
         pid = inner if inner and plan.request.spec.init else child
         pidfd, stub = os.pidfd_open(pid), -1
         failed.callback(os.close, pidfd)

@@ -28,7 +28,7 @@ from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsuppo
 from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
-from nagaya.net import attach, tap
+from nagaya.net import links, tap
 from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.static import Any
@@ -210,7 +210,7 @@ class KvmEngine:
             block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks),
         )  # fmt: skip
         if self._links:  # the host's ends: what they send is what the machine receives
-            sent, received = attach.link_bytes(self._links)
+            sent, received = links.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 

@@ -28,7 +28,7 @@ from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsuppo
 from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
-from nagaya.net import attach, tap
+from nagaya.net import links, tap
 from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.storage.plan import DiskPlan, RootfsPlan
@@ -253,7 +253,7 @@ class EmulatedEngine:
         read, written = block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
         if self._links:  # the host's ends: what they send is what the machine receives
-            sent, received = attach.link_bytes(self._links)
+            sent, received = links.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 

@@ -25,7 +25,7 @@ from nagaya.errors import HostError, LaunchError, NagayaError, Unsupported, Usag
 from nagaya.kernel.process import read_usage
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Hardware, MachineSpec
-from nagaya.net import attach, tap
+from nagaya.net import links, tap
 from nagaya.net.plan import LinkPlan
 from nagaya.storage.disk_images.chain import open_chain
 from nagaya.storage.plan import HardwarePlan
@@ -205,7 +205,7 @@ class WholeMachineEngine:
         read, written = block_bytes(self._command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
         if self._links:
-            sent, received = attach.link_bytes(self._links)
+            sent, received = links.link_bytes(self._links)
             reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
         return reading
 

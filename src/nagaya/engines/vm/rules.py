@@ -21,6 +21,7 @@ MISSING = {
     "limits": "a virtual machine's memory and CPUs are those that it was started with",
     "devices": "--device shows a device of the virtual machine's own kernel, and none of this host's",
     "host-network": "a virtual machine has a network of its own",
+    "network-connect": "a virtual machine's network cards are those that it was started with",
     "userns": "a virtual machine's root is nobody on this host in any case",
     "seccomp-profile": "a virtual machine's programs speak to its own kernel, not to this host's",
     "cpuset": "a virtual machine's CPUs run where this host has room",

@@ -1,0 +1,50 @@
+"""A network link for a container that runs: made from outside, set up by a child of ours inside."""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.errors import HostError
+from nagaya.kernel.namespaces import CLONE_NEWNET, setns
+from nagaya.kernel.netlink import Netlink
+from nagaya.net import links
+from nagaya.net.plan import LinkPlan
+
+
+def plug(link: LinkPlan, pid: int, pidfd: int) -> None:
+    """Raises `HostError`; there is no link then. `pid` is our child, not waited for, and `pidfd` means it too."""
+    try:
+        with Netlink() as netlink:
+            links.connect_link(netlink, link, pid)
+            try:
+                _configure(link, pidfd)
+            except OSError:
+                netlink.delete_link(link.host_link)
+                raise
+    except OSError as error:
+        raise HostError.from_os(error, f"cannot connect the machine to the network '{link.network}'") from None
+
+
+def _configure(link: LinkPlan, pidfd: int) -> None:
+    """In a child, for a process cannot be in two network namespaces. Raises the `OSError` that it had."""
+    told, telling = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        number = 0
+        try:
+            setns(pidfd, CLONE_NEWNET)
+            with Netlink() as netlink:
+                links.configure_link(netlink, link)
+        except OSError as error:
+            number = error.errno or 5
+            os.write(telling, f"{error.strerror}".encode())
+        finally:
+            os._exit(min(number, 255))
+    os.close(telling)
+    try:
+        text = os.read(told, 4096).decode(errors="replace")
+        _, status = os.waitpid(child, 0)
+    finally:
+        os.close(told)
+    if status:
+        raise OSError(os.waitstatus_to_exitcode(status), text)
