@@ -166,6 +166,10 @@ class Networks:
             if not force:
                 raise
             record = NetworkRecord(name, "", "bridge", 0)
+        except NotFound:
+            if name not in (DEFAULT_NETWORK, "bridge", "default"):
+                raise
+            record = NetworkRecord(DEFAULT_NETWORK, "", "bridge", 0)
         if record.name == DEFAULT_NETWORK:
             raise Conflict(
                 "the default network cannot be removed",
