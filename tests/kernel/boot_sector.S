@@ -1,5 +1,5 @@
 # A system in 512 bytes, for the tests of whole machines. It greets on the serial line and on the screen, and then
-# echoes what it reads from the line; "w" writes a sector of 'W' behind itself on its disk, "r" says whether one is there.
+# echoes what it reads from the line, and a K for each key of the keyboard; "w" writes a sector of 'W' behind itself on its disk, "r" says whether one is there.
 # The power button (ACPI's, polled) and "q" switch it off. SeaBIOS puts the power management block at 0x600.
         .code16
         .globl _start
@@ -19,7 +19,15 @@ poll:   mov $0x600, %dx         # PM1 status
         in %dx, %ax
         test $0x100, %ax
         jnz off
-        mov $0x3fd, %dx
+        in $0x64, %al           # the keyboard: a key that goes down is a K
+        test $1, %al
+        jz 3f
+        in $0x60, %al
+        test $0x80, %al
+        jnz 3f
+        mov $'K', %al
+        call put
+3:      mov $0x3fd, %dx
         in %dx, %al
         test $1, %al
         jz poll

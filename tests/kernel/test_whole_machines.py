@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -251,6 +252,32 @@ def test_hardware_for_old_systems(make: Callable[..., Machine]) -> None:
     wait_until(machine, "READY")
     machine.stop()
     assert machine.state.exit_code == 0
+
+
+def test_screen_and_keys(make: Callable[..., Machine]) -> None:
+    machine = make()
+    with pytest.raises(Conflict):
+        machine.screenshot()
+    machine.start()
+    wait_until(machine, "READY")
+    before = machine.screenshot(format="ppm")
+    assert before.startswith(b"P6\n720 400\n255\n") and len(before) == 15 + 720 * 400 * 3
+    assert machine.screenshot().startswith(b"\x89PNG\r\n")
+    machine.press_keys(("a", "f1"), text="b!")
+    wait_until(machine, "KKKKK")  # the exclamation mark is two keys
+    assert machine.screenshot(format="ppm") != before
+    for keys, text in ((("nosuchkey",), ""), (("a--b",), ""), ((), "é")):
+        with pytest.raises(UsageError):
+            machine.press_keys(keys, text=text)
+    assert not [name for name in os.listdir(machine.runtime_dir) if name.startswith("screen-")]
+    for _ in range(3):  # a viewer that goes leaves room for the next one
+        with socket.socket(socket.AF_UNIX) as viewer:
+            viewer.settimeout(WITHIN_S)
+            viewer.connect(machine.screen_socket())
+            assert viewer.recv(12) == b"RFB 003.008\n"
+            viewer.sendall(b"RFB 003.008\n")
+            assert viewer.recv(2) == b"\x01\x01"  # one way to show who one is: none
+    machine.kill()
 
 
 def test_qemu_has_nothing_of_the_host(make: Callable[..., Machine]) -> None:

@@ -30,6 +30,9 @@ MACHINES: dict[str, tuple[str, str]] = {
     "update": ("update:UPDATE", "Change limits, type and restart policy of machines"),
     "diff": ("diff:DIFF", "Show what a machine has changed of its image"),
     "commit": ("commit:COMMIT", "Make an image of what a machine has changed"),
+    "screen": ("screen:SCREEN", "Say how to look at a whole machine's screen"),
+    "screenshot": ("screen:SCREENSHOT", "Write what a whole machine's screen shows to a picture"),
+    "sendkey": ("screen:SENDKEY", "Press keys of a whole machine"),
     "export": ("export:EXPORT", "Write a machine's files as a tar archive"),
 }
 IMAGES: dict[str, tuple[str, str]] = {

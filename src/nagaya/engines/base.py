@@ -192,6 +192,16 @@ class Powered(Protocol):
         """Switch it off; what it has written is brought to its disks first."""
 
 
+class Screened(Protocol):
+    """A machine with a screen and a keyboard."""
+
+    def screenshot(self, format: str) -> bytes:
+        """What the screen shows, as "png" or "ppm"."""
+
+    def press_keys(self, words: tuple[str, ...], text: str) -> None:
+        """Press the keys that `words` name, then type `text`. Raises `UsageError` for what is no key."""
+
+
 class Offline(Protocol):
     def start_applet(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nagaya.engines.base import Stats
-from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, Unsupported, UsageError
+from nagaya.errors import Conflict, HostError, NagayaError, NotFound, RemoteError, Unsupported, UsageError
 from nagaya.manager import repair
 from nagaya.manager.attachment import Attachment, Connection, ask, connect
 from nagaya.manager.creating import plan_exec
@@ -318,6 +318,46 @@ class Machine:
         if status:
             raise RemoteError(f"the agent could not list processes: {err.decode(errors='replace').strip()}")
         return [_parse_process(line) for line in out.splitlines()]
+
+    # -- screen and keyboard of a whole machine
+
+    def screen_socket(self) -> str:
+        """The path of the socket at which a viewer gets its screen (VNC). Raises `Unsupported` where it has none."""
+        self._need_screen()
+        require("screen", self.state.phase, self.name)
+        return f"{self.runtime_dir}/screen.sock"
+
+    def screenshot(self, *, format: str = "png") -> bytes:
+        """What its screen shows, as "png" or "ppm"."""
+        self._need_screen()
+        require("screen", self.state.phase, self.name)
+        name = str(self.ask("screenshot", format=format).get("file"))
+        if "/" in name:
+            raise RemoteError("the machine's supervisor named no file of its own")
+        path = f"{self.runtime_dir}/{name}"
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise HostError.from_os(error, "cannot read the picture of the screen") from None
+        finally:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+    def press_keys(self, keys: tuple[str, ...] = (), *, text: str = "") -> None:
+        """Press keys ("ctrl-alt-delete", "f2"), then type `text`. Raises `UsageError` for what is no key."""
+        self._need_screen()
+        require("keys", self.state.phase, self.name)
+        self.ask("press_keys", keys=list(keys), text=text)
+
+    def _need_screen(self) -> None:
+        if self.spec.hardware is None:
+            raise Unsupported(
+                f"machine '{self.name}' was made from an image, and has no screen",
+                hint=f"'nagaya attach {self.name}' shows its program",
+            )
 
     # -- looking at it
 

@@ -26,6 +26,8 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "attach": (RUNNING, PAUSED),
     "top": (RUNNING, PAUSED),
     "stats": (RUNNING, PAUSED),
+    "screen": (RUNNING, PAUSED),  # a picture of it
+    "keys": (RUNNING,),
     "snapshot": (RUNNING, PAUSED),
     "remove": (CREATED, EXITED),
 }

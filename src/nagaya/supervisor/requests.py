@@ -12,7 +12,7 @@ from nagaya.model.spec import Process
 from nagaya.protocol import control
 from nagaya.static import Any
 from nagaya.storage import machines
-from nagaya.storage.records import from_data, to_data
+from nagaya.storage.records import from_data, to_data, write_file
 from nagaya.supervisor.client import Client
 
 TYPE_CHECKING = False
@@ -202,10 +202,32 @@ def _unplug(machine: Supervisor, client: Client, request: dict[str, object]) -> 
 
     machine.spec = machines.load_spec(machine.paths, machine.spec.id)
     unplug(machine, str(request.get("network")))
+
+
+def _screenshot(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """The picture is too large for a reply: it lies in the run-time directory, for the client to take."""
+    _require(machine, "screen")
+    _need(machine, "screen", "show a screen")
+    format_ = "ppm" if request.get("format") == "ppm" else "png"
+    data = machine.engine.screenshot(format_)  # type: ignore[attr-defined]
+    name = f"screen-{os.urandom(8).hex()}.{format_}"
+    write_file(f"{machine.paths.runtime(machine.spec.id)}/{name}", data)
+    client.finish(control.reply(file=name))
+
+
+def _press_keys(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    _require(machine, "keys")
+    _need(machine, "screen", "be typed to")
+    words, text = request.get("keys"), request.get("text")
+    if not isinstance(words, list) or not isinstance(text, str):
+        raise RemoteError("control protocol: 'keys' must be a list, and 'text' a text")
+    machine.engine.press_keys(tuple(map(str, words)), text)  # type: ignore[attr-defined]
     client.finish(control.reply())
 
 
 _REQUESTS: dict[str, Any] = {
+    "screenshot": _screenshot,
+    "press_keys": _press_keys,
     "attach": _attach,
     "exec": _exec,
     "stop": _stop,

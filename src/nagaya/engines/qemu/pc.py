@@ -12,7 +12,7 @@ import stat
 from contextlib import ExitStack
 
 from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
-from nagaya.engines.qemu import pc_arguments, rights
+from nagaya.engines.qemu import pc_arguments, rights, screen
 from nagaya.engines.qemu.arguments import Card
 from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.measures import block_bytes
@@ -22,6 +22,7 @@ from nagaya.engines.qemu.pc_boards import UEFI, PcBoard, find_firmware, find_loa
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.console import TextLog
 from nagaya.errors import HostError, LaunchError, NagayaError, Unsupported, UsageError
+from nagaya.kernel import unix
 from nagaya.kernel.process import read_usage
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Hardware, MachineSpec
@@ -34,6 +35,7 @@ STARTED_WITHIN_S = 30.0
 END_WITHIN_S = 10.0  # from being switched off until its last data must be on its disks
 CLOSED_TO_ENDED_S = 2.0
 KVM = "/dev/kvm"
+SCREEN = "screen.sock"  # in the machine's run-time directory: VNC
 _HAS = ("pause", "stats", "own-kernel", "other-cpus", "storage")
 _WHY = "a whole machine runs a system of its own, with nothing of Nagaya's inside"
 
@@ -42,7 +44,7 @@ class WholeMachineEngine:
     """Boots one whole machine; one instance lives in each supervisor. `type` says what runs its CPUs."""
 
     rootfs_kind = "hardware"
-    capabilities = frozenset(("pause", "stats", "explain", "power"))
+    capabilities = frozenset(("pause", "stats", "explain", "power", "screen"))
 
     def __init__(self, type: str) -> None:
         self.type = type
@@ -53,6 +55,7 @@ class WholeMachineEngine:
         self._links: tuple[str, ...] = ()
         self._monitor: Monitor | None = None
         self._log: TextLog | None = None
+        self._screen = -1  # listens for viewers
 
     # -- before a boot
 
@@ -125,6 +128,7 @@ class WholeMachineEngine:
                 self._pid = child.start(launch)
                 self._pidfd = os.pidfd_open(self._pid)
             self._greet()
+            self._screen = unix.listen(request.runtime_dir, SCREEN)
             failed.pop_all()
         stack.callback(self._cleanup)
         return Booted(
@@ -133,7 +137,10 @@ class WholeMachineEngine:
             agent=-1,
             console=console,
             policy=APPLET,
-            watch=tuple((source.fd, self.listen) for source in self._sources()),
+            watch=(
+                *((source.fd, self.listen) for source in self._sources()),
+                (self._screen, self._admit_viewer),
+            ),
             end_timeout_s=END_WITHIN_S,
         )
 
@@ -198,6 +205,30 @@ class WholeMachineEngine:
         assert self._monitor is not None
         return self._monitor.command(name, timeout_s=COMMAND_TIMEOUT_S, descriptor=descriptor, **arguments)
 
+    def screenshot(self, format: str) -> bytes:
+        """See `Screened.screenshot`."""
+        assert self._monitor is not None
+        return screen.take_picture(self._monitor, format)
+
+    def press_keys(self, words: tuple[str, ...], text: str) -> None:
+        """See `Screened.press_keys`."""
+        assert self._monitor is not None
+        screen.press(self._monitor, screen.parse_keys(words, text))
+
+    def _admit_viewer(self) -> None:
+        """Somebody has connected to the screen's socket."""
+        assert self._monitor is not None
+        try:
+            connection = unix.accept(self._screen)
+        except OSError:
+            return  # gone again
+        try:
+            screen.admit(self._monitor, connection)
+        except NagayaError:
+            return  # QEMU does not want it, or ends: the viewer sees its connection closed
+        finally:
+            os.close(connection)
+
     def stats(self) -> Stats:
         """CPU time and memory of QEMU's process, block and network counters of the guest's devices."""
         cpu_ns, resident_bytes = read_usage(self._pid)
@@ -259,6 +290,9 @@ class WholeMachineEngine:
             source.drain()
             source.close()
         self._log = self._monitor = None
+        if self._screen >= 0:
+            os.close(self._screen)
+            self._screen = -1
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._pid = self._pidfd = -1
