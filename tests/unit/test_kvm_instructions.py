@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nagaya.engines.kvm.instructions import LONGEST, REGISTERS, Instruction, Operand, address_of, decode
+from nagaya.engines.kvm.instructions import LONGEST, REGISTERS, Instruction, Operand, address_of, decode, measure
 
 NARROW = {
     **{f"e{name[1:]}": name for name in REGISTERS[:8]},
@@ -208,3 +209,50 @@ def test_binutils_agrees(tmp_path: Path) -> None:
 
 def size_is_2(register: str) -> bool:
     return register.endswith("w") or len(register) == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "55", "4157", "53", "4889fb", "b901000000", "48b80102030405060708", "31c0", "488b4620", "488b442408", "f7c700000800",
+        "c6873d04000000", "83e7fd", "48c7c600000000", "803f00", "4885f6", "668907", "66b80100", "66c7070100", "0fb607",
+        "480faff7", "480f44c2", "488d6c2440", "488b84d800000000", "f7d8", "69c000010000", "6bc005", "4863c7",
+    ],
+)  # fmt: skip
+def test_starts_of_functions_that_can_be_moved(code: str) -> None:
+    whole = bytes.fromhex(code)
+    assert measure(whole + b"\xcc" * 16) == len(whole)
+    assert measure(whole[:-1]) == 0 or (len(whole) > 1 and measure(whole[:-1]) <= len(whole))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "", "833d0000000000", "488b0500000000", "e800000000", "eb00", "7400", "0f8400000000", "9c", "9d", "fa", "fb", "c3",
+        "cd80", "0f05", "cc", "f4", "e6b7", "f3ab", "ff25000000000000", "f0ff07", "658b0425", "48",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_moved_or_is_not_known(code: str) -> None:
+    assert measure(bytes.fromhex(code)) == 0
+
+
+def test_a_disassembler_agrees_on_the_lengths_of_whatever_is_moved(tmp_path: Path) -> None:
+    disassembler = shutil.which("objdump")
+    if disassembler is None:
+        pytest.skip("needs binutils")
+    dice = random.Random(11)
+    codes = [c + b"\x90" * 16 for _ in range(20000) if 1 < measure(c := dice.randbytes(15)) <= 15]
+    assert len(codes) > 1000
+    (tmp_path / "codes").write_bytes(b"".join(code[:31].ljust(32, b"\x90") for code in codes))
+    command = [disassembler, "-D", "-w", "-b", "binary", "-m", "i386:x86-64", str(tmp_path / "codes")]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    lengths = {
+        int(at, 16): (len(bytes.fromhex(code)), text)
+        for at, code, text in re.findall(r"^ +([0-9a-f]+):\t((?:[0-9a-f]{2} )+) *\t(.*)$", ran.stdout, re.MULTILINE)
+    }
+    seen = 0
+    for number, code in enumerate(codes):
+        if 32 * number in lengths and "(bad)" not in lengths[32 * number][1]:
+            seen += 1
+            assert lengths[32 * number][0] == measure(code), (code.hex(), lengths[32 * number])
+    assert seen > len(codes) // 2

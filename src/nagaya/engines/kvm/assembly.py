@@ -188,11 +188,15 @@ class Parts:
             self._restore(hardware, saved.state)
             return
         rsdp_gpa = self._describe(hardware, places)
+        functions = self._find_functions(hardware)
+        command_line = self._command_line(hardware, places, skips=bool(functions))
         image = load_kernel(
-            hardware.kernel, memory=self.memory.regions, command_line=self._command_line(hardware, places),
+            hardware.kernel, memory=self.memory.regions, command_line=command_line,
             initrd=hardware.initrd, protocol=hardware.protocol, rsdp_gpa=rsdp_gpa, rng_seed=os.urandom(_RNG_SEED_BYTES),
         )  # fmt: skip
         write_image(image, self.memory)
+        if self.pvm is not None and functions:
+            self.pvm.run_natively(vm, functions, cpus=hardware.cpus)
         self._create_vcpus(hardware, image.state)
 
     def _attach(self, devices: tuple[tuple[Device, Loop], ...]) -> list[MmioDevice]:
@@ -235,11 +239,21 @@ class Parts:
         self.memory.write(tables.rsdp_gpa, tables.content)
         return tables.rsdp_gpa
 
-    def _command_line(self, hardware: Hardware, places: list[MmioDevice]) -> str:
-        """Ours first: where a kernel takes the last of two, the user's wins."""
+    def _find_functions(self, hardware: Hardware) -> dict[str, int]:
+        """What `pvm` can do something for, when it is needed and the kernel tells where they are: all of them, or none."""
+        if self.pvm is None or hardware.plain:
+            return {}
+        from nagaya.engines.kvm.boot.symbols import find_functions
+        from nagaya.engines.kvm.hot import LINUX, NAMES
+
+        found = find_functions(hardware.kernel, NAMES)
+        return found if {*LINUX.skip, LINUX.end} <= found.keys() else {}
+
+    def _command_line(self, hardware: Hardware, places: list[MmioDevice], *, skips: bool) -> str:
+        """Ours first: where a kernel takes the last of two, the user's wins. `skips`: some initcalls do nothing anyway."""
         if hardware.plain:
             return hardware.command_line
-        words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet)
+        words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet, skips=skips)
         if not hardware.acpi:
             words.append("acpi=off")
             words += [f"virtio_mmio.device={place.size_bytes}@{place.gpa:#x}:{place.gsi}" for place in places]
@@ -272,6 +286,8 @@ class Parts:
 
         for vcpu in self.vcpus:
             vcpu.settle(self.bus, self.pvm)
+        if self.pvm is not None:
+            self.pvm.give_up_native(self.vcpus)
         indices = cpu_state.msr_indices(self.vm)
         leaves = self._plan_leaves(hardware)
         return {

@@ -113,6 +113,55 @@ def _decode_operand(code: bytes, at: int, rex: int, segment: str) -> tuple[Opera
     return Operand("", base, index, scale, displacement, segment), at + width
 
 
+def measure(code: bytes) -> int:
+    """The length of the instruction at the start of `code`, when it does the same wherever it stands; else 0.
+
+    Of those that functions begin with; what is not known counts as one that cannot be moved.
+    """
+    try:
+        return _measure(code)
+    except IndexError:
+        return 0
+
+
+def _measure(code: bytes) -> int:
+    at, size, rex = 0, 4, 0
+    if code[at] == 0x66:
+        at, size = 1, 2
+    if code[at] & 0xF0 == 0x40:
+        rex = code[at]
+        at += 1
+    opcode = code[at]
+    at += 1
+    if opcode & 0xF0 == 0x50:  # push, pop
+        return at
+    if opcode & 0xF8 == 0xB8:  # mov with an immediate
+        return at + (8 if rex & 8 else size)
+    if opcode == 0x0F:
+        opcode = code[at] | 0x0F00
+        at += 1
+    if opcode not in _MOVABLE:
+        return 0
+    modrm = code[at]
+    operand, at = _decode_operand(code, at, rex, "")
+    if operand.base == "rip":
+        return 0
+    immediate = _MOVABLE[opcode]
+    if opcode in (0xF6, 0xF7):
+        immediate = immediate if modrm >> 3 & 7 < 2 else 0  # test has one, not and neg do not
+    return at + (size if immediate == 4 else immediate)
+
+
+# Arithmetic of registers and memory, moves, tests; and how many bytes their immediates have (4: as the operand, at most).
+_MOVABLE = (
+    {base | form: 0 for base in range(0x00, 0x40, 8) for form in range(4)}
+    | dict.fromkeys((0x63, 0x84, 0x85, 0x88, 0x89, 0x8A, 0x8B, 0x8D), 0)
+    | dict.fromkeys((0x6B, 0x80, 0x83, 0xC0, 0xC1, 0xC6, 0xF6), 1)
+    | dict.fromkeys((0x69, 0x81, 0xC7, 0xF7), 4)
+    | dict.fromkeys((0x0FAF, 0x0FB6, 0x0FB7, 0x0FBE, 0x0FBF, *range(0x0F40, 0x0F50)), 0)
+)
+
+
 def address_of(instruction: Instruction, value: Callable[[str], int], segment_base: Callable[[str], int]) -> int:
     """The linear address of a memory operand. `value` reads a register, "rip" being that of this instruction."""
     operand = instruction.operand

@@ -7,6 +7,7 @@ to LSTAR without becoming privileged, so that the guest's kernel meets a page fa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import addressof, c_uint64
 from struct import Struct
 
@@ -64,6 +65,11 @@ POLICY: tuple[Mask, ...] = (
 )
 
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.engines.kvm.native import Native
+
+
 class Pvm:
     """The fix-ups of one machine. Made before its vCPUs; `prepare` each of those before it runs."""
 
@@ -73,11 +79,14 @@ class Pvm:
     def __init__(self, vm: Vm) -> None:
         self._memory = vm.memory
         self._stub = 0
+        self._behind_stub = 0
         self._entries: dict[int, tuple[int, int]] = {}
         self._frames: dict[int, tuple[int, memoryview]] = {}
         self.completed: dict[str, int] = {}
         """How often each instruction was completed here, by its opcode."""
         self.system_calls = 0
+        self.native: Native | None = None
+        """While the guest's kernel boots."""
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
         vm.enable(kvm.KVM_CAP_X86_USER_SPACE_MSR, kvm.KVM_MSR_EXIT_REASON_FILTER)
         self._ticks: dict[int, Ticks] = {}
@@ -92,6 +101,8 @@ class Pvm:
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
+        if self.native is not None:
+            self.native.prepare(vcpu)
         khz = kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ)
         self._times.append(ThreadTimes())
         self._ticks[vcpu.index] = Ticks(khz, self._times[-1])
@@ -111,6 +122,21 @@ class Pvm:
             self._hook(vcpu)  # by now the guest's kernel has its page-fault handler too
         return True
 
+    def run_natively(self, vm: Vm, functions: dict[str, int], *, cpus: int) -> None:
+        """Have `functions` of the kernel, which is in memory and has not begun, run where they are not emulated.
+
+        Raises `OSError`.
+        """
+        from nagaya.engines.kvm.hot import LINUX
+        from nagaya.engines.kvm.native import Native
+
+        self.native = Native(vm, functions, LINUX, port=self.port, cpus=cpus)
+
+    def give_up_native(self, vcpus: Iterable[Vcpu]) -> None:
+        """Nothing of it any more on vCPUs that stand: before they are saved."""
+        if self.native is not None:
+            self.native.give_up(vcpus)
+
     def save(self) -> dict[str, Any]:
         """What the guest's memory and its vCPUs' registers do not tell."""
         return {"stub": self._stub}
@@ -123,6 +149,8 @@ class Pvm:
         """No vCPU runs any more."""
         for times in self._times:
             times.close()
+        if self.native is not None:
+            self.native.close()
 
     @property
     def postponed_ticks(self) -> int:
@@ -152,10 +180,17 @@ class Pvm:
         gate = _GATE.pack(stub & 0xFFFF, selector, stack, kind, stub >> 16 & 0xFFFF, stub >> 32, zero)
         self._memory.write(gate_gpa, gate)
         self._stub = stub
+        self._behind_stub = stub + 2  # where an exit by its `out` finds the vCPU
 
     def called(self, vcpu: Vcpu) -> None:
         """The stub ran: make it a system call if that is what it was. Else the guest's handler is next anyway."""
         page = vcpu.page
+        if (
+            self.native is not None
+            and _U64.unpack_from(page, _RIP_AT)[0] != self._behind_stub
+            and self.native.called(vcpu)
+        ):
+            return
         rsp = _U64.unpack_from(page, _RSP_AT)[0]
         number = rsp // PAGE_BYTES
         # From user mode the CPU takes the kernel's entry stack, which is at one place for each vCPU.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 
 from nagaya.errors import HostError, Unsupported
@@ -86,6 +87,11 @@ class Vm:
         except OSError as error:
             self.close()
             raise HostError.from_os(error, "cannot create a virtual machine") from None
+
+    def add_memory(self, gpa: int, memory: mmap.mmap) -> None:
+        """Memory that is no RAM of the guest's, and stays the caller's. Once. Raises `OSError`."""
+        anchor = ctypes.c_char.from_buffer(memory)
+        self._set_slot(len(self.memory.regions), gpa, len(memory), ctypes.addressof(anchor))
 
     def extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION: 0 = not there; else 1, or what the capability counts."""
