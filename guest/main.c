@@ -56,6 +56,7 @@ static struct channel channels[MAX_CHANNELS];
 static int host = -1, epoll = -1, program_fd = -1, sync_at_end, held;
 static pid_t program_pid;
 static sigset_t watched_signals;
+static int is_prepared;
 static enum { NO_VM, BARE, SET_UP, UNUSABLE } vm; /* a virtual machine's agent, and how far it has come with SETUP */
 
 static void __attribute__((noreturn)) end(int status)
@@ -553,21 +554,19 @@ static void reap(void)
 
 /* -- frames in */
 
-static void set_up(const unsigned char *payload, size_t size)
+static void answer_setup(int failed, unsigned type)
 {
 	unsigned char frame[HEADER_SIZE + 4 + sizeof vm_report.warnings];
 	const char *text = vm_report.warnings;
-	int failed = vm_setup(payload, size);
 
 	if (failed == -2)
 		end(EXIT_LOST);
-	vm = failed ? UNUSABLE : SET_UP;
 	program_pid = vm_stub;
 	program_fd = vm_stub_fd;
 	put32(frame + HEADER_SIZE, failed ? vm_report.error : vm_report.warning_count);
 	if (failed)
 		text = vm_report.text;
-	put_header(frame, failed ? F_SETUP_FAILED : F_READY, 0, 4 + strlen(text));
+	put_header(frame, failed ? F_SETUP_FAILED : type, 0, 4 + strlen(text));
 	memcpy(frame + HEADER_SIZE + 4, text, strlen(text));
 	write_all(frame, HEADER_SIZE + 4 + strlen(text));
 }
@@ -597,9 +596,32 @@ static void go_on(const unsigned char *payload, size_t size)
 	write_all(frame, HEADER_SIZE + 4 + length);
 }
 
+static void set_up(const unsigned char *payload, size_t size)
+{
+	int failed = vm_setup(payload, size);
+
+	vm = failed ? UNUSABLE : SET_UP;
+	answer_setup(failed, F_READY);
+}
+
+/* After the answer, this machine is saved: whoever goes on from there sends SETUP, and what comes next is theirs. */
+static void prepare(const unsigned char *payload, size_t size)
+{
+	int failed = vm_prepare(payload, size);
+
+	is_prepared = 1;
+	if (failed)
+		vm = UNUSABLE;
+	answer_setup(failed, F_PREPARED);
+}
+
 /* A virtual machine's own frames. Whether that was one, or one that is to be ignored. */
 static int handle_vm(unsigned type, uint32_t id, const unsigned char *payload, size_t size)
 {
+	if (type == F_PREPARE && vm == BARE && !is_prepared && !id) {
+		prepare(payload, size);
+		return 1;
+	}
 	if ((type == F_SETUP) != (vm == BARE) && type != F_SHUTDOWN && vm != UNUSABLE)
 		end(EXIT_LOST); /* SETUP comes first, and once */
 	if (type == F_SETUP && vm == BARE && !id) {
@@ -705,7 +727,8 @@ static void read_host(void)
 	while (in_size - at >= HEADER_SIZE) {
 		const unsigned char *h = in_buffer + at;
 		uint32_t size = get32(h), type = get16(h + 4);
-		if (size > (type == F_SPAWN || (vm && (type == F_SETUP || type == F_CONTINUE)) ? MAX_PAYLOAD : MAX_DATA) || get16(h + 6))
+		if (size > (type == F_SPAWN || (vm && (type == F_SETUP || type == F_CONTINUE || type == F_PREPARE)) ? MAX_PAYLOAD : MAX_DATA) ||
+		    get16(h + 6))
 			end(EXIT_LOST);
 		if (in_size - at < HEADER_SIZE + size)
 			break;
@@ -827,6 +850,7 @@ int main(int argc, char **argv)
 		return applet_main(argc - 2, argv + 2);
 	if (getpid() == 1 && argc > 0 && !strcmp(argv[0], "/init")) { /* the kernel's arguments follow, for who may want them */
 		vm = BARE;
+		spawn_is_first = 1;
 		serving = sync_at_end = 1;
 	}
 	for (int i = 1; i < argc && !vm; i++) {

@@ -63,9 +63,12 @@ int policy_apply_identity(const struct identity *id, uint64_t caps, int applet)
 {
 	/* An applet is the agent's own code: as the asked-for user, with all that the agent may do. */
 	if (!applet)
-		for (int cap = 0; cap < 64 && prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
-			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0))
+		for (int cap = 0; cap < 64; cap++)
+			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) {
+				if (errno == EINVAL && cap > CAP_SETPCAP)
+					break; /* the kernel knows no more of them */
 				return -1;
+			}
 	/* Raw calls: the C library's own go round every thread, which a forked child does not have. */
 	if (syscall(SYS_setgroups, id->group_count, id->groups) && !(errno == EPERM && id->group_count == 0))
 		return -1;

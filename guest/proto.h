@@ -35,6 +35,8 @@ enum frame_type {
 	F_HELD = 20,
 	F_CONTINUE = 21,
 	F_CONTINUED = 22,
+	F_PREPARE = 23,
+	F_PREPARED = 24,
 };
 
 enum spawn_tag {
@@ -73,6 +75,7 @@ enum setup_tag {
 	U_DEVICE = 10,	 /* node of the kernel's /dev, path */
 	U_PIDS = 11,	 /* u32 */
 	U_MACHINE_ID = 12, /* 32 hex digits; CONTINUE's alone */
+	U_WARM = 13,	 /* path of a file whose pages are to be in memory; of PREPARE */
 };
 
 enum setup_flag {
@@ -92,6 +95,9 @@ enum power_off {
 	UP_REBOOT = 2,
 	UP_PORT = 3,
 };
+
+/* The network card of a machine that is only there to be saved, and gone on from as many others. */
+#define PLACEHOLDER_MAC "\x02nagay"
 
 #define HELLO_NEEDS_SETUP 1 /* HELLO's features: the host's first frame is to be SETUP */
 

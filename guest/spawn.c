@@ -35,6 +35,8 @@ static void __attribute__((noreturn, format(printf, 3, 4))) fail(uint32_t status
 	_exit((int)status);
 }
 
+int spawn_is_first;
+
 static void reset_signals(void)
 {
 	/* The kernel's struct sigaction, all zero: SIG_DFL. The C library's call refuses the signals that it keeps for
@@ -42,7 +44,7 @@ static void reset_signals(void)
 	const unsigned long standard[4] = {0};
 	sigset_t none;
 
-	for (int number = 1; number < NSIG; number++)
+	for (int number = spawn_is_first ? SIGPIPE : 1; number < (spawn_is_first ? SIGPIPE + 1 : NSIG); number++)
 		syscall(SYS_rt_sigaction, number, standard, NULL, 8); /* EINVAL for SIGKILL and SIGSTOP: harmless */
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);

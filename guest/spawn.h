@@ -79,4 +79,7 @@ int applet_bench(int argc, char **argv);
 /* json.c */
 void json_string(const char *bytes, size_t size);
 
+/* Nobody above us has changed what signals do: we have ourselves, to SIGPIPE. */
+extern int spawn_is_first;
+
 #endif

@@ -38,6 +38,7 @@
 struct vm_report vm_report;
 pid_t vm_stub;
 int vm_stub_fd = -1;
+static int prepared, random_device = -1;
 static uint32_t power_off_by = UP_REBOOT; /* until SETUP says; every VMM understands it, with panic=-1 a panic too */
 
 int vm_fail(int error, const char *format, ...)
@@ -244,6 +245,8 @@ static int are_strings(const unsigned char *bytes, size_t size, int count)
 static int is_well_formed(const struct field *f)
 {
 	switch (f->tag) {
+	case U_WARM:
+		return f->size > 1 && f->bytes[0] == '/' && are_strings(f->bytes, f->size, 1);
 	case U_HOSTNAME:
 		return f->size <= 64 && !memchr(f->bytes, 0, f->size);
 	case U_FLAGS:
@@ -297,22 +300,26 @@ int vm_ran_out_of_memory(void)
 	return told;
 }
 
+/* What another machine that came from the same memory does not know goes in before anything is drawn from it. */
 static int add_entropy(const unsigned char *bytes, size_t size)
 {
 	union {
 		struct rand_pool_info info;
 		unsigned char room[sizeof(struct rand_pool_info) + 512];
 	} pool;
-	int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC), failed;
+	int failed;
 
-	if (fd < 0)
+	if (random_device < 0 && (random_device = open("/dev/urandom", O_WRONLY | O_CLOEXEC)) < 0)
 		return vm_fail(errno, "cannot open the kernel's random numbers");
 	pool.info.entropy_count = (int)size * 8;
 	pool.info.buf_size = (int)size;
 	memcpy(pool.room + sizeof pool.info, bytes, size);
 	/* And at once: the kernel would go on with its old key for up to a minute, in every copy of a machine. */
-	failed = ioctl(fd, RNDADDENTROPY, &pool) || ioctl(fd, RNDRESEEDCRNG) ? errno : 0;
-	close(fd);
+	failed = ioctl(random_device, RNDADDENTROPY, &pool) || ioctl(random_device, RNDRESEEDCRNG) ? errno : 0;
+	if (!prepared) {
+		close(random_device);
+		random_device = -1;
+	}
 	return failed ? vm_fail(failed, "cannot give the kernel entropy") : 0;
 }
 
@@ -355,14 +362,40 @@ static int device(const struct field *f)
 
 static int file(const struct field *f)
 {
-	size_t path = f->tag == U_FILE ? strlen((const char *)f->bytes) + 1 : 0;
+	const char *name = (const char *)f->bytes;
+	size_t path = f->tag == U_FILE ? strlen(name) + 1 : 0;
 
-	return path ? vm_mount_file((const char *)f->bytes, f->bytes + path, f->size - path) : 0;
+	if (path && prepared)
+		return vm_rewrite_file(name, f->bytes + path, f->size - path) ? vm_fail(errno, "cannot write %s", name) : 0;
+	return path ? vm_mount_file(name, f->bytes + path, f->size - path) : 0;
+}
+
+static int prepared_file(const struct field *f)
+{
+	return f->tag == U_FILE ? vm_mount_file((const char *)f->bytes, NULL, 0) : 0;
+}
+
+/* Programs of the image that most machines will run: read once, and in the memory of all. */
+static int warm(const struct field *f)
+{
+	static unsigned char buffer[1 << 16];
+	int fd = f->tag == U_WARM ? open((const char *)f->bytes, O_RDONLY | O_CLOEXEC) : -1;
+
+	while (fd >= 0 && read(fd, buffer, sizeof buffer) > 0)
+		;
+	if (fd >= 0)
+		close(fd);
+	return 0; /* an image without it */
 }
 
 static int user_mount(const struct field *f)
 {
 	return f->tag == U_MOUNT ? vm_mount_user(f->bytes) : 0;
+}
+
+static int prepared_network(const struct field *f)
+{
+	return f->tag == U_NETWORK ? vm_prepare_link(f->bytes) : 0;
 }
 
 static int network(const struct field *f)
@@ -387,22 +420,58 @@ static int each(const unsigned char *payload, size_t size, int (*step)(const str
 	return 0;
 }
 
-int vm_setup(const unsigned char *payload, size_t size)
+/* 0 or -2. */
+static int read_flags(const unsigned char *payload, size_t size, uint32_t *flags, uint32_t *pids)
 {
 	struct field f;
-	uint32_t flags = 0, pids = 0;
 	int more;
 
+	*flags = *pids = 0;
 	for (size_t at = 0; (more = next_field(payload, size, &at, &f)) > 0;) {
 		if (!is_well_formed(&f))
 			return -2;
 		if (f.tag == U_FLAGS)
-			flags = get32(f.bytes);
+			*flags = get32(f.bytes);
 		if (f.tag == U_PIDS)
-			pids = get32(f.bytes);
+			*pids = get32(f.bytes);
 	}
-	if (more < 0)
+	return more < 0 ? -2 : 0;
+}
+
+static int power_off_only(const struct field *f)
+{
+	return f->tag == U_POWER_OFF ? early(f) : 0;
+}
+
+int vm_prepare(const unsigned char *payload, size_t size)
+{
+	uint32_t flags, pids;
+
+	if (read_flags(payload, size, &flags, &pids))
 		return -2;
+	random_device = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
+	if (each(payload, size, power_off_only) || vm_mount_disks() || vm_switch_root() ||
+	    vm_mount_system(pids, !!(flags & UF_OWN_PIDS)) || each(payload, size, prepared_file) ||
+	    (flags & UF_READ_ONLY && vm_protect_root()) || vm_bring_up_loopback() || each(payload, size, prepared_network) ||
+	    (!(flags & UF_UNMASK) && vm_mask()) || each(payload, size, warm))
+		return -1;
+	prepared = 1;
+	if (chdir("/"))
+		return vm_fail(errno, "cannot enter the root");
+	if (vm_start_early_stub())
+		return -1;
+	vm_flush(); /* as little as can be is left to be written: whoever goes on would have to do it */
+	return 0;
+}
+
+int vm_setup(const unsigned char *payload, size_t size)
+{
+	uint32_t flags, pids;
+
+	if (read_flags(payload, size, &flags, &pids))
+		return -2;
+	if (prepared) /* the host asks a prepared machine for nothing that would have to come before */
+		return each(payload, size, early) || each(payload, size, file) || each(payload, size, network) ? -1 : 0;
 	if (flags & UF_DATA_ONLY)
 		return each(payload, size, early) || vm_mount_data_only() ? -1 : 0;
 	/* The same order as a container's: ours first, the user's over them, and only then what makes things read-only. */

@@ -27,6 +27,8 @@ void vm_thaw(void);
 /* Go on after vm_freeze(), maybe much later and as another machine: random numbers, clock, names and address first, then
  * the programs. 0, or -1 when the payload is malformed. What could not be done is a warning in vm_report. */
 int vm_continue(const unsigned char *payload, size_t size);
+/* The part of SETUP that is the same for all machines of an image, before this one is saved: 0, -1 or -2, likewise. */
+int vm_prepare(const unsigned char *payload, size_t size);
 /* Whether the kernel has killed a process for want of memory; answers yes once. */
 int vm_ran_out_of_memory(void);
 /* 0 or -1 with errno. */
@@ -65,6 +67,7 @@ int vm_mount_disks(void);
 int vm_switch_root(void);
 /* vm_system.c */
 int vm_mount_system(uint32_t pids, int own_pids);
+int vm_start_early_stub(void); /* who will be MAIN: forked ahead, while it costs nobody's time */
 int vm_make_device(const char *node, const char *path);
 int vm_protect_root(void);
 int vm_mask(void);
@@ -77,6 +80,7 @@ int vm_drop_shares(void);
 enum { UN_MAC = 0, UN_PREFIX = 6, UN_PREFIX6 = 7, UN_MTU = 8, UN_ADDRESS = 12, UN_GATEWAY = 16, UN_ADDRESS6 = 20,
        UN_GATEWAY6 = 36, UN_NAME = 52 };
 int vm_bring_up_loopback(void);
+int vm_prepare_link(const unsigned char *field);
 int vm_configure_link(const unsigned char *field);
 int vm_reconfigure_link(const unsigned char *field);
 

@@ -17,10 +17,14 @@
 
 #define MAX_INDEX 64
 #define LINK_PATIENCE_MS 3000
+#define LINK_IPV6 "sys/net/ipv6/conf/%s/"
+
+static int is_prepared, ipv6_switch = -1;
 
 struct link {
 	int sock;
 	const unsigned char *mac;
+	int has_placeholder; /* its address is not the machine's own yet */
 	struct ifreq request; /* its name, once it is found */
 };
 
@@ -33,9 +37,13 @@ static int find_link(void *what)
 		if (ioctl(link->sock, SIOCGIFNAME, &request))
 			continue;
 		memcpy(link->request.ifr_name, request.ifr_name, IFNAMSIZ);
-		if (!ioctl(link->sock, SIOCGIFHWADDR, &request) && request.ifr_hwaddr.sa_family == ARPHRD_ETHER &&
-		    !memcmp(request.ifr_hwaddr.sa_data, link->mac, 6))
-			return 1;
+		if (ioctl(link->sock, SIOCGIFHWADDR, &request) || request.ifr_hwaddr.sa_family != ARPHRD_ETHER)
+			continue;
+		if (!memcmp(request.ifr_hwaddr.sa_data, PLACEHOLDER_MAC, 6))
+			link->has_placeholder = 1;
+		else if (memcmp(request.ifr_hwaddr.sa_data, link->mac, 6))
+			continue;
+		return 1;
 	}
 	return 0;
 }
@@ -142,7 +150,7 @@ static int configure4(struct link *link, const unsigned char *field)
 		if (ioctl(link->sock, SIOCSIFNETMASK, r))
 			return vm_fail(errno, "cannot set the link's netmask");
 	}
-	if (bring_up(link->sock, r))
+	if (!is_prepared && bring_up(link->sock, r))
 		return vm_fail(errno, "cannot bring the link up");
 	if (gateway && add_default_route(link->sock, gateway))
 		return vm_fail(errno, "cannot add the default route");
@@ -182,7 +190,7 @@ static int configure6(struct link *link, const unsigned char *field)
 	return failed;
 }
 
-static int configure(struct link *link, const unsigned char *field)
+static int name_link(struct link *link, const unsigned char *field)
 {
 	struct ifreq *r = &link->request;
 	int mtu = (int)get32(field + UN_MTU);
@@ -192,7 +200,57 @@ static int configure(struct link *link, const unsigned char *field)
 	r->ifr_mtu = mtu;
 	if (mtu && ioctl(link->sock, SIOCSIFMTU, r))
 		return vm_fail(errno, "cannot set the link's MTU to %d", mtu);
-	return configure4(link, field) || configure6(link, field) ? -1 : 0;
+	return 0;
+}
+
+static int set_mac(struct link *link)
+{
+	struct ifreq *r = &link->request;
+
+	r->ifr_hwaddr.sa_family = ARPHRD_ETHER;
+	memcpy(r->ifr_hwaddr.sa_data, link->mac, 6);
+	return ioctl(link->sock, SIOCSIFHWADDR, r) ? vm_fail(errno, "cannot set the link's hardware address") : 0;
+}
+
+static int become_own(struct link *link)
+{
+	if (link->has_placeholder && set_mac(link))
+		return -1;
+	if (ipv6_switch >= 0 && pwrite(ipv6_switch, "0", 1, 0) != 1)
+		return vm_fail(errno, "cannot turn the link's IPv6 on");
+	return 0;
+}
+
+static int configure(struct link *link, const unsigned char *field)
+{
+	if (is_prepared) /* its name and its MTU are right, and it is up */
+		return become_own(link) || configure4(link, field) || configure6(link, field) ? -1 : 0;
+	if (link->has_placeholder && set_mac(link))
+		return -1;
+	return name_link(link, field) || configure4(link, field) || configure6(link, field) ? -1 : 0;
+}
+
+/* Up, but silent: IPv6 would take an address of its own, made of the placeholder. */
+int vm_prepare_link(const unsigned char *field)
+{
+	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = (const unsigned char *)PLACEHOLDER_MAC};
+	char path[80];
+	int failed;
+
+	if (link.sock < 0 || !vm_await(find_link, &link, LINK_PATIENCE_MS))
+		return vm_fail(ENODEV, "the machine has no network link");
+	failed = name_link(&link, field);
+	snprintf(path, sizeof path, LINK_IPV6 "accept_dad", link.request.ifr_name); /* see configure6() */
+	vm_write_file(vm_proc, path, "0");
+	snprintf(path, sizeof path, LINK_IPV6 "disable_ipv6", link.request.ifr_name);
+	ipv6_switch = failed ? -1 : openat(vm_proc, path, O_WRONLY | O_CLOEXEC); /* it will be read-only */
+	if (ipv6_switch >= 0 && pwrite(ipv6_switch, "1", 1, 0) != 1)
+		failed = vm_fail(errno, "cannot turn the link's IPv6 off");
+	if (!failed && bring_up(link.sock, &link.request))
+		failed = vm_fail(errno, "cannot bring the link up");
+	close(link.sock);
+	is_prepared = !failed;
+	return failed;
 }
 
 int vm_configure_link(const unsigned char *field)

@@ -23,6 +23,8 @@
 /* <sched.h> and <linux/sched.h> exclude each other, and so do <sys/mount.h> and <linux/mount.h>, in some C libraries. */
 int unshare(int flags);
 
+#define STACK_USED (32 << 10)
+#define HEAP_USED (16 << 10)
 #define QUIET (MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 #define FREEZE_PATIENCE_MS 2000
@@ -143,6 +145,37 @@ static void __attribute__((noreturn)) become_stub(int fd)
 	if (write(fd, &failed, sizeof failed) != sizeof failed || failed)
 		_exit(125);
 	stub_become(fd);
+}
+
+/* What a forked child writes to is copied then, page by page: in a machine that is about to be saved rather now. */
+static void touch_pages(void)
+{
+	volatile char stack[STACK_USED];
+	volatile char *heap = malloc(HEAP_USED);
+
+	for (size_t at = 0; at < sizeof stack; at += 1024)
+		stack[at] = 0;
+	for (size_t at = 0; heap && at < HEAP_USED; at += 1024)
+		heap[at] = 0;
+	free((void *)heap);
+}
+
+int vm_start_early_stub(void)
+{
+	int pair[2];
+
+	if (vm_stub_fd >= 0)
+		return 0;
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) || (vm_stub = vm_fork()) < 0)
+		return vm_fail(errno, "cannot start a process");
+	if (!vm_stub) {
+		close(pair[0]);
+		touch_pages();
+		stub_become(pair[1]);
+	}
+	close(pair[1]);
+	vm_stub_fd = pair[0];
+	return 0;
 }
 
 static int start_stub(void)

@@ -16,6 +16,7 @@ from tests.e2e import leftovers
 from tests.e2e.command import PROGRAM, Cli
 
 os.environ["NAGAYA_TYPE"] = "container"  # where a test names no type: what it is by default depends on the host
+os.environ.setdefault("NAGAYA_TEMPLATES", "0")  # a build in the background would outlive the test that began it
 
 WATCHED = ("tests/e2e/", "tests/kernel/", "tests/conformance/")
 

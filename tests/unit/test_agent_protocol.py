@@ -79,7 +79,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     header = {name: int(value) for name, value in re.findall(r"^\t([FT]_\w+|SF_\w+) = (\d+),$", text, re.M)}
     ours = {name: value for name, value in vars(agent).items() if isinstance(value, int)}
     frames = {name[2:]: value for name, value in header.items() if name.startswith("F_")}
-    assert len(frames) == 22
+    assert len(frames) == 24
     assert frames == {name: ours[name] for name in frames}
     assert {n[1:]: v for n, v in header.items() if n[:2] == "T_"} == {n: ours[n] for n in ours if f"T{n}" in header}
     flags = {name[2:]: value for name, value in header.items() if name.startswith("SF_")}

@@ -69,7 +69,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     text = (Path(__file__).parents[2] / "guest" / "proto.h").read_text()
     numbers = {name: int(value) for name, value in re.findall(r"^\t(U[FMP]?_\w+) = (\d+),", text, re.M)}
     of = {prefix: {n[len(prefix) :]: v for n, v in numbers.items() if n.startswith(prefix)} for prefix in ("U_", "UF_")}
-    assert len(of["U_"]) == 12 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
+    assert len(of["U_"]) == 13 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
     assert len(of["UF_"]) == 4 and of["UF_"] == {name: getattr(setup, f"_{name}") for name in of["UF_"]}
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UM_")} == setup.MOUNT_KINDS
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UP_")} == setup.POWER_OFF

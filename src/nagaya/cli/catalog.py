@@ -110,6 +110,10 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "Build, list and remove the kernels that machines boot",
         {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
     ),
+    "template": (
+        "Build, list and remove what machines of type kvm begin from",
+        {"build": "template:BUILD", "ls": "template:LS", "rm": "template:RM", "prune": "template:PRUNE"},
+    ),
 }  # fmt: skip
 GROUP_SUMMARIES = {
     "machine create": "Create a whole machine from disks; or, given an image, as 'nagaya create' does",
@@ -150,6 +154,10 @@ GROUP_SUMMARIES = {
     "kernel ls": "List guest kernels",
     "kernel path": "Show where a guest kernel is",
     "kernel rm": "Remove guest kernels",
+    "template build": "Boot a machine once and save it for others to begin from",
+    "template ls": "List templates",
+    "template rm": "Remove templates",
+    "template prune": "Remove templates that no machine can begin from any more",
 }
 _ALIASES = {
     "list": "ls",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import sys
 
 SOMAXCONN = 128
 
@@ -42,6 +43,17 @@ def listen(directory: str, name: str) -> int:
     finally:
         os.close(where)
     return made.detach()
+
+
+def send_with_fds(fd: int, data: bytes, fds: tuple[int, ...] = ()) -> None:
+    """Send all of `data` on a blocking stream socket, and a copy of each of `fds` with it. Raises `OSError`."""
+    end = _socket.socket(fileno=os.dup(fd))
+    try:
+        packed = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+        sent = end.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if fds else [])
+        end.sendall(data[sent:])
+    finally:
+        end.close()
 
 
 def accept(listener: int) -> int:

@@ -66,3 +66,4 @@ class MachineState(NamedTuple):
     pid: int = 0  # for display only
     address: str = ""
     warnings: tuple[str, ...] = ()
+    origin: str = ""  # how it came to run: "boot", "template", "saved"; "" = there is one way only

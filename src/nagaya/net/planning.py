@@ -81,7 +81,7 @@ def plan_link(root: str, spec: MachineSpec, attachment: Attachment, number: int,
     link = LinkPlan(
         driver=record.driver, network=record.name, bridge=bridge if record.driver == "bridge" else record.parent,
         host_link=host_link(machine_id, number), name=f"eth{number}",
-        mac=attachment.mac or mac_address(machine_id, number), mtu=record.mtu or _way_out_mtu(netlink),
+        mac=attachment.mac or mac_address(machine_id, number), mtu=record.mtu or way_out_mtu(netlink),
         names=names_of(spec, attachment),
     )  # fmt: skip
     leases = networks.leases(root, record.name)
@@ -223,7 +223,7 @@ def _keep_advertised_routes(netlink: Netlink) -> None:
             _write(path, "2")
 
 
-def _way_out_mtu(netlink: Netlink) -> int:
+def way_out_mtu(netlink: Netlink) -> int:
     """The MTU of the link with the default route: packets of machines that are larger would not get through it."""
     indexes = {route.link for route in netlink.routes(AF_INET) if not route.prefix}
     mtus = [link.mtu for link in netlink.links() if link.number in indexes] if indexes else []

@@ -13,6 +13,7 @@ from nagaya.static import NamedTuple
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
 _MACHINE_ID = 12
+_WARM = 13
 _READ_ONLY, _UNMASK, _DATA_ONLY, _OWN_PIDS = 1, 2, 4, 8
 
 MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
@@ -127,6 +128,11 @@ def time_payload(time_ns: int) -> bytes:
 def with_machine_id(payload: bytes, machine_id: str) -> bytes:
     """The same set-up for a machine that was another until now: 32 hex digits for /etc/machine-id, where it has one."""
     return payload + _field(_MACHINE_ID, machine_id.encode("ascii"))
+
+
+def warm_payload(paths: tuple[str, ...]) -> bytes:
+    """What PREPARE has beside SETUP's fields: files that are to be in memory. Those that there are not do not matter."""
+    return b"".join(_field(_WARM, _absolute(path) + b"\0") for path in paths)
 
 
 def with_time(payload: bytes, time_ns: int) -> bytes:

@@ -28,6 +28,7 @@ _FEATURES = (
 _EXTENDED = "discard,lazy_itable_init=0,lazy_journal_init=1"
 _JOURNAL_MIB = 64  # at most: it is written from end to end, and its blocks stay
 _GROWTH_BLOCKS = (1 << 40) // BLOCK  # reserve descriptors for growing to 1 TiB, where it is smaller
+_MAGIC, _MAGIC_AT = b"\x53\xef", 1024 + 56  # of ext4's superblock
 _DISK = "/proc/self/fd/3"  # as the programs see it
 _LINE_MAX = 4000  # of a debugfs command; it reads 8191 bytes at once and would take the rest for another command
 
@@ -63,6 +64,64 @@ def populate_data_disk(path: str, size_bytes: int, upper: str) -> None:
         raise HostError.from_os(error, "cannot make the machine's disk") from None
 
 
+def reserve_data_disk(path: str, size_bytes: int) -> None:
+    """Room for a disk at `path`, which `format_data_disk` makes one of when it is first used. Raises as `create_data_disk`."""
+    _check_size(size_bytes)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.ftruncate(fd, size_bytes // BLOCK * BLOCK)
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except OSError as error:
+        hint = "the largest file that this file system can have is smaller" if error.errno == errno.EFBIG else ""
+        raise HostError.from_os(error, "cannot make the machine's disk", hint=hint) from None
+
+
+def is_blank(fd: int) -> bool:
+    """Whether the disk is only reserved: there is no file system on it. Raises `OSError`."""
+    return os.pread(fd, 2, _MAGIC_AT) != _MAGIC
+
+
+def format_data_disk(fd: int) -> None:
+    """Make an empty file system on what was reserved. Raises `Unsupported` without mke2fs, `HostError`, `LaunchError`."""
+    try:
+        _run(fd, _format_command(os.fstat(fd).st_size))
+    except OSError as error:
+        raise HostError.from_os(error, "cannot make the machine's disk") from None
+
+
+def copy_data_disk(source: str, fd: int) -> None:
+    """Make what was reserved a copy of another disk, of the same size; until it is whole, it is blank. Raises `OSError`."""
+    other = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        size = os.fstat(other).st_size
+        if size != os.fstat(fd).st_size:
+            raise OSError(errno.EINVAL, "the disks are not of one size")
+        at = BLOCK  # the first block says that there is a file system: it comes last
+        while at < size:
+            try:
+                start = os.lseek(other, at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(other, start, os.SEEK_HOLE)
+            _copy(other, fd, start, at)
+        _copy(other, fd, 0, BLOCK)
+    finally:
+        os.close(other)
+
+
+def _copy(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        count = os.copy_file_range(source, target, end - start, start, start)
+        if not count:
+            raise OSError(errno.EIO, "the disk ended")
+        start += count
+
+
 def grow_data_disk(path: str, size_bytes: int) -> None:
     """Make the disk of a machine that does not run larger. The agent grows the file system at the machine's next start.
 
@@ -94,10 +153,7 @@ def grow_data_disk(path: str, size_bytes: int) -> None:
 
 
 def _make(path: str, size_bytes: int, upper: str) -> None:
-    if size_bytes < LEAST_BYTES:
-        raise UsageError(
-            f"a machine's disk needs {LEAST_BYTES >> 20} MiB or more", hint="leave --storage away for 10 GiB"
-        )
+    _check_size(size_bytes)
     size_bytes = size_bytes // BLOCK * BLOCK
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -118,6 +174,13 @@ def _make(path: str, size_bytes: int, upper: str) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def _check_size(size_bytes: int) -> None:
+    if size_bytes < LEAST_BYTES:
+        raise UsageError(
+            f"a machine's disk needs {LEAST_BYTES >> 20} MiB or more", hint="leave --storage away for 10 GiB"
+        )
 
 
 def _format_command(size_bytes: int) -> list[str]:

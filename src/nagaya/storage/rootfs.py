@@ -27,10 +27,10 @@ def store_layers(directory: str, lower: tuple[str, ...], *, root_image: str = ""
 
 
 def make_data_disk(directory: str, spec: MachineSpec) -> None:
-    """The disk that a virtual machine writes to. Raises `HostError` and `Unsupported`."""
-    from nagaya.storage.disks import DEFAULT_BYTES, create_data_disk  # lazy: virtual machines alone have one
+    """The disk that a virtual machine will write to: its first start makes a file system of it. Raises `HostError`."""
+    from nagaya.storage.disks import DEFAULT_BYTES, reserve_data_disk  # lazy: virtual machines alone have one
 
-    create_data_disk(f"{directory}/{DATA_DISK}", spec.limits.storage_bytes or DEFAULT_BYTES)
+    reserve_data_disk(f"{directory}/{DATA_DISK}", spec.limits.storage_bytes or DEFAULT_BYTES)
 
 
 def load_layers(directory: str) -> tuple[str, ...]:

@@ -293,7 +293,12 @@ class Supervisor:
         assert self.booted is not None
         self.cancel_timer("boot")
         self.set_state(
-            phase=RUNNING, started_ns=time.time_ns(), pid=self.booted.pid, warnings=self.booted.warnings, finished_ns=0
+            phase=RUNNING,
+            started_ns=time.time_ns(),
+            pid=self.booted.pid,
+            warnings=self.booted.warnings,
+            origin=self.booted.origin,
+            finished_ns=0,
         )
         self.record("start")
         self.set_timer("stable", STABLE_AFTER_S, self._became_stable)
@@ -315,6 +320,9 @@ class Supervisor:
     def _main_exited(self, status: int) -> None:
         self._exit_status = status
         if self.booted is not None and self.programs is not None:
+            if self.booted.setup and self.spec.auto_remove and not any(mount.source for mount in self.spec.mounts):
+                self.engine.kill()  # nobody will ever read what its kernel has not written yet
+                return
             self.programs.shutdown()
             self.set_timer("shutdown", self.booted.end_timeout_s, self.engine.kill)
 

@@ -254,6 +254,29 @@ class Tap:
         os.close(self.fd)
 
 
+class Unplugged:
+    """No link at all, for a machine that is only there to be saved: what is sent is lost. It looks like another kind."""
+
+    def __init__(self, *, like_tap: bool) -> None:
+        self.features = Tap.features if like_tap else 0
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # never ready
+
+    def start(self, features: int) -> None:
+        """Nothing to agree on."""
+
+    def receive(self, buffers: ReceiveBuffers, most_frames: int) -> None:
+        """Nothing comes."""
+
+    def send(self, chain: Chain) -> int:
+        return DROPPED
+
+    def flush(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Datagrams:
     """A connected socket where a datagram is a frame: SOCK_SEQPACKET, or SOCK_DGRAM."""
 

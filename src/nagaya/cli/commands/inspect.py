@@ -79,7 +79,7 @@ def docker_view(data: dict[str, object]) -> dict[str, object]:
     docker_state = {
         **state, "Status": phase, "Running": phase in ("running", "paused", "restarting"), "Paused": phase == "paused",
         "Restarting": phase == "restarting", "ExitCode": state.get("exit_code"), "Error": state.get("error"),
-        "OOMKilled": state.get("oom_killed"), "Pid": state.get("pid"),
+        "OOMKilled": state.get("oom_killed"), "Pid": state.get("pid"), "Origin": state.get("origin", ""),
     }  # fmt: skip
     limits, restart = _dict(data.get("limits")), _dict(data.get("restart"))
     argv = process.get("argv")

@@ -6,6 +6,7 @@ the machine has ended. When the supervisor is gone, so is the machine.
 
 from __future__ import annotations
 
+import _socket
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from nagaya.engines.kvm.machine import Machine
+from nagaya.engines.kvm.saved import Files
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
@@ -22,6 +24,7 @@ from nagaya.static import Any, NamedTuple, NoReturn
 
 BROKEN = 1
 _MOST_LINE_BYTES = 1 << 16
+_MOST_FDS = 2
 
 
 class Plan(NamedTuple):
@@ -102,13 +105,26 @@ def _give_up_rights(plan: Plan) -> None:
 
 def _serve(machine: Machine, control: int) -> None:
     """Answer the supervisor until it is gone, and then end: nobody would hear of this machine any more."""
-    for request in _lines(control):
+    for request, fds in _lines(control):
         try:
-            answer = _ANSWERS[request["do"]](machine)
+            answer = None
+            if request["do"] == "save":
+                _save(machine, request, fds)
+            else:
+                answer = _ANSWERS[request["do"]](machine)
             _send(control, {"done": answer})
         except NagayaError as error:
             _send(control, {"error": to_wire(error)})
     os._exit(BROKEN)
+
+
+def _save(machine: Machine, request: dict[str, Any], fds: list[int]) -> None:
+    """Into files that the supervisor has made: we have no right to make any."""
+    files = Files(*fds)
+    try:
+        machine.save_to(files, notes=request["notes"])
+    finally:
+        files.close()
 
 
 def _pause(machine: Machine) -> None:
@@ -126,18 +142,26 @@ def _counters(machine: Machine) -> dict[str, Any]:
 _ANSWERS: dict[str, Callable[[Machine], Any]] = {"pause": _pause, "resume": _resume, "counters": _counters}
 
 
-def _lines(fd: int) -> Iterator[dict[str, Any]]:
+def _lines(fd: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Requests, and the descriptors that came with each: one request at a time is under way."""
     buffered = b""
+    fds: list[int] = []
+    control = _socket.socket(fileno=os.dup(fd))
     while True:
         line, found, rest = buffered.partition(b"\n")
         if found:
             buffered = rest
-            yield json.loads(line)
+            came, fds = fds, []
+            yield json.loads(line), came
             continue
-        data = os.read(fd, _MOST_LINE_BYTES)
+        data, rights, _, _ = control.recvmsg(
+            _MOST_LINE_BYTES, _socket.CMSG_SPACE(4 * _MOST_FDS), _socket.MSG_CMSG_CLOEXEC
+        )
         if not data:
             return
         buffered += data
+        for _, _, packed in rights:
+            fds += memoryview(packed).cast("i")
 
 
 def _send(fd: int, message: dict[str, Any]) -> None:

@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from functools import partial
 
 from nagaya.engines.base import Booted, BootRequest, Stats
-from nagaya.engines.kvm import child
+from nagaya.engines.kvm import child, saved
 from nagaya.engines.kvm.assembly import Hardware
 from nagaya.engines.kvm.known import find_kvm
 from nagaya.engines.kvm.machine import Machine
+from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
@@ -24,7 +25,7 @@ from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import Shares, start_shares
-from nagaya.errors import HostError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
+from nagaya.errors import HostError, IntegrityError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
 from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
@@ -32,16 +33,20 @@ from nagaya.net import links, tap
 from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.static import Any
+from nagaya.storage.disks import copy_data_disk
 from nagaya.storage.plan import DiskPlan, RootfsPlan
-from nagaya.virtio.device import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.engines.kvm.saved import Saved
 
 PLATFORM = "linux/amd64"
 STARTED_WITHIN_S = 30.0  # the VMM, not its guest
 PROGRAM_WITHIN_S = 120.0  # a software KVM boots a kernel in 10 to 20 s
 END_WITHIN_S = 30.0
 ANSWER_WITHIN_S = 10.0
+SAVED_WITHIN_S = 300.0  # a full memory onto a slow disk
 ENTROPY_BYTES = 64
-COMMAND_LINE = "console=hvc0 panic=-1"
 _POWER_OFF = "port"  # without ACPI: a kernel that is ours needs none, and reading its tables takes time
 
 
@@ -50,7 +55,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "offline"))
+    capabilities = frozenset(("pause", "stats", "offline", "memory"))
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
@@ -97,11 +102,23 @@ class KvmEngine:
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
-            return self._boot(request, stack)
+            if request.saved:
+                with open_saved(request.saved) as source:
+                    return self._boot(request, source, stack)
+            with ExitStack() as local:
+                for source in find_sources(request):
+                    local.callback(source.close)
+                    try:
+                        return self._boot(request, source, stack)
+                    except (IntegrityError, Unsupported):
+                        if source.mold is None:
+                            raise
+                        source.discard()  # it was made by another version, or on another CPU
+            raise AssertionError("a machine can always be booted")
         except OSError as error:
             raise HostError.from_os(error, "cannot start the machine") from None
 
-    def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+    def _boot(self, request: BootRequest, source: Source, stack: ExitStack) -> Booted:
         spec = request.spec
         with ExitStack() as failed:
             failed.callback(self._abandon)
@@ -109,7 +126,9 @@ class KvmEngine:
                 agent, theirs = _connect(local)
                 failed.callback(os.close, agent)
                 shares = self._share(request, local)
-                plan = self._plan(request, theirs, shares, local)
+                plan = self._plan(request, source, theirs, shares, local)
+                if source.hello:
+                    os.write(theirs, source.hello)  # said when the template was made: it will not say so again
                 setup = plan_setup(
                     request, time_ns=time.time_ns(), entropy=os.urandom(ENTROPY_BYTES), power_off=_POWER_OFF,
                     virtiofs_tags=shares.tags if shares is not None else (),
@@ -124,7 +143,7 @@ class KvmEngine:
         return Booted(
             pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec),
             warnings=tuple(rules.check_spec(spec)), helpers=tuple(self._helpers), setup=payload,
-            copies=plan_copies(request.mounts) if shares is None else (),
+            copies=plan_copies(request.mounts) if shares is None and not request.saved else (), origin=source.origin,
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip
@@ -139,7 +158,9 @@ class KvmEngine:
             self._helpers.append(shares.pid)
         return shares
 
-    def _plan(self, request: BootRequest, agent: int, shares: Shares | None, local: ExitStack) -> child.Plan:
+    def _plan(
+        self, request: BootRequest, source: Source, agent: int, shares: Shares | None, local: ExitStack
+    ) -> child.Plan:
         """Open what the machine is made of; what the child makes of it."""
         spec, disks = request.spec, request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
@@ -148,22 +169,26 @@ class KvmEngine:
         console, console_end = _connect(local)
         self._console = TextLog(console, f"{request.runtime_dir}/console.log")
         daemon = shares.socket if shares is not None else -1
-        data = _held(open_data(disks.data), local)
-        initrd = _held(open_initramfs(), local)
+        data = _held(open_data(disks.data, form=not source.data), local)
+        if source.data:
+            copy_data_disk(source.data, data)
+        initrd = _held(open_initramfs(), local) if source.saved is None else -1
+        memory = source.saved.memory_fd if source.saved is not None else -1
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         links = tuple((self._plug(link, local), link) for link in request.network.links)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
-            kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}",
-            command_line=f"{COMMAND_LINE} {spec.append}".rstrip(),
+            kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}" if initrd >= 0 else None,
+            command_line=command_line(spec),
             memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
         )  # fmt: skip
         assemble = partial(
             _assemble, hardware, disks, data=data, agent=agent, console=console_end, links=links, daemon=daemon,
+            saved=source.saved,
         )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=theirs,
-            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *(fd for fd, _ in links)) if fd >= 0),
+            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, memory, *(fd for fd, _ in links)) if fd >= 0),
             log=self._log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
@@ -194,6 +219,18 @@ class KvmEngine:
 
     def resume(self) -> None:
         self._ask("resume")
+
+    def save(self, directory: str) -> None:
+        """See `Saving.save`."""
+        try:
+            files = saved.create(directory)
+            try:
+                self._ask("save", fds=files, notes={})
+            finally:
+                files.close()
+            saved.commit(directory)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot save the machine's memory") from None
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes, memory of the first; what its devices have moved."""
@@ -250,13 +287,13 @@ class KvmEngine:
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it: nothing is left."""
 
-    def _ask(self, what: str) -> dict[str, Any]:
+    def _ask(self, what: str, *, fds: tuple[int, ...] = (), **details: object) -> dict[str, Any]:
         """One request to the child, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
         try:
-            os.write(self._control, json.dumps({"do": what}).encode() + b"\n")
+            unix.send_with_fds(self._control, json.dumps({"do": what, **details}).encode() + b"\n", fds)
         except OSError:
             raise RemoteError("the machine's VMM has ended") from None
-        message = self._hear(ANSWER_WITHIN_S)
+        message = self._hear(SAVED_WITHIN_S if fds else ANSWER_WITHIN_S)
         if "error" in message:
             raise from_wire(message["error"])
         if "done" not in message:
@@ -320,31 +357,29 @@ def _held(fd: int, local: ExitStack) -> int:
 
 def _assemble(
     hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, links: tuple[tuple[int, LinkPlan], ...],
-    daemon: int,
+    daemon: int, saved: Saved | None,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
-    from nagaya.virtio.apart import DeviceProcess
-    from nagaya.virtio.balloon import Balloon
+    from nagaya.engines.kvm.devices import plan_devices
     from nagaya.virtio.blk import Blk
-    from nagaya.virtio.console import Console, Port
-    from nagaya.virtio.rng import Rng
+    from nagaya.virtio.console import Port
 
     ports = (
         Port("console", console=True, input_fd=console, output_fd=console),
         Port(AGENT_PORT, input_fd=agent, output_fd=agent),
     )
-    drives = DeviceProcess(
-        (
-            Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
-            Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
-        )
+    drives = (
+        Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
+        Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
     )
-    devices: list[Device] = [
-        Console("console", ports),
-        *drives.devices,
-        Rng("rng"),
-        Balloon("balloon"),
-    ]
+    # A machine that goes on from saved memory has it copy-on-write, and so for its own process alone: its disks are served
+    # by threads of that. Where another process has to have the memory (virtiofsd), all of it is copied at the start.
+    apart = None
+    if saved is None or daemon >= 0:
+        from nagaya.virtio.apart import DeviceProcess
+
+        apart = DeviceProcess(drives)
+    devices = plan_devices(ports, apart.devices if apart is not None else drives)
     for fd, link in links:
         mac = bytes.fromhex(link.mac.replace(":", ""))
         name = "net" if link is links[0][1] else link.name
@@ -364,4 +399,4 @@ def _assemble(
         connection = VhostUser(daemon)
         connection.greet()
         devices.append(FileSystem("shares", connection, tag=SHARES_TAG))
-    return Machine(hardware, tuple(devices), apart=drives)
+    return Machine(hardware, tuple(devices), apart=apart, saved=saved)

@@ -21,7 +21,7 @@ from nagaya.static import Any, Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nagaya.engines.kvm.saved import Saved
+    from nagaya.engines.kvm.saved import Files, Saved
     from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
@@ -229,6 +229,20 @@ class Machine:
         what cannot be saved.
         """
         from nagaya.engines.kvm import saved
+
+        try:
+            files = saved.create(directory)
+            try:
+                self.save_to(files, notes=notes)
+            finally:
+                files.close()
+            saved.commit(directory)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot save the machine") from None
+
+    def save_to(self, files: Files, *, notes: dict[str, Any] | None = None) -> None:
+        """The same, into files that somebody else has made, and will commit."""
+        from nagaya.engines.kvm import saved
         from nagaya.virtio.device import as_direct
 
         with self._control:
@@ -239,7 +253,7 @@ class Machine:
             releases += [direct.hold() for device in self.devices if (direct := as_direct(device)) is not None]
             try:
                 state = parts.save(self.hardware)
-                saved.write(directory, parts.memory, {**state, "notes": notes or {}})
+                saved.write(files, parts.memory, {**state, "notes": notes or {}})
             except OSError as error:
                 raise HostError.from_os(error, "cannot save the machine") from None
             finally:

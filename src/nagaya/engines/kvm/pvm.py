@@ -142,8 +142,10 @@ class Pvm:
         return {"stub": self._stub}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """After the vCPUs' registers. Timers have their whole budget again."""
+        """After the vCPUs' registers."""
         self._stub = saved["stub"]
+        for ticks in self._ticks.values():
+            ticks.begin_spent()
 
     def close(self) -> None:
         """No vCPU runs any more."""

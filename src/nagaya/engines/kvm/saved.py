@@ -51,28 +51,42 @@ class Saved(NamedTuple):
         os.close(self.memory_fd)
 
 
-def write(directory: str, memory: GuestMemory, state: dict[str, Any]) -> None:
-    """Save a machine that stands. Raises `HostError`; what was written so far is the caller's to remove."""
+class Files(NamedTuple):
+    """The two files of a directory, being written: whoever writes them needs no right to the directory."""
+
+    memory_fd: int
+    state_fd: int
+
+    def close(self) -> None:
+        os.close(self.memory_fd)
+        os.close(self.state_fd)
+
+
+def create(directory: str) -> Files:
+    """Begin in the empty `directory`. Raises `OSError`; the files are the caller's to close, and to `commit`."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    memory_fd = os.open(f"{directory}/{MEMORY}", flags, 0o600)
     try:
-        fd = os.open(f"{directory}/{MEMORY}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            used = memory.write_to(fd)
-            sums = _sum(fd, memory.size_bytes)
-        finally:
-            os.close(fd)
-        parts = {"version": __version__, "memory_bytes": memory.size_bytes, "used_bytes": used, "sums": sums, **state}
-        _write_state(directory, parts)
-    except OSError as error:
-        raise HostError.from_os(error, "cannot save the machine's memory") from None
+        return Files(memory_fd, os.open(f"{directory}/{STATE}.tmp", flags, 0o600))
+    except BaseException:
+        os.close(memory_fd)
+        raise
 
 
-def _write_state(directory: str, state: dict[str, Any]) -> None:
-    body = json.dumps(state, separators=(",", ":")).encode()
-    temporary = f"{directory}/{STATE}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(f"{_MAGIC} {FORMAT} {len(body)} {zlib.crc32(body):08x}\n".encode() + body)
-    os.chmod(temporary, 0o600)
-    os.rename(temporary, f"{directory}/{STATE}")
+def write(files: Files, memory: GuestMemory, state: dict[str, Any]) -> None:
+    """Save a machine that stands. Raises `OSError`."""
+    used = memory.write_to(files.memory_fd)
+    sums = _sum(files.memory_fd, memory.size_bytes)
+    parts = {"version": __version__, "memory_bytes": memory.size_bytes, "used_bytes": used, "sums": sums, **state}
+    body = json.dumps(parts, separators=(",", ":")).encode()
+    data = memoryview(f"{_MAGIC} {FORMAT} {len(body)} {zlib.crc32(body):08x}\n".encode() + body)
+    while data:
+        data = data[os.write(files.state_fd, data) :]
+
+
+def commit(directory: str) -> None:
+    """What was written is whole. Raises `OSError`."""
+    os.rename(f"{directory}/{STATE}.tmp", f"{directory}/{STATE}")
 
 
 def read(directory: str, *, check_memory: bool = True) -> Saved:
@@ -81,7 +95,7 @@ def read(directory: str, *, check_memory: bool = True) -> Saved:
     `check_memory` sums it all up (a second per GB); without, only its size is looked at. Raises `IntegrityError` for what
     is damaged, `Unsupported` for another version's, `HostError`.
     """
-    state = _read_state(directory)
+    state = read_state(directory)
     try:
         fd = os.open(f"{directory}/{MEMORY}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -107,7 +121,8 @@ def read(directory: str, *, check_memory: bool = True) -> Saved:
 _HINT = "it cannot be gone on from; remove it, and save the machine again"
 
 
-def _read_state(directory: str) -> dict[str, Any]:
+def read_state(directory: str) -> dict[str, Any]:
+    """All but the memory. Raises as `read`."""
     path = f"{directory}/{STATE}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -62,6 +62,10 @@ class Ticks:
         self._stretch = 1.0  # of a time of work, by waiting for a CPU
         self.postponed = 0
 
+    def begin_spent(self) -> None:
+        """Grant nothing ahead: of a machine that goes on from a template, the first thing it does is its user's work."""
+        self._credit = 1.0
+
     def grant(self, wanted: int, now: int) -> int:
         """The deadline to set for the one that the guest wants; 0, which disarms the timer, stays 0."""
         self._fill(now)
