@@ -9,8 +9,8 @@ PY := $(VENV)/bin/python
 # iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
 RUN_PACKAGES := busybox-static dnsmasq-base e2fsprogs erofs-utils gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
 KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make xz-utils
-TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry iproute2 \
-	libseccomp-dev openssl podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
+TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry genisoimage iproute2 \
+	libseccomp-dev openssh-client openssl ovmf podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
 
 .PHONY: demo test check bench agent agent-aarch64 agent-riscv64 bytecode clean kernel lint unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import pytest
 from nagaya import Host, Machine
 from nagaya.errors import Conflict, IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.manager.attachment import Attachment
-from nagaya.manager.hardware import DriveOptions, HardwareOptions
+from nagaya.manager.hardware import DriveOptions, HardwareOptions, SeedOptions
 from nagaya.manager.options import CreateOptions
 from nagaya.model.spec import Restart
 from tests.conftest import require_program
@@ -278,6 +279,55 @@ def test_screen_and_keys(make: Callable[..., Machine]) -> None:
             viewer.sendall(b"RFB 003.008\n")
             assert viewer.recv(2) == b"\x01\x01"  # one way to show who one is: none
     machine.kill()
+
+
+def test_what_cloud_init_is_told(make: Callable[..., Machine], tmp_path: Path) -> None:
+    for program in ("genisoimage", "ssh-keygen", "isoinfo"):
+        require_program(program)
+    seed = SeedOptions(user_data=b"#cloud-config\npackages: [x]\n", ssh_keys=("ssh-ed25519 AAAA me",))
+    machine = make(seed=seed, common=QUIET._replace(network="user", hostname="inner"))
+    machine.start()
+    wait_until(machine, "READY")
+    iso = f"{machine.directory}/seed.iso"
+
+    def read(name: str) -> str:
+        return subprocess.run(["isoinfo", "-J", "-i", iso, "-x", f"/{name}"], capture_output=True, text=True).stdout
+
+    assert Path(iso).read_bytes()[0x8028:].startswith(b"CIDATA ")
+    meta = json.loads(read("meta-data"))
+    assert (meta["instance-id"], meta["local-hostname"]) == (machine.id, "inner")
+    assert [key.split()[0] for key in meta["public-keys"]] == ["ssh-ed25519", "ssh-ed25519"]
+    assert read("user-data") == "#cloud-config\npackages: [x]\n"
+    assert json.loads(read("network-config"))["config"][0]["subnets"] == [{"type": "dhcp4"}]
+    login = machine.find_login()
+    assert (login.user, login.host) == ("debian", "127.0.0.1") and login.port > 1023
+    socket.create_connection((login.host, login.port), timeout=10).close()  # QEMU listens
+    assert os.stat(login.key).st_mode & 0o777 == 0o600
+    machine.stop()
+    plain = make("plain")
+    with pytest.raises(Unsupported, match="cloud-init"):
+        plain.find_login()
+    with pytest.raises(UsageError, match="public key"):
+        make("wrong", seed=SeedOptions(ssh_keys=("BEGIN OPENSSH PRIVATE KEY",)))
+
+
+@pytest.mark.skipif(not os.environ.get("NAGAYA_BUILD_MACHINES"), reason="takes 15 minutes: NAGAYA_BUILD_MACHINES=1")
+@pytest.mark.timeout(3000)
+def test_a_debian_of_our_own(empty_cli: Cli) -> None:
+    """Built from the host's package sources, booted by BIOS and by UEFI to a login by ssh."""
+    cli = empty_cli
+    ran = cli("machine", "build", "debian", "made", timeout_s=1800)
+    assert ran.code == 0, ran
+    for firmware in ("bios", "uefi"):
+        name = f"deb-{firmware}"
+        made = cli("machine", "create", name, "--disk", "made,clone", "--cloud-init", "--firmware", firmware)
+        assert made.code == 0, made
+        cli.ok("start", name)
+        said = cli("ssh", "--wait", "900", name, "hostname; findmnt -no FSTYPE /; ls /sys/firmware", timeout_s=1000)
+        assert said.code == 0 and said.out.startswith(f"{name}\next4\n"), said
+        assert ("efi" in said.out.split()) == (firmware == "uefi")
+        cli.ok("stop", name, timeout_s=120)
+        cli.ok("rm", name)
 
 
 def test_qemu_has_nothing_of_the_host(make: Callable[..., Machine]) -> None:

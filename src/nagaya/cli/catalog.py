@@ -30,6 +30,7 @@ MACHINES: dict[str, tuple[str, str]] = {
     "update": ("update:UPDATE", "Change limits, type and restart policy of machines"),
     "diff": ("diff:DIFF", "Show what a machine has changed of its image"),
     "commit": ("commit:COMMIT", "Make an image of what a machine has changed"),
+    "ssh": ("ssh:SSH", "Log in to a whole machine, or run a command in it"),
     "screen": ("screen:SCREEN", "Say how to look at a whole machine's screen"),
     "screenshot": ("screen:SCREENSHOT", "Write what a whole machine's screen shows to a picture"),
     "sendkey": ("screen:SENDKEY", "Press keys of a whole machine"),
@@ -67,7 +68,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "The machine commands under one word",
         {"ls": "ps", "prune": "prune:PRUNE_MACHINES", "inspect": "inspect:INSPECT_MACHINE"}
         | {name: name for name in MACHINES if name not in ("ps", "inspect")}
-        | {"create": "hardware:CREATE"},
+        | {"create": "hardware:CREATE", "build": "build_machine:BUILD"},
     ),
     "image": (
         "The image commands under one word",
@@ -106,6 +107,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "connect": "network:CONNECT", "disconnect": "network:DISCONNECT", "prune": "network:PRUNE",
         },
     ),
+    "generate": ("Make files for other programs", {"systemd": "generate:SYSTEMD"}),
     "kernel": (
         "Build, list and remove the kernels that machines boot",
         {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
@@ -117,6 +119,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
 }  # fmt: skip
 GROUP_SUMMARIES = {
     "machine create": "Create a whole machine from disks; or, given an image, as 'nagaya create' does",
+    "machine build": "Make a disk with a system on it, from this host's package sources",
     "machine prune": "Remove machines that do not run",
     "machine inspect": "Show everything about machines",
     "image inspect": "Show everything about images",
@@ -150,6 +153,7 @@ GROUP_SUMMARIES = {
     "network connect": "Plug a machine into a network",
     "network disconnect": "Take a machine off a network",
     "network prune": "Remove networks that no machine is on",
+    "generate systemd": "Print a unit that starts and stops a machine with the host",
     "kernel build": "Build a guest kernel from this host's source package",
     "kernel ls": "List guest kernels",
     "kernel path": "Show where a guest kernel is",

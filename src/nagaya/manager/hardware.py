@@ -13,13 +13,15 @@ from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions
 from nagaya.manager.settings import AUTO, choose_first
-from nagaya.model.spec import Drive, Hardware, Limits, MachineSpec, Process
+from nagaya.model.spec import Drive, Hardware, Limits, MachineSpec, Process, Seed
 from nagaya.static import NamedTuple
 from nagaya.storage import rootfs
 from nagaya.storage.disk_images.chain import choose_format, open_chain
 from nagaya.storage.disk_images.formats import get_format
+from nagaya.storage.disk_images.seed import MOST_USER_DATA, SEED, USER_DATA, make_key, require_seed_programs
 from nagaya.storage.disk_images.store import Disks
 from nagaya.storage.paths import Paths
+from nagaya.storage.records import write_file
 
 FIRMWARES = ("bios", "uefi")
 ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "riscv64": "linux/riscv64"}
@@ -41,6 +43,14 @@ class DriveOptions(NamedTuple):
     allow_backing: bool = False
 
 
+class SeedOptions(NamedTuple):
+    """What cloud-init is to be told. `user` "" = root, or with user-data of one's own the image's usual user."""
+
+    user_data: bytes = b""
+    ssh_keys: tuple[str, ...] = ()
+    user: str = ""
+
+
 class HardwareOptions(NamedTuple):
     """What a caller may ask of a whole machine. "" = the default."""
 
@@ -51,6 +61,7 @@ class HardwareOptions(NamedTuple):
     drives: tuple[DriveOptions, ...] = ()
     boot: str = ""  # "disk" | "cdrom": what is tried first
     compat: bool = False
+    seed: SeedOptions | None = None
     common: CreateOptions = CreateOptions(image="")  # network, limits, restart, labels, hostname, log
 
 
@@ -103,6 +114,8 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, type_: str, ma
     if options.boot not in ("", "disk", "cdrom"):
         raise UsageError(f"--boot: '{options.boot}' is neither disk nor cdrom")
     drives = tuple(_plan_drive(each, number, disks) for number, each in enumerate(options.drives))
+    if drives and options.seed is not None:
+        drives += (Drive(SEED, "raw", cdrom=True, read_only=True, own=True),)
     if not drives:
         raise UsageError("a whole machine needs a disk or a CD", hint="for example --disk 20g --cdrom installer.iso")
     paths = [drive.path for drive in drives if drive.path and not drive.read_only]
@@ -135,6 +148,7 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, type_: str, ma
             drives=drives,
             boot_cdrom=options.boot == "cdrom",
             compat=options.compat,
+            seed=_plan_seed(options.seed),
         ),
     )
     _check_limits(spec.limits)
@@ -150,6 +164,22 @@ def find_architecture(text: str) -> str:
     if name not in ARCHITECTURES:
         raise UsageError(f"unknown architecture '{text}'", hint=f"one of: {', '.join(ARCHITECTURES)}")
     return name
+
+
+def _plan_seed(options: SeedOptions | None) -> Seed | None:
+    if options is None:
+        return None
+    require_seed_programs()
+    if len(options.user_data) > MOST_USER_DATA:
+        raise UsageError(f"--user-data: more than {MOST_USER_DATA >> 20} MiB are not passed on")
+    for key in options.ssh_keys:
+        words = key.split()
+        if len(words) < 2 or not words[0].startswith(("ssh-", "ecdsa-", "sk-")) or not key.isprintable():
+            raise UsageError("--ssh-key: no public key is in it", hint="for example --ssh-key ~/.ssh/id_ed25519.pub")
+    user = options.user or ("debian" if options.user_data else "root")
+    if not user.replace("-", "").replace("_", "").replace(".", "").isalnum() or user.startswith("-"):
+        raise UsageError(f"--ssh-user: '{user}' is no user's name")
+    return Seed(options.ssh_keys, user)
 
 
 def _check_limits(limits: Limits) -> None:
@@ -198,7 +228,11 @@ def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) ->
     hardware, directory = spec.hardware, paths.machine(spec.id)
     assert hardware is not None
     disks = Disks(paths.root)
-    for drive, wanted in zip(hardware.drives, options.drives, strict=True):
+    if options.seed is not None:
+        make_key(directory, spec.name)
+        if options.seed.user_data:
+            write_file(f"{directory}/{USER_DATA}", options.seed.user_data)
+    for drive, wanted in zip(hardware.drives, options.drives, strict=False):  # behind them is what cloud-init reads
         if not drive.own:
             continue
         target = f"{directory}/{drive.path}"
@@ -216,7 +250,6 @@ def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) ->
 
 def _copy_variables(spec: MachineSpec, target: str) -> None:
     from nagaya.engines.qemu.pc_boards import find_firmware, find_pc_board  # lazy: UEFI alone
-    from nagaya.storage.records import write_file
 
     _, template = find_firmware(find_pc_board(spec.platform))
     try:

@@ -50,6 +50,16 @@ class ProcessRow(NamedTuple):
     command: str
 
 
+class Login(NamedTuple):
+    """Where and how an ssh client gets in. `key` and `known_hosts` are paths of files."""
+
+    user: str
+    host: str
+    port: int
+    key: str
+    known_hosts: str
+
+
 class Completed(NamedTuple):
     """A program that ran to its end."""
 
@@ -351,6 +361,22 @@ class Machine:
         self._need_screen()
         require("keys", self.state.phase, self.name)
         self.ask("press_keys", keys=list(keys), text=text)
+
+    def find_login(self) -> Login:
+        """How to log in by ssh. Raises `Unsupported` for one whose system was not told of a key of ours."""
+        seed = self.spec.hardware.seed if self.spec.hardware is not None else None
+        if seed is None:
+            raise Unsupported(
+                f"machine '{self.name}' has no key of Nagaya's in it, for it was made without --cloud-init",
+                hint=f"use 'nagaya exec {self.name}'" if self.spec.hardware is None else "log in on its console: "
+                f"nagaya attach {self.name}",
+            )  # fmt: skip
+        require("login", self.state.phase, self.name)
+        answer = self.ask("login")
+        host, port = str(answer.get("host") or ""), int(str(answer.get("port") or 0))
+        if not host:
+            raise Unsupported(f"machine '{self.name}' has no network to log in by", hint="create it with a --network")
+        return Login(seed.user, host, port, f"{self.directory}/id_ed25519", f"{self.directory}/known_hosts")
 
     def _need_screen(self) -> None:
         if self.spec.hardware is None:

@@ -110,6 +110,13 @@ class Drive(NamedTuple):
     allow_backing: bool = False  # what it stands on may lie anywhere
 
 
+class Seed(NamedTuple):
+    """What cloud-init is told at the first boot, beside the user-data in the machine's directory."""
+
+    ssh_keys: tuple[str, ...] = ()  # whole lines, as in authorized_keys
+    user: str = "root"  # whom `nagaya ssh` logs in as
+
+
 class Hardware(NamedTuple):
     """A whole machine that boots from its disks, whatever is on them: there is no image, and no agent of ours inside."""
 
@@ -117,6 +124,7 @@ class Hardware(NamedTuple):
     drives: tuple[Drive, ...] = ()  # in the order in which they are tried at boot, CDs first when `boot_cdrom`
     boot_cdrom: bool = False
     compat: bool = False  # devices that every system has drivers for, instead of virtio
+    seed: Seed | None = None
 
 
 class MachineSpec(NamedTuple):

@@ -28,6 +28,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "stats": (RUNNING, PAUSED),
     "screen": (RUNNING, PAUSED),  # a picture of it
     "keys": (RUNNING,),
+    "login": (RUNNING,),  # by ssh
     "snapshot": (RUNNING, PAUSED),
     "remove": (CREATED, EXITED),
 }

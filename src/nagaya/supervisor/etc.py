@@ -26,6 +26,12 @@ def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[
     return tuple((f"/etc/{name}", f"{directory}/{name}") for name in contents)
 
 
+def read_host_nameservers() -> tuple[str, ...]:
+    """Those of the host that a machine can reach, or public ones."""
+    text = names.resolv_conf(_host_resolv_conf(), (), own_namespace=True)
+    return tuple(line.split()[1] for line in text.splitlines() if line.startswith("nameserver "))
+
+
 def _host_resolv_conf() -> str:
     try:
         with open("/etc/resolv.conf", encoding="utf-8", errors="replace") as file:

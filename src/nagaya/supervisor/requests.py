@@ -225,7 +225,19 @@ def _press_keys(machine: Supervisor, client: Client, request: dict[str, object])
     client.finish(control.reply())
 
 
+def _find_login(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """Where the ssh server of a whole machine is to be reached."""
+    _require(machine, "login")
+    _need(machine, "power", "be logged in to")
+    port = machine.engine.find_forwarded()  # type: ignore[attr-defined]
+    if port:
+        client.finish(control.reply(host="127.0.0.1", port=port))
+    else:
+        client.finish(control.reply(host=machine.state.address, port=22))
+
+
 _REQUESTS: dict[str, Any] = {
+    "login": _find_login,
     "screenshot": _screenshot,
     "press_keys": _press_keys,
     "attach": _attach,

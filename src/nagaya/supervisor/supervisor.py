@@ -16,6 +16,7 @@ from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaErr
 from nagaya.kernel import unix
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING
+from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import control
 from nagaya.protocol.setup import with_time
 from nagaya.storage import events, machines, rootfs
@@ -260,7 +261,7 @@ class Supervisor:
             network = wire_up(self.paths, self.spec, stack)
             request = BootRequest(
                 spec=self.spec,
-                rootfs=self._plan_rootfs(),
+                rootfs=self._plan_rootfs(network),
                 mounts=rootfs.plan_mounts(self.paths, self.spec),
                 network=network,
                 etc=write_etc(f"{self._directory}/etc", self.spec, network),
@@ -274,8 +275,12 @@ class Supervisor:
             stack.close()
             raise
 
-    def _plan_rootfs(self) -> RootfsPlan | DiskPlan | HardwarePlan:
+    def _plan_rootfs(self, network: NetworkPlan) -> RootfsPlan | DiskPlan | HardwarePlan:
         if self.engine.rootfs_kind == "hardware":
+            if self.spec.hardware is not None and self.spec.hardware.seed is not None:
+                from nagaya.supervisor.seeding import seed  # lazy: those alone that cloud-init is in
+
+                seed(self._directory, self.spec, network)
             return rootfs.plan_hardware(self.paths, self.spec)
         if self.engine.rootfs_kind == "disk":
             return rootfs.plan_disks(self._directory, self.spec)

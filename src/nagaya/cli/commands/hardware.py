@@ -10,10 +10,11 @@ from nagaya.cli.create_flags import tell
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.cli.network_flags import read as read_network
 from nagaya.errors import UsageError
-from nagaya.manager.hardware import DEFAULT_STOP_S, DriveOptions, HardwareOptions, is_size
+from nagaya.manager.hardware import DEFAULT_STOP_S, DriveOptions, HardwareOptions, SeedOptions, is_size
 from nagaya.manager.options import CreateOptions
 from nagaya.manager.settings import read_settings
 from nagaya.model.spec import Limits
+from nagaya.storage.disk_images.seed import MOST_USER_DATA
 
 _SHARED = (
     "hostname", "label", "label-file", "network", "ip", "ip6", "mac-address", "network-alias", "publish", "net-rate",
@@ -29,6 +30,12 @@ _OWN = (
     Flag("--compat", "Devices that every system has drivers for (IDE, e1000, plain VGA), instead of virtio"),
     Flag("--stop-timeout", "Seconds from the power button to being switched off (default 60)", value="SECONDS"),
     Flag("--name", "Name of the machine; or the only word", value="NAME"),
+)  # fmt: skip
+_SEED = (
+    Flag("--cloud-init", "Tell the system who it is by cloud-init: name, network, and a key for 'nagaya ssh'"),
+    Flag("--user-data", "Pass this on to cloud-init (and the above)", value="FILE"),
+    Flag("--ssh-key", "Let the owner of a public key log in (and the above)", value="FILE", many=True),
+    Flag("--ssh-user", "Whom 'nagaya ssh' logs in as (default root; with --user-data debian)", value="NAME"),
 )  # fmt: skip
 _MARKS = ("--disk", "--cdrom", "--firmware", "--arch", "--boot", "--compat")
 _DRIVE_WORDS = ("clone", "ro", "allow-backing")
@@ -74,8 +81,33 @@ def read_options(parsed: Parsed) -> HardwareOptions:
         drives=tuple(drives),
         boot=parsed.text("boot") or ("cdrom" if fresh and all(drive.cdrom for drive in drives) else "disk"),
         compat=parsed.switch("compat"),
+        seed=_read_seed(parsed),
         common=_read_common(parsed),
     )
+
+
+def _read_seed(parsed: Parsed) -> SeedOptions | None:
+    user_data, keys = parsed.text("user-data"), parsed.texts("ssh-key")
+    if not (parsed.switch("cloud-init") or user_data or keys):
+        if parsed.given("ssh-user"):
+            raise UsageError("--ssh-user is for machines with cloud-init", hint="add --cloud-init")
+        return None
+    lines = [
+        line.strip() for path in keys for line in _read_file(path, "--ssh-key").decode(errors="replace").splitlines()
+    ]
+    return SeedOptions(
+        user_data=_read_file(user_data, "--user-data") if user_data else b"",
+        ssh_keys=tuple(line for line in lines if line and not line.startswith("#")),
+        user=parsed.text("ssh-user"),
+    )
+
+
+def _read_file(path: str, what: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MOST_USER_DATA + 1)
+    except OSError as error:
+        raise UsageError(f"{what}: cannot read {path}: {error.strerror}") from None
 
 
 def parse_disk(text: str) -> DriveOptions:
@@ -138,7 +170,7 @@ CREATE = Command(
     create,
     usage="[NAME]",
     words=(0, 1),
-    flags=(*_OWN, *(flag for flag in create_flags.FLAGS if flag.key in _SHARED)),
+    flags=(*_OWN, *_SEED, *(flag for flag in create_flags.FLAGS if flag.key in _SHARED)),
     about="A whole machine boots from its disks, whatever system is on them; Nagaya has nothing inside it. The same"
     " commands start, stop, pause, remove and look at it; 'nagaya attach' is its serial console. Its network is 'user'"
     " unless another is named: it gets an address by DHCP, and nobody can reach it.\n"
@@ -146,6 +178,7 @@ CREATE = Command(
     examples=(
         ("nagaya machine create web --disk 20g --cdrom ./installer.iso", "install a system"),
         ("nagaya machine create db --disk ./debian.qcow2,clone --firmware uefi -m 2g", "on top of an image"),
+        ("nagaya machine create ci --disk debian,clone --cloud-init", "a cloud image; then nagaya ssh ci"),
         ("nagaya machine create old --disk ./appliance.vmdk --compat", "a system without virtio drivers"),
     ),
     instead=instead,

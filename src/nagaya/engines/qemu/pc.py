@@ -163,6 +163,7 @@ class WholeMachineEngine:
             monitor=monitor_number,
             console=console,
             cards=tuple(_plug(link, inherited) for link in request.network.links),
+            forward_ssh=hardware.seed is not None,
         )
         self._memory_bytes = machine.memory_bytes
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
@@ -214,6 +215,12 @@ class WholeMachineEngine:
         """See `Screened.press_keys`."""
         assert self._monitor is not None
         screen.press(self._monitor, screen.parse_keys(words, text))
+
+    def find_forwarded(self) -> int:
+        """The port of this host's loopback that leads to the machine's ssh; 0 = none does."""
+        from nagaya.engines.qemu.measures import forwarded_port
+
+        return forwarded_port(self._command("human-monitor-command", command_line="info usernet"))
 
     def _admit_viewer(self) -> None:
         """Somebody has connected to the screen's socket."""

@@ -48,6 +48,7 @@ class PcMachine(NamedTuple):
     monitor: int
     console: int
     cards: tuple[Card, ...] = ()
+    forward_ssh: bool = False  # of a user-mode network: a port of the host's loopback, of the kernel's choice
 
 
 def plan_pc(machine: PcMachine) -> list[str]:
@@ -149,6 +150,8 @@ def _network(machine: PcMachine) -> list[str]:
     for number, card in enumerate(machine.cards):
         tap = f"tap,id=net{number},fd={card.tap},vhost=off"
         user = f"user,id=net{number},net={USER_NETWORK},ipv6=off"
+        if machine.forward_ssh:
+            user += ",hostfwd=tcp:127.0.0.1:0-:22"
         kind = "e1000" if machine.compat else "virtio-net-pci"
         command += ["-netdev", tap if card.tap >= 0 else user]
         command += ["-device", f"{kind},id=card{number},netdev=net{number},mac={card.mac}"]

@@ -290,6 +290,12 @@ class Disks:
         finally:
             os.close(fd)
 
+    def refuse_taken(self, text: str) -> None:
+        """Raise `Conflict` when there is such a disk already, before much is done for a new one of that name."""
+        target = self._target(text, "")
+        if os.path.lexists(target.path):
+            raise _taken(target)
+
     def dependants(self, path: str) -> builtins_list[str]:
         """The paths of the disks in the same directory, and of the store, that stand on the one at `path`."""
         path, found = os.path.realpath(path), []
@@ -386,7 +392,7 @@ class Disks:
                 raise NotFound(f"there is no directory '{os.path.dirname(path)}'", hint="make it first")
             return _Target(path, kind, text)
         kind = get_format(format or "qcow2")
-        make_directory(self.directory, 0o700)
+        make_directory(self.directory, 0o711)
         others = self._files(_checked(text))
         path = f"{self.directory}/{text}{kind.extension}"
         if others and others != [path]:

@@ -1,0 +1,148 @@
+"""Making the disk of a whole machine from this host's own package sources, so that nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nagaya.errors import HostError, LaunchError, Unsupported, UsageError
+from nagaya.images.progress import Progress
+from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, rewrite_suite
+from nagaya.images.sources.bootstrap import HOST_PARTS, NUMBERS, SUITES, host_suite
+from nagaya.static import NamedTuple
+from nagaya.storage.disk_images.assemble import Uuids, assemble_disk
+from nagaya.storage.disk_images.store import Disk, Disks
+from nagaya.storage.lock import FileLock
+from nagaya.storage.paths import Paths, make_directory
+from nagaya.storage.tree import remove_tree
+
+LEAST_BYTES = 2 << 30
+PACKAGES = (
+    "linux-image-amd64", "systemd-sysv", "udev", "dbus", "openssh-server", "cloud-init", "cloud-guest-utils",
+    "grub-pc-bin", "grub-efi-amd64-bin", "grub2-common", "dosfstools", "mtools", "e2fsprogs", "iproute2", "ifupdown",
+    "isc-dhcp-client", "netbase", "ca-certificates", "sudo", "less", "qemu-guest-agent",
+)  # fmt: skip
+_WORK = ".build-"
+
+
+class BuildOptions(NamedTuple):
+    """`system`: "debian" or "debian:SUITE". `disk`: the name of the new disk."""
+
+    system: str
+    disk: str
+    size_bytes: int
+    packages: tuple[str, ...] = ()
+
+
+def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Disk:
+    """Build the disk. Raises `Unsupported`, `UsageError`, `Conflict`, `LaunchError`; leaves nothing then."""
+    suite = _find_suite(options.system)
+    if os.geteuid():
+        raise Unsupported("only root can make a Debian with all its owners", hint="run it as root")
+    if os.uname().machine != "x86_64":
+        raise Unsupported("a Debian is made for x86_64 only", hint="get a cloud image: nagaya disk convert")
+    if options.size_bytes < LEAST_BYTES:
+        raise UsageError(f"--size: a Debian needs {LEAST_BYTES >> 30} GiB or more")
+    for name in options.packages:
+        if not name.replace("-", "").replace("+", "").replace(".", "").isalnum() or name.startswith("-"):
+            raise UsageError(f"--include: '{name}' is no package's name")
+    lines = rewrite_suite(find_debian_sources(), suite)
+    if not lines:
+        raise Unsupported(
+            "this machine's apt has no Debian sources to make a Debian from",
+            hint="add a 'deb' line to /etc/apt/sources.list",
+        )
+    disks = Disks(paths.root)
+    disks.refuse_taken(options.disk)
+    with _workplace(disks.directory) as place:
+        progress.step(f"debian {suite}: packages (takes minutes)")
+        _bootstrap(f"{place}/tree", suite, lines, options.packages)
+        progress.step("the disk")
+        uuids = Uuids(str(uuid.uuid4()), os.urandom(4).hex())
+        _configure(f"{place}/tree", uuids)
+        try:
+            assemble_disk(f"{place}/tree", f"{place}/disk.raw", size_bytes=options.size_bytes, uuids=uuids)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot make the disk") from None
+        progress.step("qcow2")
+        return disks.convert(f"{place}/disk.raw", options.disk, to="qcow2")
+
+
+def _find_suite(system: str) -> str:
+    name, _, tag = system.partition(":")
+    suite = NUMBERS.get(tag, tag) or host_suite()
+    if name != "debian" or suite not in SUITES:
+        raise UsageError(f"there is no recipe for '{system}'", hint="for example debian, or debian:bookworm")
+    return suite
+
+
+@contextmanager
+def _workplace(directory: str) -> Iterator[str]:
+    """A directory beside the disks. Those of builders that were killed, whose locks nobody holds, are removed."""
+    make_directory(directory, 0o711)
+    os.chmod(directory, 0o711)
+    for name in os.listdir(directory):
+        if name.startswith(_WORK):
+            old = FileLock(f"{directory}/{name}/lock")
+            try:
+                if old.acquire(wait=False):
+                    remove_tree(f"{directory}/{name}")
+                    old.release()
+            except FileNotFoundError:
+                remove_tree(f"{directory}/{name}")
+    place = f"{directory}/{_WORK}{os.urandom(8).hex()}"
+    os.mkdir(place, 0o755)  # apt's own user has to get through
+    lock = FileLock(f"{place}/lock")
+    lock.acquire()
+    try:
+        yield place
+    finally:
+        remove_tree(place)
+        lock.release()
+
+
+def _bootstrap(tree: str, suite: str, lines: list[str], packages: tuple[str, ...]) -> None:
+    command = [
+        "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join((*PACKAGES, *packages))}",
+        *HOST_PARTS, *(f"--aptopt={option}" for option in find_proxies()), suite, tree, *lines,
+    ]  # fmt: skip
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment.pop("TMPDIR", None)
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False,
+            process_group=0,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise Unsupported("making a Debian needs mmdebstrap", hint="as root: apt-get install mmdebstrap") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
+        raise LaunchError(
+            f"mmdebstrap: {said[-1] if said else done.returncode}",
+            hint="check that 'apt-get update' works on this machine",
+            command="mmdebstrap", status=done.returncode, log_tail=done.stderr[-4000:],
+        )  # fmt: skip
+
+
+def _configure(tree: str, uuids: Uuids) -> None:
+    """What makes it a machine image: its file systems, and nothing that two machines must not share."""
+    files = {
+        "etc/fstab": f"UUID={uuids.root} / ext4 errors=remount-ro 0 1\n",
+        "etc/machine-id": "",  # systemd makes one at the first boot
+        "etc/hostname": "debian\n",
+        "etc/default/grub.d/50_nagaya.cfg": 'GRUB_TIMEOUT=1\nGRUB_CMDLINE_LINUX_DEFAULT=""\n'
+        'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200"\nGRUB_TERMINAL="console serial"\n',
+        "etc/cloud/cloud.cfg.d/90_nagaya.cfg": "datasource_list: [NoCloud, None]\n",
+        "etc/network/interfaces": "auto lo\niface lo inet loopback\nsource /etc/network/interfaces.d/*\n",
+    }
+    for path, text in files.items():
+        os.makedirs(os.path.dirname(f"{tree}/{path}"), exist_ok=True)
+        with open(f"{tree}/{path}", "w", encoding="utf-8") as file:
+            file.write(text)
+    keys = f"{tree}/etc/ssh"
+    for name in os.listdir(keys):
+        if name.startswith("ssh_host_"):
+            os.unlink(f"{keys}/{name}")  # cloud-init makes the machine's own
