@@ -258,23 +258,23 @@ def test_hardware_for_old_systems(make: Callable[..., Machine]) -> None:
 def test_screen_and_keys(make: Callable[..., Machine]) -> None:
     machine = make()
     with pytest.raises(Conflict):
-        machine.screenshot()
+        machine.front.take_picture()
     machine.start()
     wait_until(machine, "READY")
-    before = machine.screenshot(format="ppm")
+    before = machine.front.take_picture(format="ppm")
     assert before.startswith(b"P6\n720 400\n255\n") and len(before) == 15 + 720 * 400 * 3
-    assert machine.screenshot().startswith(b"\x89PNG\r\n")
-    machine.press_keys(("a", "f1"), text="b!")
+    assert machine.front.take_picture().startswith(b"\x89PNG\r\n")
+    machine.front.press_keys(("a", "f1"), text="b!")
     wait_until(machine, "KKKKK")  # the exclamation mark is two keys
-    assert machine.screenshot(format="ppm") != before
+    assert machine.front.take_picture(format="ppm") != before
     for keys, text in ((("nosuchkey",), ""), (("a--b",), ""), ((), "é")):
         with pytest.raises(UsageError):
-            machine.press_keys(keys, text=text)
+            machine.front.press_keys(keys, text=text)
     assert not [name for name in os.listdir(machine.runtime_dir) if name.startswith("screen-")]
     for _ in range(3):  # a viewer that goes leaves room for the next one
         with socket.socket(socket.AF_UNIX) as viewer:
             viewer.settimeout(WITHIN_S)
-            viewer.connect(machine.screen_socket())
+            viewer.connect(machine.front.find_screen())
             assert viewer.recv(12) == b"RFB 003.008\n"
             viewer.sendall(b"RFB 003.008\n")
             assert viewer.recv(2) == b"\x01\x01"  # one way to show who one is: none
@@ -299,14 +299,14 @@ def test_what_cloud_init_is_told(make: Callable[..., Machine], tmp_path: Path) -
     assert [key.split()[0] for key in meta["public-keys"]] == ["ssh-ed25519", "ssh-ed25519"]
     assert read("user-data") == "#cloud-config\npackages: [x]\n"
     assert json.loads(read("network-config"))["config"][0]["subnets"] == [{"type": "dhcp4"}]
-    login = machine.find_login()
+    login = machine.front.find_login()
     assert (login.user, login.host) == ("debian", "127.0.0.1") and login.port > 1023
     socket.create_connection((login.host, login.port), timeout=10).close()  # QEMU listens
     assert os.stat(login.key).st_mode & 0o777 == 0o600
     machine.stop()
     plain = make("plain")
     with pytest.raises(Unsupported, match="cloud-init"):
-        plain.find_login()
+        plain.front.find_login()
     with pytest.raises(UsageError, match="public key"):
         make("wrong", seed=SeedOptions(ssh_keys=("BEGIN OPENSSH PRIVATE KEY",)))
 

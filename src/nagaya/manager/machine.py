@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nagaya.engines.base import Stats
-from nagaya.errors import Conflict, HostError, NagayaError, NotFound, RemoteError, Unsupported, UsageError
+from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, Unsupported, UsageError
 from nagaya.manager import repair
 from nagaya.manager.attachment import Attachment, Connection, ask, connect
 from nagaya.manager.creating import plan_exec
@@ -29,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.changes import Change
     from nagaya.images.store import Image, ImageStore
+    from nagaya.manager.front import FrontPanel
     from nagaya.manager.snapshots import Snapshots
 
 
@@ -48,16 +49,6 @@ class ProcessRow(NamedTuple):
     cpu_s: float
     memory_bytes: int
     command: str
-
-
-class Login(NamedTuple):
-    """Where and how an ssh client gets in. `key` and `known_hosts` are paths of files."""
-
-    user: str
-    host: str
-    port: int
-    key: str
-    known_hosts: str
 
 
 class Completed(NamedTuple):
@@ -329,61 +320,12 @@ class Machine:
             raise RemoteError(f"the agent could not list processes: {err.decode(errors='replace').strip()}")
         return [_parse_process(line) for line in out.splitlines()]
 
-    # -- screen and keyboard of a whole machine
+    @property
+    def front(self) -> FrontPanel:
+        """Screen, keyboard and login of a whole machine. Raises `Unsupported` for one that was made from an image."""
+        from nagaya.manager.front import FrontPanel  # lazy: whole machines alone
 
-    def screen_socket(self) -> str:
-        """The path of the socket at which a viewer gets its screen (VNC). Raises `Unsupported` where it has none."""
-        self._need_screen()
-        require("screen", self.state.phase, self.name)
-        return f"{self.runtime_dir}/screen.sock"
-
-    def screenshot(self, *, format: str = "png") -> bytes:
-        """What its screen shows, as "png" or "ppm"."""
-        self._need_screen()
-        require("screen", self.state.phase, self.name)
-        name = str(self.ask("screenshot", format=format).get("file"))
-        if "/" in name:
-            raise RemoteError("the machine's supervisor named no file of its own")
-        path = f"{self.runtime_dir}/{name}"
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise HostError.from_os(error, "cannot read the picture of the screen") from None
-        finally:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-
-    def press_keys(self, keys: tuple[str, ...] = (), *, text: str = "") -> None:
-        """Press keys ("ctrl-alt-delete", "f2"), then type `text`. Raises `UsageError` for what is no key."""
-        self._need_screen()
-        require("keys", self.state.phase, self.name)
-        self.ask("press_keys", keys=list(keys), text=text)
-
-    def find_login(self) -> Login:
-        """How to log in by ssh. Raises `Unsupported` for one whose system was not told of a key of ours."""
-        seed = self.spec.hardware.seed if self.spec.hardware is not None else None
-        if seed is None:
-            raise Unsupported(
-                f"machine '{self.name}' has no key of Nagaya's in it, for it was made without --cloud-init",
-                hint=f"use 'nagaya exec {self.name}'" if self.spec.hardware is None else "log in on its console: "
-                f"nagaya attach {self.name}",
-            )  # fmt: skip
-        require("login", self.state.phase, self.name)
-        answer = self.ask("login")
-        host, port = str(answer.get("host") or ""), int(str(answer.get("port") or 0))
-        if not host:
-            raise Unsupported(f"machine '{self.name}' has no network to log in by", hint="create it with a --network")
-        return Login(seed.user, host, port, f"{self.directory}/id_ed25519", f"{self.directory}/known_hosts")
-
-    def _need_screen(self) -> None:
-        if self.spec.hardware is None:
-            raise Unsupported(
-                f"machine '{self.name}' was made from an image, and has no screen",
-                hint=f"'nagaya attach {self.name}' shows its program",
-            )
+        return FrontPanel(self)
 
     # -- looking at it
 

@@ -13,7 +13,7 @@ from nagaya.errors import HostError, UsageError
 
 def screen(context: Context, parsed: Parsed) -> int:
     """Say where a viewer finds it; with -q the socket alone."""
-    path = context.host.machines.get(parsed.words[0]).screen_socket()
+    path = context.host.machines.get(parsed.words[0]).front.find_screen()
     if parsed.switch("quiet"):
         print(path)
         return 0
@@ -32,7 +32,7 @@ def screenshot(context: Context, parsed: Parsed) -> int:
     format_ = "ppm" if path.lower().endswith(".ppm") else "png"
     if path != "-" and not path.lower().endswith((".png", ".ppm")):
         raise UsageError(f"'{path}' is neither a .png nor a .ppm", hint="for example screen.png")
-    picture = context.host.machines.get(name).screenshot(format=format_)
+    picture = context.host.machines.get(name).front.take_picture(format=format_)
     if path == "-":
         sys.stdout.buffer.write(picture)
         return 0
@@ -52,7 +52,7 @@ def sendkey(context: Context, parsed: Parsed) -> int:
     text = parsed.text("text")
     if not keys and not text:
         raise UsageError("no key was named", hint=f"for example nagaya sendkey {name} ctrl-alt-delete")
-    context.host.machines.get(name).press_keys(tuple(keys), text=text)
+    context.host.machines.get(name).front.press_keys(tuple(keys), text=text)
     return 0
 
 

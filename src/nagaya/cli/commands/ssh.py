@@ -9,7 +9,7 @@ from nagaya.cli import values
 from nagaya.cli.context import Context
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
 from nagaya.errors import Conflict, Unsupported
-from nagaya.manager.machine import Login
+from nagaya.manager.front import Login
 
 WAIT_S = 300.0
 _ASK_AGAIN_S = 0.5
@@ -18,7 +18,7 @@ _ASK_AGAIN_S = 0.5
 def ssh(context: Context, parsed: Parsed) -> int:
     """Become an ssh client, once the machine's server answers."""
     name, *command = parsed.words
-    login = context.host.machines.get(name).find_login()
+    login = context.host.machines.get(name).front.find_login()
     if parsed.text("login"):
         login = login._replace(user=parsed.text("login"))
     wait_s = values.parse_timeout(parsed.text("wait"), "--wait") if parsed.given("wait") else WAIT_S

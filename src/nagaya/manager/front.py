@@ -1,0 +1,85 @@
+"""What a whole machine has instead of an agent of ours: a screen, a keyboard, and a way to log in."""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.errors import HostError, RemoteError, Unsupported
+from nagaya.model.state import require
+from nagaya.static import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.manager.machine import Machine
+
+
+class Login(NamedTuple):
+    """Where and how an ssh client gets in. `key` and `known_hosts` are paths of files."""
+
+    user: str
+    host: str
+    port: int
+    key: str
+    known_hosts: str
+
+
+class FrontPanel:
+    """Of a machine that runs: what needs it to raises `Conflict` otherwise."""
+
+    def __init__(self, machine: Machine) -> None:
+        if machine.spec.hardware is None:
+            raise Unsupported(
+                f"machine '{machine.name}' was made from an image: it has no screen, and no key to log in by",
+                hint=f"'nagaya attach {machine.name}' shows its program, 'nagaya exec {machine.name} sh' starts another",
+            )
+        self._machine = machine
+
+    def find_screen(self) -> str:
+        """The path of the socket at which a viewer gets the screen (VNC)."""
+        self._require("screen")
+        return f"{self._machine.runtime_dir}/screen.sock"
+
+    def take_picture(self, *, format: str = "png") -> bytes:
+        """What the screen shows, as "png" or "ppm"."""
+        self._require("screen")
+        name = str(self._machine.ask("screenshot", format=format).get("file"))
+        if "/" in name:
+            raise RemoteError("the machine's supervisor named no file of its own")
+        path = f"{self._machine.runtime_dir}/{name}"
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise HostError.from_os(error, "cannot read the picture of the screen") from None
+        finally:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+    def press_keys(self, keys: tuple[str, ...] = (), *, text: str = "") -> None:
+        """Press keys ("ctrl-alt-delete", "f2"), then type `text`. Raises `UsageError` for what is no key."""
+        self._require("keys")
+        self._machine.ask("press_keys", keys=list(keys), text=text)
+
+    def find_login(self) -> Login:
+        """How to log in by ssh. Raises `Unsupported` for one whose system was not told of a key of ours."""
+        machine = self._machine
+        assert machine.spec.hardware is not None
+        seed = machine.spec.hardware.seed
+        if seed is None:
+            raise Unsupported(
+                f"machine '{machine.name}' has no key of Nagaya's in it, for it was made without --cloud-init",
+                hint=f"log in on its console: nagaya attach {machine.name}",
+            )
+        self._require("login")
+        answer = machine.ask("login")
+        host, port = str(answer.get("host") or ""), int(str(answer.get("port") or 0))
+        if not host:
+            raise Unsupported(
+                f"machine '{machine.name}' has no network to log in by", hint="create it with a --network"
+            )
+        return Login(seed.user, host, port, f"{machine.directory}/id_ed25519", f"{machine.directory}/known_hosts")
+
+    def _require(self, command: str) -> None:
+        require(command, self._machine.state.phase, self._machine.name)
