@@ -135,7 +135,7 @@ def _configure(tree: str, uuids: Uuids) -> None:
         "etc/hostname": "debian\n",
         "etc/default/grub.d/50_nagaya.cfg": 'GRUB_TIMEOUT=1\nGRUB_CMDLINE_LINUX_DEFAULT=""\n'
         'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200"\nGRUB_TERMINAL="console serial"\n',
-        "etc/cloud/cloud.cfg.d/90_nagaya.cfg": "datasource_list: [NoCloud, None]\n",
+        "etc/cloud/cloud.cfg.d/90_nagaya.cfg": "datasource_list: [NoCloud, None]\nlocale: false\n",
         "etc/network/interfaces": "auto lo\niface lo inet loopback\nsource /etc/network/interfaces.d/*\n",
     }
     for path, text in files.items():
