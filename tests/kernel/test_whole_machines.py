@@ -311,6 +311,54 @@ def test_what_cloud_init_is_told(make: Callable[..., Machine], tmp_path: Path) -
         make("wrong", seed=SeedOptions(ssh_keys=("BEGIN OPENSSH PRIVATE KEY",)))
 
 
+def test_a_tree_of_snapshots(make: Callable[..., Machine]) -> None:
+    """Of a stopped machine and of a running one, five deep, and back again; each time its disk says what it had."""
+    machine = make()
+    disk = f"{machine.directory}/disk0.qcow2"
+
+    def write(number: int) -> None:
+        command = f"write -P {number} 512k 64k"
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, disk], check=True, capture_output=True)
+
+    def content() -> int:
+        shown = subprocess.run(["qemu-io", "-f", "qcow2", "-c", "read -v 512k 1", disk], capture_output=True, text=True)
+        return int(shown.stdout.split()[1], 16)
+
+    for number in range(1, 6):
+        write(number)
+        taken = machine.snapshots.create(f"s{number}").snapshot
+        assert taken.parent == (machine.snapshots.get(f"s{number - 1}").id if number > 1 else "")
+    for number in (2, 5, 1):
+        machine.snapshots.restore(f"s{number}")
+        assert content() == number
+    write(9)
+    branch = machine.snapshots.create("branch").snapshot
+    assert branch.parent == machine.snapshots.get("s1").id
+    machine.snapshots.remove("s3")  # from the middle: what stands on it stays
+    machine.snapshots.restore("s4")
+    assert content() == 4
+    assert machine.snapshots.get("s4").parent == machine.snapshots.get("s2").id
+
+    machine.start()
+    wait_until(machine, "READY")
+    with machine.attach() as attachment:
+        talk(attachment, "w", "stored")
+    machine.snapshots.create("running")
+    assert machine.state.phase == "running"
+    with pytest.raises(Unsupported):
+        machine.snapshots.create("no", memory=True)
+    machine.snapshots.restore("s5")
+    wait_until(machine, "READY", times=2)  # it ran, and so it runs again
+    with machine.attach() as attachment:
+        talk(attachment, "r", "absent")
+    machine.snapshots.restore("running")
+    wait_until(machine, "READY", times=3)
+    with machine.attach() as attachment:
+        talk(attachment, "r", "found")
+    machine.kill()
+    assert subprocess.run(["qemu-img", "check", "-q", disk]).returncode == 0
+
+
 @pytest.mark.skipif(not os.environ.get("NAGAYA_BUILD_MACHINES"), reason="takes 15 minutes: NAGAYA_BUILD_MACHINES=1")
 @pytest.mark.timeout(3000)
 def test_a_debian_of_our_own(empty_cli: Cli) -> None:

@@ -6,13 +6,13 @@ import os
 import time
 
 from nagaya import __version__
-from nagaya.engines import open_engine
+from nagaya.engines import engine_of
 from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, PAUSED, RUNNING, STARTING
 from nagaya.static import NamedTuple
-from nagaya.storage import records, rootfs, snapshots
+from nagaya.storage import rootfs, snapshots
 from nagaya.storage.snapshots import Snapshot
 from nagaya.storage.tree import remove_tree
 
@@ -92,7 +92,6 @@ class Snapshots:
         if len(description) > MAX_DESCRIPTION or not description.isprintable():
             raise UsageError(f"a description is one printable line of at most {MAX_DESCRIPTION} characters")
         machine = self._machine
-        machine.need_agent("keep snapshots of it; 'nagaya disk snapshot' keeps states of a disk")
         with machine.lock():
             machine.reload()
             name = self._choose_name(name)
@@ -104,6 +103,7 @@ class Snapshots:
                 )  # fmt: skip
             alive = phase in ALIVE
             wants, warnings = _settle_memory(machine.spec, memory, alive=alive)
+            warnings += _tell_of_others(machine.spec)
             try:
                 snapshot_id, place = snapshots.begin(self._directory)
             except OSError as error:
@@ -118,7 +118,7 @@ class Snapshots:
                 made = Snapshot(
                     format=snapshots.FORMAT, id=snapshot_id, name=name, parent=self.current(),
                     created_ns=time.time_ns(), description=description, spec=machine.spec,
-                    layers=records.load(f"{self._directory}/rootfs.json", rootfs.Layers), phase=phase, memory=wants,
+                    layers=rootfs.load_record(self._directory, machine.spec), phase=phase, memory=wants,
                     version=__version__, parts=snapshots.sum_parts(place),
                 )  # fmt: skip
                 made = snapshots.finish(self._directory, place, made)
@@ -266,8 +266,10 @@ class Snapshots:
         if phase == STARTING:
             raise Conflict(f"machine '{machine.name}' is just starting", hint="try again when it runs", state=phase)
         snapshots.verify(place, snapshot)
-        engine = open_engine(spec.type)
-        if engine.rootfs_kind == "disk":
+        engine = engine_of(spec)
+        if engine.rootfs_kind == "hardware":
+            rootfs.plan_hardware(machine.paths, spec)
+        elif engine.rootfs_kind == "disk":
             if not os.path.isfile(snapshot.layers.root_image):
                 raise IntegrityError(
                     f"the root image of '{spec.image}' is missing from the store", hint=f"nagaya pull {spec.image}"
@@ -296,9 +298,19 @@ def _restored_spec(now: MachineSpec, then: MachineSpec) -> MachineSpec:
     return then._replace(id=now.id, name=now.name, restart=now.restart, auto_remove=now.auto_remove, labels=now.labels)
 
 
+def _tell_of_others(spec: MachineSpec) -> list[str]:
+    """A whole machine's disks that are not its own lie elsewhere, and stay as they are."""
+    drives = spec.hardware.drives if spec.hardware is not None else ()
+    return [
+        f"disk '{drive.path}' is not in the snapshot, for it is not the machine's own"
+        for drive in drives
+        if drive.path and not drive.own and not drive.read_only
+    ]
+
+
 def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tuple[bool, list[str]]:
     """Whether the memory is to be saved. Raises `Unsupported` when it was asked for and cannot be."""
-    engine = open_engine(spec.type)
+    engine = engine_of(spec)
     if memory and not alive:
         raise Conflict(
             f"machine '{spec.name}' does not run: there is no memory to save", hint="leave --memory away",

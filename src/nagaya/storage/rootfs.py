@@ -33,6 +33,18 @@ def make_data_disk(directory: str, spec: MachineSpec) -> None:
     reserve_data_disk(f"{directory}/{DATA_DISK}", spec.limits.storage_bytes or DEFAULT_BYTES)
 
 
+def load_record(directory: str, spec: MachineSpec) -> Layers:
+    """What the machine's root is made of; nothing for a whole machine, which has disks alone."""
+    if spec.hardware is not None:
+        return Layers(())
+    return records.load(f"{directory}/rootfs.json", Layers)
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file of a whole machine's directory is one that its system writes."""
+    return name == FIRMWARE_STATE or (name.startswith("disk") and name.endswith(".qcow2") and name[4:-6].isdigit())
+
+
 def load_layers(directory: str) -> tuple[str, ...]:
     return records.load(f"{directory}/rootfs.json", Layers).lower
 

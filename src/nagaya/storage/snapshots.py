@@ -2,6 +2,7 @@
 
     MACHINE/snapshots/ID/snapshot.json   `Snapshot`: what it is of, and a sum of each part
                         data.img         the machine's disk; or
+                        disk0.qcow2 …    those of a whole machine, and its UEFI's variables; or
                         upper/  copy/    what a container has written
                         memory/…         what the engine has saved (engines/base.py, `Saving`)
                         programs.json    what the supervisor knew of the programs (supervisor/resuming.py)
@@ -25,7 +26,7 @@ from nagaya.model.spec import MachineSpec
 from nagaya.static import NamedTuple
 from nagaya.storage import digests, records
 from nagaya.storage.paths import make_directory
-from nagaya.storage.rootfs import DATA_DISK, Layers
+from nagaya.storage.rootfs import DATA_DISK, Layers, is_own_file
 from nagaya.storage.tree import remove_tree
 
 FORMAT = 1
@@ -183,7 +184,8 @@ def copy_disks(machine_dir: str, place: str) -> None:
 
     Blocks are shared where the file system can share them. Raises `OSError`, and `HostError` for what cp(1) says.
     """
-    copy_file(f"{machine_dir}/{DATA_DISK}", f"{place}/{DATA_DISK}")
+    for name in (DATA_DISK, *filter(is_own_file, os.listdir(machine_dir))):
+        copy_file(f"{machine_dir}/{name}", f"{place}/{name}")
     for name in TREES:
         if os.path.isdir(f"{machine_dir}/{name}"):
             _copy_tree(f"{machine_dir}/{name}", f"{place}/{name}")
@@ -349,6 +351,7 @@ def _finish_restore(machine_dir: str) -> None:
     make_directory(f"{machine_dir}/snapshots")
     for name, target in (
         (DATA_DISK, DATA_DISK),
+        *((name, name) for name in os.listdir(fresh) if is_own_file(name)),
         ("rootfs.json", "rootfs.json"),
         ("spec.json", "spec.json"),
         (_CURRENT, f"snapshots/{_CURRENT}"),

@@ -48,10 +48,11 @@ class Saving:
     def begin(self) -> None:
         """Raises `NagayaError` and `OSError`; nothing has happened then."""
         machine = self._machine
-        assert machine.booted is not None and isinstance(machine.programs, Programs)
+        assert machine.booted is not None
         if not machine.booted.setup:
             self._stop()
             return
+        assert isinstance(machine.programs, Programs)
         self._held = True
         machine.set_timer("held", HELD_WITHIN_S, self._not_held)
         machine.programs.hold(self._agent_held)
@@ -77,13 +78,13 @@ class Saving:
     def _stop(self) -> None:
         """Pause, and save what is in memory; then the disks."""
         machine = self._machine
-        assert isinstance(machine.programs, Programs)
         self._paused_at_ns = time.monotonic_ns()
         if not self._was_paused:
             machine.engine.pause()  # type: ignore[attr-defined]
             self._stopped = True
         try:
             if self._memory:
+                assert isinstance(machine.programs, Programs)  # whole machines have no memory that could be saved
                 os.mkdir(f"{self._place}/{snapshots.MEMORY}", 0o700)
                 machine.engine.save(f"{self._place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
                 resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
@@ -130,13 +131,14 @@ class Saving:
     def _go_on(self) -> None:
         """Let the machine run as it ran before, if it still is there."""
         machine = self._machine
-        if machine.booted is None or not isinstance(machine.programs, Programs):
+        if machine.booted is None or machine.programs is None:
             return
         if self._stopped:
             self._stopped = False
             machine.engine.resume()  # type: ignore[attr-defined]
         if self._held:
             self._held = False
+            assert isinstance(machine.programs, Programs)
             machine.programs.go_on(time_payload(time.time_ns()))
 
     def _fail(self, problem: NagayaError) -> None:
