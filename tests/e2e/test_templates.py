@@ -46,12 +46,16 @@ def cli(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator
     probe = str(Path(__file__).parent / "identity.c")
     subprocess.run(["gcc", "-O2", "-static-pie", "-o", str(tree / "bin" / "identity"), probe], check=True)
     subprocess.run(["tar", "-C", str(tree), "-cf", str(place / "tree.tar"), "bin"], check=True)
+    namespace = f"nagayatest-templates-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", namespace], check=True)
+    subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "up"], check=True)
     env = {"XDG_CACHE_HOME": str(place / "cache"), "NAGAYA_TEMPLATES": "1", "NAGAYA_TYPE": "kvm"}
-    made = Cli(str(place / "store"), env=env)
+    made = Cli(str(place / "store"), env=env, prefix=("nsenter", f"--net=/run/netns/{namespace}"))
     made.ok("import", str(place / "tree.tar"), "probe:1")
     made.ok("template", "build", "-q", "probe:1", timeout_s=BUILD_S)
     yield made
     remove_all(made)
+    subprocess.run(["ip", "netns", "delete", namespace], check=True)
 
 
 def run_probe(cli: Cli, number: int) -> dict[str, str]:
@@ -100,7 +104,7 @@ def test_a_damaged_template_is_not_used(cli: Cli) -> None:
             file.seek(200)
             file.write(b"\xff")
     assert json.loads(cli.ok("template", "ls", "--json")) == []
-    off = Cli(cli.root, env={**cli.env, "NAGAYA_TEMPLATES": "0"})
+    off = Cli(cli.root, env={**cli.env, "NAGAYA_TEMPLATES": "0"}, prefix=cli.prefix)
     name = off.ok("create", "--name", "cold", "probe:1", "/bin/busybox", "true").strip()
     off.ok("rm", name)
     assert cli.ok("template", "prune") == ""

@@ -115,6 +115,30 @@ def check_cpu(state: dict[str, Any], leaves: tuple[Leaf, ...]) -> None:
     )  # fmt: skip
 
 
+def plan_cpus(kvm_fd: int, hardware: Hardware, quirks: tuple[cpuid.Mask, ...]) -> list[tuple[Leaf, ...]]:
+    """What each CPU of the guest is told of itself on this host. Raises `OSError`."""
+    leaves = cpuid.supported(kvm_fd)
+    policy = (*(cpuid.HOST if hardware.cpu == "host" else cpuid.BASELINE), *quirks)
+    return [cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus) for index in range(hardware.cpus)]
+
+
+def check_host(state: dict[str, Any], hardware: Hardware, *, software_kvm: bool) -> None:
+    """All of that, without making a machine. Raises `Unsupported`, `IntegrityError`, `HostError`."""
+    from nagaya.engines.kvm.vm import open_kvm
+
+    check_saved(state, hardware, software_kvm=software_kvm)
+    quirks: tuple[cpuid.Mask, ...] = ()
+    if software_kvm:
+        from nagaya.engines.kvm.pvm import POLICY as quirks
+    fd = open_kvm()
+    try:
+        check_cpu(state, plan_cpus(fd, hardware, quirks)[0])
+    except OSError as error:
+        raise HostError.from_os(error, "cannot ask this host's KVM for its CPUs") from None
+    finally:
+        os.close(fd)
+
+
 class Parts:
     """What lives from one power-on to the next: all that a reset makes anew. Nothing of it is left when it raises."""
 
@@ -266,9 +290,7 @@ class Parts:
         self.vcpus[0].enter(state)
 
     def _plan_leaves(self, hardware: Hardware) -> list[tuple[Leaf, ...]]:
-        leaves = cpuid.supported(self.vm.kvm_fd)
-        policy = (*(cpuid.HOST if hardware.cpu == "host" else cpuid.BASELINE), *(self.pvm.policy if self.pvm else ()))
-        return [cpuid.plan_leaves(leaves, policy, index=index, count=hardware.cpus) for index in range(hardware.cpus)]
+        return plan_cpus(self.vm.kvm_fd, hardware, self.pvm.policy if self.pvm else ())
 
     def _create_vcpu(self, index: int, leaves: tuple[Leaf, ...]) -> Vcpu:
         vcpu = Vcpu(self.vm, index)

@@ -13,7 +13,7 @@ from functools import partial
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.kvm import child, saved
 from nagaya.engines.kvm.assembly import Hardware
-from nagaya.engines.kvm.known import find_kvm
+from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
 from nagaya.engines.vm import rules
@@ -219,6 +219,17 @@ class KvmEngine:
 
     def resume(self) -> None:
         self._ask("resume")
+
+    def check_saved(self, spec: MachineSpec, directory: str) -> None:
+        """See `Saving.check_saved`."""
+        from nagaya.engines.kvm.assembly import check_host  # lazy: a start looks at it in the VMM's process
+
+        found = saved.read(directory, check_memory=False)
+        try:
+            hardware = Hardware("", memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), acpi=False)
+            check_host(found.state, hardware, software_kvm=find_kvm().kind == PVM)
+        finally:
+            found.close()
 
     def save(self, directory: str) -> None:
         """See `Saving.save`."""
