@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from nagaya.engines.kvm import saved, vm
+from nagaya.engines.kvm.assembly import check_host
+from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.machine import Hardware, Machine
 from nagaya.errors import Conflict, IntegrityError, NagayaError, Unsupported
 from nagaya.memory import PAGE_BYTES
@@ -267,6 +269,36 @@ def test_other_hardware_is_refused(directory: Path, kernel: str, disk: Path, cha
             machine.start()
     finally:
         found.close()
+
+
+def test_what_is_not_for_this_host_is_known_beforehand(directory: Path, kernel: str) -> None:
+    def check() -> None:
+        state = saved.read_state(str(directory))
+        check_host(state, hardware(kernel), software_kvm=find_kvm().kind == PVM)
+
+    check()
+    another_cpu(directory)
+    with pytest.raises(Unsupported, match="Another CPU"):
+        check()
+    rewrite(directory, kvm="imaginary")
+    with pytest.raises(Unsupported, match="imaginary"):
+        check()
+
+
+def test_a_file_that_was_not_written_to_is_not_summed_up(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summed = []
+    monkeypatch.setattr(saved, "_sum", lambda fd, size: summed.append(fd) or [])
+    saved.read(str(directory)).close()
+    assert not summed
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("state", "memory"):
+        (copy / name).write_bytes((directory / name).read_bytes())
+    with pytest.raises(IntegrityError):
+        saved.read(str(copy))
+    assert summed
 
 
 def test_other_devices_are_refused(directory: Path, kernel: str) -> None:
