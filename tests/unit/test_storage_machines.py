@@ -130,11 +130,14 @@ def test_a_store_of_its_own_has_run_time_files_of_its_own(monkeypatch: pytest.Mo
         find_paths("a\0b")
 
 
+TURNS, PATIENCE_S = 25, 60.0
+
+
 def _take_turns(paths: Paths, machine_id: str, seconds: float) -> int:
     """Claim, look, and remove as a machine that ends does: directory first, then the name. How often it was ours."""
     directory, held = paths.machine(machine_id), 0
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    while (now := time.monotonic()) < until or (held < TURNS and now < until + PATIENCE_S):
         try:
             machines.claim_name(paths, "x", machine_id)
         except Conflict:
@@ -157,7 +160,7 @@ def test_a_name_never_changes_hands_under_its_owner(paths: Paths) -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(len(owners)) as pool:
         counts = pool.starmap(_take_turns, [(paths, machine_id, 0.4) for machine_id in owners])
-    assert min(counts) >= 0 and sum(counts) > 100
+    assert min(counts) >= 0 and sum(counts) >= TURNS * len(owners)  # however busy the host is
 
 
 def test_a_state_finds_room_on_a_full_disk(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
