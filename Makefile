@@ -10,8 +10,8 @@ PY := $(VENV)/bin/python
 RUN_PACKAGES := busybox-static dnsmasq-base e2fsprogs erofs-utils gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
 KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make xz-utils
 TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry genisoimage iproute2 \
-	libseccomp-dev openssh-client openssl ovmf podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
-BENCH_PACKAGES := $(TEST_PACKAGES) crun umoci
+	libseccomp-dev openssh-client openssl ovmf passt podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
+BENCH_PACKAGES := $(TEST_PACKAGES) crun iperf3 umoci
 
 .PHONY: demo test check bench agent agent-aarch64 agent-riscv64 bytecode clean kernel lint unit
 .NOTPARALLEL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,14 +12,12 @@ import pytest
 from nagaya import CreateOptions, Host, Machine
 from nagaya.errors import NagayaError
 from nagaya.manager.attachment import Attachment
-from tests.conformance.table import Table
-from tests.conformance.types import HERE, TYPES, Reports, choose, describe_run, find_obstacle
+from tests.conformance.types import TYPES, Table, choose, find_obstacle
 
-REPORTS = Reports()
 TABLE = Table()
-RECORD = os.environ.get("NAGAYA_CONFORMANCE_RECORD", "")
 PROGRAM_WITHIN_S = {"kvm": 300}  # a software KVM emulates the guest's kernel: a MiB through its console takes seconds
 BUSYBOX = "/bin/busybox"
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,13 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    outcome = REPORTS.take(report)
-    if outcome is None:
-        return
-    TABLE.add(outcome)
-    if RECORD:
-        with open(RECORD, "a") as file:
-            file.write(json.dumps(outcome._replace(**describe_run())._asdict()) + "\n")
+    TABLE.take(report)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -52,6 +43,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("conformance of the types")
     for line in TABLE.totals() + TABLE.failures():
         terminalreporter.line(line)
+    path = os.environ.get("NAGAYA_CONFORMANCE_TABLE", "")
+    if path:
+        Path(path).write_text(TABLE.markdown())
 
 
 @pytest.fixture(scope="session")

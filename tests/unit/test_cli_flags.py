@@ -115,7 +115,7 @@ def test_help_wins_over_what_is_missing() -> None:
         (["--nam", "x", "debian"], "unknown flag --nam for 'nagaya run'", "did you mean --name?"),
         (["--nmae", "x", "debian"], "unknown flag --nmae for 'nagaya run'", "did you mean --name?"),
         (["-itx", "debian"], "unknown flag -x in '-itx' for 'nagaya run'", "'nagaya run --help' lists them"),
-        (["-p", "80:80", "debian"], "unknown flag -p for 'nagaya run'", "published ports"),
+        (["--privileged", "debian"], "unknown flag --privileged for 'nagaya run'", "--cap-add ALL"),
         (["--root", "/x", "debian"], "unknown flag --root for 'nagaya run'", "goes before the command"),
         (["--name"], "flag --name of 'nagaya run' needs a value", "--name NAME"),
         (["-e"], "flag -e of 'nagaya run' needs a value", "-e NAME=VALUE"),

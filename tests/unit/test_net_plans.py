@@ -202,7 +202,7 @@ def test_the_firewall_names_only_its_own_tables() -> None:
     heads = [line.removesuffix(" {").split()[-1] for line in text.splitlines() if "table " in line]
     assert set(heads) == {name}
     assert text.count("{{") == text.count("}}") == 0
-    assert firewall.rules_of(firewall._INET) == 24 and firewall.rules_of(firewall._BRIDGE) == 11
+    assert firewall.rules_of(firewall._INET) == 25 and firewall.rules_of(firewall._BRIDGE) == 11
 
 
 def test_elements_of_a_machine() -> None:

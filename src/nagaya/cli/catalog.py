@@ -24,6 +24,7 @@ MACHINES: dict[str, tuple[str, str]] = {
     "logs": ("logs:LOGS", "Show what a machine's program has written"),
     "cp": ("cp:CP", "Copy files between a machine and this host"),
     "top": ("top:TOP", "List the programs of a machine"),
+    "port": ("port:PORT", "Show which ports of this host lead to a machine"),
     "stats": ("stats:STATS", "Show what machines use of CPU, memory, network and disk"),
     "inspect": ("inspect:INSPECT", "Show everything about machines, images or volumes"),
     "rename": ("rename:RENAME", "Give a machine another name"),

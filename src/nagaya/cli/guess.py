@@ -10,16 +10,11 @@ if TYPE_CHECKING:
 
 # Flags that Docker's users know and this version does not have: what to do instead.
 _INSTEAD = {
-    "-p": "published ports are not built yet; '--network host' shares the host's ports",
-    "--publish": "published ports are not built yet; '--network host' shares the host's ports",
-    "-P": "published ports are not built yet; '--network host' shares the host's ports",
-    "--publish-all": "published ports are not built yet; '--network host' shares the host's ports",
     "--privileged": "give what the program needs: --cap-add ALL, --device, --security-opt systempaths=unconfined",
     "--memory-swap": "a machine gets no swap limit of its own; -m limits its memory",
     "--shm-size": "mount it yourself: --tmpfs /dev/shm:size=256m",
     "--gpus": "pass the device nodes with --device",
     "--runtime": "--type selects what kind of wall a machine has: container, kvm or emulated",
-    "--ip": "addresses are assigned; 'nagaya inspect' shows them",
     "--group-add": "groups come from the machine's /etc/group; -u USER:GROUP picks the main one",
     "--cpu-shares": "--cpus limits the processor time",
     "--cpu-quota": "--cpus limits the processor time",

@@ -10,7 +10,7 @@ from nagaya.cli.listing import Layout
 from nagaya.cli.table import cut
 from nagaya.cli.template_functions import Row
 from nagaya.model.spec import MachineSpec
-from nagaya.model.state import CREATED, EXITED, PAUSED, RESTARTING, STARTING, MachineState
+from nagaya.model.state import ALIVE, CREATED, EXITED, PAUSED, RESTARTING, STARTING, MachineState
 from nagaya.static import NamedTuple
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ SHORT_ID = 12
 COMMAND_CELLS = 20
 
 MACHINES = Layout(
-    columns=("ID", "Image", "Command", "Created", "Status", "Type", "Names"),
+    columns=("ID", "Image", "Command", "Created", "Status", "Type", "Ports", "Names"),
     headings={
         "ID": "MACHINE ID", "Image": "IMAGE", "Command": "COMMAND", "Created": "CREATED", "CreatedAt": "CREATED AT",
         "RunningFor": "CREATED", "Status": "STATUS", "State": "STATE", "Type": "TYPE", "Names": "NAMES", "Name": "NAME",
@@ -30,7 +30,7 @@ MACHINES = Layout(
         "ExitCode": "EXIT CODE", "Pid": "PID", "Address": "ADDRESS", "Platform": "PLATFORM",
         "LocalVolumes": "LOCAL VOLUMES",
     },
-    elastic=("Image", "Command", "Names"),
+    elastic=("Image", "Command", "Ports", "Names"),
 )  # fmt: skip
 IMAGES = Layout(
     columns=("Repository", "Tag", "ID", "Created", "Size"),
@@ -83,6 +83,23 @@ def status_text(state: MachineState, now_ns: int) -> str:
     return up + (" (Paused)" if state.phase == PAUSED else "")
 
 
+def ports_text(state: MachineState) -> str:
+    """ "127.0.0.1:8080->80/tcp", runs of ports as one: "0.0.0.0:8000-8010->8000-8010/tcp"; of a machine that runs."""
+    if state.phase not in ALIVE:
+        return ""
+    texts: list[str] = []
+    ports = list(state.ports)
+    while ports:
+        first = last = ports.pop(0)
+        while ports and ports[0] == last._replace(host_port=last.host_port + 1, guest_port=last.guest_port + 1):
+            last = ports.pop(0)
+        host, guest = first.host_end, str(first.guest_port)
+        if last != first:
+            host, guest = f"{host}-{last.host_port}", f"{guest}-{last.guest_port}"
+        texts.append(f"{host}->{guest}/{first.protocol}")
+    return ", ".join(texts)
+
+
 def command_text(argv: Sequence[str]) -> str:
     """The command as one printable line in quotes."""
     text = " ".join(argv)
@@ -107,7 +124,7 @@ def machine_row(spec: MachineSpec, state: MachineState, *, now_ns: int, no_trunc
         Mounts=",".join(mount.source for mount in spec.mounts if mount.source),
         Networks=spec.network,
         Size=format_size(size_bytes) if size_bytes >= 0 else "N/A",
-        Ports="",
+        Ports=ports_text(state),
         ExitCode=state.exit_code,
         Pid=state.pid,
         Address=state.address,
@@ -140,6 +157,7 @@ def machine_record(spec: MachineSpec, state: MachineState, *, now_ns: int, size_
         "pid": state.pid,
         "address": state.address,
         "network": spec.network,
+        "ports": [port._asdict() for port in state.ports] if state.phase in ALIVE else [],
         "platform": spec.platform,
         "labels": dict(spec.labels),
         "mounts": [{"kind": mount.kind, "source": mount.source, "target": mount.target} for mount in spec.mounts],

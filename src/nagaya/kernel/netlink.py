@@ -53,6 +53,9 @@ IFLA_STATS64 = 23
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 VETH_INFO_PEER = 1
+IFLA_LINK = 5
+IFLA_MACVLAN_MODE = 1
+MACVLAN_MODE_BRIDGE = 4
 IFA_ADDRESS = 1
 IFA_LOCAL = 2
 IFA_BROADCAST = 4
@@ -66,6 +69,7 @@ NFT_GETRULE = 10 << 8 | 7
 NFTA_TABLE_NAME = 1
 NFTA_RULE_TABLE = 1
 NFPROTO_INET = 1
+NFPROTO_NETDEV = 5
 NFPROTO_BRIDGE = 7
 
 _HEADER = Struct("=IHHII")
@@ -231,6 +235,28 @@ class Netlink:
             + attribute(IFLA_MTU, number(mtu))
             + attribute(IFLA_MASTER, number(master))
             + attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b"veth") + data)
+        )
+        self.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make link {name}")
+
+    def add_macvlan(
+        self, name: str, *, parent: int, mac: str, mtu: int, kind: str = "macvlan", peer_pid: int = 0
+    ) -> None:
+        """A link with a MAC address of its own on `parent`, in the network namespace of `peer_pid` (0 = here, and up).
+
+        Those on one parent hear each other, but not the parent itself. `kind` "macvtap": frames go to /dev/tapINDEX.
+        """
+        info = attribute(IFLA_INFO_KIND, kind.encode()) + attribute(
+            IFLA_INFO_DATA, attribute(IFLA_MACVLAN_MODE, number(MACVLAN_MODE_BRIDGE))
+        )
+        flags = 0 if peer_pid else IFF_UP
+        body = (
+            _IFINFO.pack(0, 0, 0, flags, flags)
+            + attribute(IFLA_IFNAME, text(name))
+            + attribute(IFLA_LINK, number(parent))
+            + attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+            + attribute(IFLA_MTU, number(mtu))
+            + (attribute(IFLA_NET_NS_PID, number(peer_pid)) if peer_pid else b"")
+            + attribute(IFLA_LINKINFO, info)
         )
         self.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make link {name}")
 

@@ -62,6 +62,23 @@ def open_tap(name: str = "", *, vnet_header: bool = True, multi_queue: bool = Fa
     return fd
 
 
+def open_macvtap(name: str, index: int) -> int:
+    """The same of a macvtap link that is there already: its frames go through a device node that its index names.
+
+    Raises `OSError`: ENODEV when the node is another link's, whose index in its network namespace is the same.
+    """
+    path = f"/dev/tap{index}"
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if interface_name(fd) != name:
+            raise OSError(19, f"{path} belongs to a link of another network namespace", path)
+        _ioctl("TUNSETIFF", fd, TUNSETIFF, _IFREQ.pack(os.fsencode(name), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def interface_name(fd: int) -> str:
     """The name of the tap device behind `fd`, as it is now: links can be renamed. Raises `OSError`."""
     answer = _ioctl("TUNGETIFF", fd, TUNGETIFF, bytes(_IFREQ.size))

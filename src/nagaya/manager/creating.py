@@ -8,7 +8,7 @@ import time
 from nagaya.engines import TYPES, open_engine
 from nagaya.errors import Unsupported, UsageError
 from nagaya.manager.options import CreateOptions, ExecOptions
-from nagaya.model.spec import MachineSpec, Mount, Process
+from nagaya.model.spec import MachineSpec, Mount, PortMapping, Process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
         userns=options.userns,
         network=options.network,
         attachments=options.attachments,
-        ports=options.ports,
+        ports=options.ports + _exposed_ports(options, config),
         net_rate_bits=options.net_rate_bits,
         allow_host=options.allow_host,
         mounts=options.mounts + _image_volumes(options, config),
@@ -105,7 +105,7 @@ def check_options(options: CreateOptions) -> None:
     _check_texts(options)
     if options.network not in MODES:
         raise UsageError(f"unknown network '{options.network}'", hint=f"one of: {', '.join(MODES)}")
-    if options.attachments or options.ports or options.net_rate_bits or options.allow_host:
+    if options.attachments or options.ports or options.publish_all or options.net_rate_bits or options.allow_host:
         from nagaya.manager.network_options import check_network_options  # lazy: most machines have the default network
 
         check_network_options(options)
@@ -202,6 +202,25 @@ def _image_volumes(options: CreateOptions, config: ImageConfig) -> tuple[Mount, 
         for target in config.volumes
         if os.path.normpath(target) not in given
     )
+
+
+def _exposed_ports(options: CreateOptions, config: ImageConfig) -> tuple[PortMapping, ...]:
+    """With `publish_all`, the ports that the image exposes and the caller did not publish. What is no port is left out."""
+    if not options.publish_all:
+        return ()
+    given = {(port.guest_port, port.protocol) for port in options.ports}
+    found = []
+    for text in config.exposed_ports:
+        number, _, protocol = text.partition("/")
+        first, dash, last = number.partition("-")
+        last = last if dash else first
+        if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit()):
+            continue
+        for port in range(int(first), min(int(last), 65535) + 1):
+            if port and protocol in ("", "tcp", "udp") and (port, protocol or "tcp") not in given:
+                found.append(PortMapping("", 0, port, protocol or "tcp"))
+                given.add((port, protocol or "tcp"))
+    return tuple(found)
 
 
 def parse_stop_signal(text: str) -> int:

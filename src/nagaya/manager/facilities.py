@@ -33,6 +33,11 @@ PROGRAMS = (
     Program("mmdebstrap", "mmdebstrap", "'debian' images are made without a registry", "'debian' comes from a registry only"),
     Program("mkfs.erofs", "erofs-utils", "images become disks of virtual machines", "no virtual machine can be created"),
     Program("mke2fs", "e2fsprogs", "virtual machines get disks to write to", "no virtual machine can be created"),
+    Program(
+        "passt", "passt", "virtual machines can have user-mode networks, with published ports",
+        "a plain user's machine of type kvm needs --network none, and emulated ones have QEMU's slower network",
+    ),
+    Program("tc", "iproute2", "--net-rate limits what machines receive", "--net-rate is refused"),
 )  # fmt: skip
 
 
@@ -47,6 +52,7 @@ def look_at_facilities(root: str) -> list[Finding]:
         look_at_network(),
         look_at_forwarding(),
         look_at_tap(),
+        look_at_ports(),
         look_at_agent(),
         *(look_at_program(program, find_program(program.name)) for program in PROGRAMS),
         look_at_program(
@@ -193,6 +199,28 @@ def look_at_tap() -> Finding:
             "tap devices", OK, TUN, how, "only root's machines are on the bridge; yours have networks of their own"
         )
     return Finding("tap devices", OK, TUN, how, "virtual machines are on the bridge too")
+
+
+def look_at_ports() -> Finding:
+    """What may be published: all ports by root, those from a first one on by others."""
+    from nagaya.net.ports import UNPRIVILEGED
+
+    first = _read(UNPRIVILEGED).strip() or "1024"
+    how = UNPRIVILEGED
+    try:
+        _hold_port()
+    except (NagayaError, OSError) as error:
+        return Finding("ports", MISSING, str(error), "holding one", "no port can be published; bring loopback up")
+    if os.geteuid() == 0 or first == "0":
+        return Finding("ports", OK, "all of them", how, "-p publishes them on loopback, or the address that it names")
+    return Finding("ports", LIMITED, f"from {first} on", how, "-p takes these; lower ones are root's")
+
+
+def _hold_port() -> None:
+    from nagaya.model.spec import PortMapping
+    from nagaya.net import ports
+
+    ports.release(ports.hold((PortMapping("", 0, 1),)))
 
 
 def look_at_agent() -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nagaya.errors import UsageError
 from nagaya.manager.options import CreateOptions
 from nagaya.model.spec import Attachment, PortMapping
@@ -20,9 +22,18 @@ def check_network_options(options: CreateOptions) -> None:
             f"a machine on the network '{options.network}' cannot be on others too",
             hint=f"leave --network {options.network} away, or the others",
         )
-    if options.network in ("none", "host") and (options.ports or options.net_rate_bits or options.allow_host):
-        asked = "--publish" if options.ports else "--net-rate" if options.net_rate_bits else "--allow-host"
+    asks = options.ports or options.publish_all or options.net_rate_bits or options.allow_host
+    if options.network in ("none", "host") and asks:
+        asked = (
+            "--publish"
+            if options.ports or options.publish_all
+            else "--net-rate"
+            if options.net_rate_bits
+            else "--allow-host"
+        )
         raise UsageError(f"{asked} has no meaning with --network {options.network}", hint="use --network bridge")
+    if options.net_rate_bits and (options.network == "user" or os.geteuid()):
+        raise UsageError("--net-rate has no meaning in a user-mode network", hint="root's machines have bridges")
     if len(options.attachments) > MOST_LINKS:
         raise UsageError(f"a machine can be on {MOST_LINKS} networks at most")
     seen: set[str] = set()
@@ -37,6 +48,7 @@ def check_network_options(options: CreateOptions) -> None:
         raise UsageError("a port was published twice in the same way")
     for port in options.ports:
         check_port(port)
+    _check_twice(options.ports)
     if options.net_rate_bits and options.net_rate_bits < 8000:
         raise UsageError("--net-rate: the least is 8kbit", hint="for example --net-rate 10mbit")
 
@@ -82,6 +94,21 @@ def check_mac(text: str) -> None:
         raise UsageError(f"'{text}' is not a MAC address", hint="for example 02:00:00:00:00:01")
     if int(parts[0], 16) & 1 or text == "00:00:00:00:00:00":
         raise UsageError(f"the MAC address {text} is a group's, or nobody's", hint="for example 02:00:00:00:00:01")
+
+
+def _check_twice(ports: tuple[PortMapping, ...]) -> None:
+    """A port of the host leads to one port of the machine."""
+    seen: dict[tuple[str, int, str], PortMapping] = {}
+    for port in ports:
+        if not port.host_port:
+            continue
+        other = seen.setdefault((port.host_address, port.host_port, port.protocol), port)
+        if other is not port:
+            raise UsageError(
+                f"--publish: port {port.host_port}/{port.protocol} is to lead to {other.guest_port} and to "
+                f"{port.guest_port}",
+                hint=f"for example -p {other.host_port}:{other.guest_port} -p {port.host_port + 1}:{port.guest_port}",
+            )
 
 
 def check_port(port: PortMapping) -> None:

@@ -40,6 +40,7 @@ class CreateOptions(NamedTuple):
     network: str = "bridge"
     attachments: tuple[Attachment, ...] = ()  # empty with "bridge" = the default network
     ports: tuple[PortMapping, ...] = ()
+    publish_all: bool = False  # those that the image exposes too
     net_rate_bits: int = 0
     allow_host: bool = False
     mounts: tuple[Mount, ...] = ()

@@ -75,6 +75,12 @@ class PortMapping(NamedTuple):
     guest_port: int
     protocol: str = "tcp"  # "tcp" | "udp"
 
+    @property
+    def host_end(self) -> str:
+        """For people: "127.0.0.1:8080", "[::]:8080"; of both loopbacks the first."""
+        address = self.host_address or "127.0.0.1"
+        return f"[{address}]:{self.host_port}" if ":" in address else f"{address}:{self.host_port}"
+
 
 class Restart(NamedTuple):
     policy: str = "no"  # no | on-failure | always | unless-stopped

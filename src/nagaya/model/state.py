@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nagaya.errors import Conflict
+from nagaya.model.spec import PortMapping
 from nagaya.static import NamedTuple
 
 CREATED = "created"  # never started
@@ -66,5 +67,6 @@ class MachineState(NamedTuple):
     oom_killed: bool = False
     pid: int = 0  # for display only
     address: str = ""
+    ports: tuple[PortMapping, ...] = ()  # as published at the last start: with the ports that the host chose
     warnings: tuple[str, ...] = ()
     origin: str = ""  # how it came to run: "boot", "template", "saved"; "" = there is one way only

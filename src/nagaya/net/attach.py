@@ -11,9 +11,10 @@ import os
 from nagaya.errors import HostError, NagayaError, NotFound
 from nagaya.kernel.netlink import Netlink, index_of
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
-from nagaya.net import addresses, dns, firewall, live, networks, planning, programs
+from nagaya.net import addresses, dns, firewall, live, networks, planning, programs, rates
 from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.net.subnets import parse_subnet
+from nagaya.storage import machines
 from nagaya.storage.paths import Paths
 from nagaya.storage.tree import remove_tree
 
@@ -86,7 +87,8 @@ def _admit(paths: Paths, plan: NetworkPlan) -> None:
 
 def all_elements(paths: Paths) -> firewall.Elements:
     """What the tables are to have, by the plans of the machines that run."""
-    plans = live.load_all(paths).values()
+    known = live.load_all(paths)
+    plans = known.values()
     names = dict.fromkeys(link.network for plan in plans for link in plan.links if link.driver == "bridge")
     elements: firewall.Elements = []
     for name in names:
@@ -95,8 +97,19 @@ def all_elements(paths: Paths) -> firewall.Elements:
         except NagayaError:
             continue  # its record is gone or damaged: its machines stay cut off from everything
     for plan in plans:
-        elements += firewall.machine_elements(plan)
-    return list(dict.fromkeys(elements))
+        elements += firewall.machine_elements(plan._replace(ports=()))
+    return list(dict.fromkeys(elements + _port_elements(paths, known)))
+
+
+def _port_elements(paths: Paths, plans: dict[str, NetworkPlan]) -> firewall.Elements:
+    """Published ports. One that a killed machine had, whose plan nobody has taken away yet, is its next holder's."""
+    found: dict[tuple[str, str], tuple[str, str, str]] = {}
+    for machine_id, plan in plans.items():
+        for element in firewall.port_elements(plan):
+            key = (element[1], element[2].partition(" : ")[0])
+            if key not in found or machines.is_alive(paths, machine_id):
+                found[key] = element
+    return list(found.values())
 
 
 # -- while it runs
@@ -150,7 +163,8 @@ def _let_go(paths: Paths, machine_id: str, netlink: Netlink) -> None:
     # Its plan went with a reboot, or was never written: what is left is where it always is.
     try:
         for name in planning.host_links(machine_id):
-            netlink.delete_link(name)
+            if netlink.delete_link(name):
+                rates.lift(name)
     except OSError as error:
         raise HostError.from_os(error, "cannot delete a link of the machine") from None
     for name in networks.names(paths.root):
@@ -167,7 +181,7 @@ def _drop_links(
     """Take links away, and with `rest` keep the others. The record goes last: a kill in between is mended by it."""
     bridged = [link for link in links if link.driver == "bridge"]
     try:
-        for link in bridged:
+        for link in links:
             found = netlink.find_link(link.host_link) if keep_device else None
             if found is not None:
                 netlink.release(found.number)
@@ -177,6 +191,13 @@ def _drop_links(
         raise HostError.from_os(error, "cannot delete a link of the machine") from None
     trusted = rest is not None and rest.allow_host
     elements = [element for link in bridged for element in firewall.link_elements(link, trusted=True)]
+    for link in bridged:
+        if link.rate_bits:
+            rates.lift(link.host_link)
+    before = live.load(paths, machine_id)
+    ports = firewall.port_elements(rest) if rest is not None else []
+    if before is not None:
+        elements += [element for element in firewall.port_elements(before) if element not in ports]
     if rest is not None and trusted is False:
         elements = [element for element in elements if not element[1].startswith("trusted")]
     for link in links:
@@ -191,7 +212,11 @@ def _drop_links(
         live.store(paths, machine_id, rest)
     for name in dict.fromkeys(link.network for link in bridged):
         elements += _rest(paths, name)
-    if not elements or (firewall.is_whole(paths.root) and firewall.take_out(paths.root, elements)):
+    if not elements or (
+        firewall.is_whole(paths.root)
+        and firewall.take_out(paths.root, elements)
+        and (not ports or firewall.add(paths.root, ports))  # which lead to another of its links by now
+    ):
         return
     if any(plan.links for plan in live.load_all(paths).values()):
         firewall.rebuild(paths.root, all_elements(paths))
@@ -245,6 +270,10 @@ def _mend_network(paths: Paths, name: str, plans: dict[str, NetworkPlan], netlin
             if port is not None:
                 netlink.enslave(port.number, master=index_of(bridge), mtu=link.mtu)
         said.append(f"the bridge of network '{name}' was gone, and has been made anew")
+    for link in links.values():
+        if link.rate_bits and not rates.is_limited(link.host_link) and netlink.find_link(link.host_link) is not None:
+            rates.limit(link.host_link, link.rate_bits)
+            said.append(f"the rate limit of link '{link.host_link}' was gone, and has been set anew")
     if not dns.is_running(bridge):
         try:
             for machine_id, link in links.items():

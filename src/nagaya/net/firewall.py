@@ -12,7 +12,7 @@ from nagaya.errors import LaunchError, Unsupported
 from nagaya.kernel.netlink import NFPROTO_BRIDGE, NFPROTO_INET, count_nft_rules
 from nagaya.net import programs
 from nagaya.net.networks import NetworkRecord, bridge_name
-from nagaya.net.plan import LinkPlan, NetworkPlan
+from nagaya.net.plan import WILDCARDS, LinkPlan, NetworkPlan, is_loopback
 from nagaya.net.subnets import format_address, parse_address
 
 Elements = list[tuple[str, str, str]]  # (family, set, element)
@@ -64,6 +64,7 @@ _INET = """table inet {table} {{
 	}}
 	chain postrouting {{
 		type nat hook postrouting priority srcnat; policy accept;
+		iifname . oifname @insides ct status dnat masquerade
 		ip saddr @leaving4 oifname != @bridges masquerade
 		ip6 saddr @leaving6 oifname != @bridges masquerade
 	}}
@@ -146,7 +147,34 @@ def machine_elements(plan: NetworkPlan) -> Elements:
     for link in plan.links:
         if link.driver == "bridge":
             found += link_elements(link, trusted=plan.allow_host)
+    return found + port_elements(plan)
+
+
+def port_elements(plan: NetworkPlan) -> Elements:
+    """Published ports, for what comes from outside; this host itself uses the sockets that hold them (net/ports.py).
+
+    What comes to an IPv6 address of the host's goes to the machine's, and where it has none to the sockets as well.
+    """
+    target = port_target(plan)
+    found: Elements = []
+    if target is None:
+        return found
+    for port in plan.ports:
+        version = 6 if ":" in port.host_address else 4
+        inside = target.address6 if version == 6 else target.address
+        if is_loopback(port.host_address) or not inside:
+            continue
+        key = f"{port.protocol} . {port.host_port}"
+        name = f"anyports{version}"
+        if port.host_address not in WILDCARDS:
+            key, name = f"{port.protocol} . {port.host_address} . {port.host_port}", f"ports{version}"
+        found.append(("inet", name, f"{key} : {inside} . {port.guest_port}"))
     return found
+
+
+def port_target(plan: NetworkPlan) -> LinkPlan | None:
+    """The link by which a machine's published ports are reached."""
+    return next((link for link in plan.links if link.driver == "bridge"), None)
 
 
 def link_elements(link: LinkPlan, *, trusted: bool) -> Elements:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nagaya.errors import HostError
 from nagaya.kernel.netlink import Netlink, index_of
+from nagaya.net import rates
 from nagaya.net.plan import LinkPlan, NetworkPlan
 
 
@@ -22,6 +23,9 @@ def connect_link(netlink: Netlink, link: LinkPlan, pid: int) -> None:
         netlink.add_veth(
             link.host_link, master=index_of(link.bridge), mtu=link.mtu, peer=link.name, peer_mac=link.mac, peer_pid=pid
         )
+        rates.limit(link.host_link, link.rate_bits)
+    elif link.driver == "macvlan":
+        netlink.add_macvlan(link.name, parent=index_of(link.bridge), mac=link.mac, mtu=link.mtu, peer_pid=pid)
 
 
 def configure(plan: NetworkPlan) -> None:

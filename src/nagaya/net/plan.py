@@ -26,6 +26,7 @@ class LinkPlan(NamedTuple):
     address6: str = ""  # "fd12:3456:789a:1::2"
     prefix6: int = 0
     gateway6: str = ""
+    rate_bits: int = 0  # bits per second in each direction; 0 = no limit
     names: tuple[str, ...] = ()  # that others on the network find it by
 
 
@@ -38,9 +39,10 @@ class NetworkPlan(NamedTuple):
     search: tuple[str, ...] = ()  # domains, for /etc/resolv.conf
     hosts: tuple[tuple[str, str], ...] = ()  # (name, address) that /etc/hosts says beside the machine's own
     allow_host: bool = False  # it may reach what listens on this host
-    ports: tuple[PortMapping, ...] = ()
+    ports: tuple[PortMapping, ...] = ()  # published ones, with the ports that the host chose
     rate_bits: int = 0  # bits per second in each direction; 0 = no limit
     warnings: tuple[str, ...] = ()  # what it has to do without
+    forwards: tuple[PortMapping, ...] = ()  # what a user-mode network leads to the machine itself, and from where
 
     @property
     def address(self) -> str:
@@ -59,9 +61,19 @@ class NetworkPlan(NamedTuple):
 
 
 NONE = NetworkPlan("none")
+WILDCARDS = ("0.0.0.0", "::")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a published port's address is one that only this host itself can come to; "" is both of its loopbacks."""
+    return not address or address.startswith("127.") or address == "::1"
+
 
 # What QEMU's and others' user-mode networks (slirp) give to the one machine in each of them.
 USER_ADDRESS = "10.0.2.15"
 USER_PREFIX = 24
 USER_GATEWAY = "10.0.2.2"
 USER_NAMESERVER = "10.0.2.3"
+USER_ADDRESS6 = "fd6e:6167:6179:6100::15"  # where passt has IPv6 to offer
+USER_PREFIX6 = 64
+USER_GATEWAY6 = "fd6e:6167:6179:6100::2"

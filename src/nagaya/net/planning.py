@@ -8,12 +8,22 @@ from __future__ import annotations
 import os
 import time
 
-from nagaya.errors import Conflict, HostError, NotFound
+from nagaya.errors import Conflict, HostError, NotFound, Unsupported
 from nagaya.kernel.netlink import AF_INET, AF_INET6, Link, Netlink, index_of
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
 from nagaya.net import addresses, networks, subnets
 from nagaya.net.networks import NetworkRecord
-from nagaya.net.plan import USER_ADDRESS, USER_GATEWAY, USER_NAMESERVER, USER_PREFIX, LinkPlan, NetworkPlan
+from nagaya.net.plan import (
+    USER_ADDRESS,
+    USER_ADDRESS6,
+    USER_GATEWAY,
+    USER_GATEWAY6,
+    USER_NAMESERVER,
+    USER_PREFIX,
+    USER_PREFIX6,
+    LinkPlan,
+    NetworkPlan,
+)
 from nagaya.net.subnets import Subnet
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import make_directory
@@ -24,6 +34,7 @@ FORWARDING6 = "/proc/sys/net/ipv6/conf/all/forwarding"
 DEFAULT_MTU = 1500
 LEAST_MTU6 = 1280  # RFC 8200, 5
 MOST_LINKS = 16
+PASST_PLACES = ("/usr/local/bin", "/usr/bin", "/bin")
 
 
 def host_lock() -> FileLock:
@@ -44,7 +55,22 @@ def plan_user(spec: MachineSpec) -> NetworkPlan:
     link = LinkPlan(
         driver="user", address=USER_ADDRESS, prefix=USER_PREFIX, gateway=USER_GATEWAY, mac=mac_address(spec.id, 0)
     )
+    if find_passt() and _has_way_out6():
+        link = link._replace(address6=USER_ADDRESS6, prefix6=USER_PREFIX6, gateway6=USER_GATEWAY6)
     return NetworkPlan("links", (link,), nameservers=(USER_NAMESERVER,), ports=spec.ports, rate_bits=spec.net_rate_bits)
+
+
+def find_passt() -> str:
+    """The path of passt, which makes user-mode networks; "" where it is not installed."""
+    return next((path for place in PASST_PLACES if os.access(path := f"{place}/passt", os.X_OK)), "")
+
+
+def _has_way_out6() -> bool:
+    """passt does IPv6 where the host has a default route for it."""
+    if not has_ipv6():
+        return False
+    with Netlink() as netlink:
+        return any(not route.prefix for route in netlink.routes(AF_INET6))
 
 
 def mac_address(machine_id: str, number: int) -> str:
@@ -82,8 +108,13 @@ def plan_link(root: str, spec: MachineSpec, attachment: Attachment, number: int,
         driver=record.driver, network=record.name, bridge=bridge if record.driver == "bridge" else record.parent,
         host_link=host_link(machine_id, number), name=f"eth{number}",
         mac=attachment.mac or mac_address(machine_id, number), mtu=record.mtu or way_out_mtu(netlink),
-        names=names_of(spec, attachment),
+        names=names_of(spec, attachment), rate_bits=spec.net_rate_bits,
     )  # fmt: skip
+    if record.driver == "macvlan" and spec.net_rate_bits:
+        raise Unsupported(
+            f"--net-rate works at a bridge, and network '{record.name}' is on the link '{record.parent}' itself",
+            hint="leave --net-rate away, or use a network of the driver 'bridge'",
+        )
     leases = networks.leases(root, record.name)
     # In an internal network there is nowhere to go; a further link's network gives no second way out.
     if record.subnet:

@@ -5,24 +5,34 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from nagaya.errors import Conflict, Unsupported
-from nagaya.model.spec import MachineSpec
 from nagaya.net.plan import NetworkPlan
-from nagaya.storage.paths import Paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.supervisor.supervisor import Supervisor
 
 
-def wire_up(paths: Paths, spec: MachineSpec, stack: ExitStack) -> NetworkPlan:
-    """Plan the network, claim its addresses and bring its bridges up. The engine connects the machine to them."""
+def wire_up(machine: Supervisor, stack: ExitStack) -> NetworkPlan:
+    """Take the published ports, plan the network, claim its addresses and bring its bridges up. The engine connects the
+    machine to them. Ports stay taken while the machine waits for its restart: no other program gets one.
+    """
+    paths, spec = machine.paths, machine.spec
     if spec.network in ("none", "host"):
         return NetworkPlan(spec.network)
     from nagaya.net import attach  # lazy: ten modules, which a machine without networks does without
 
+    if spec.ports:
+        from nagaya.supervisor.published import Published  # lazy: only who publishes ports
+
+        machine.published = machine.published or Published(machine.loop, paths, spec)
+        spec = spec._replace(ports=machine.published.hold(machine.state.ports))
     plan = attach.plan_network(spec, paths)
     if plan.links and not plan.is_user:
         stack.callback(attach.let_go, paths, spec.id)
+    if machine.published is not None:
+        if plan.is_user:
+            plan = plan._replace(forwards=machine.published.choose_private())
+        machine.published.plan = plan
     return plan
 
 
@@ -44,6 +54,7 @@ def plug(machine: Supervisor, network: str) -> None:
     except BaseException:
         attach.unplug(machine.paths, machine.spec.id, network, keep_device=False)
         raise
+    _lead_ports(machine)
 
 
 def unplug(machine: Supervisor, network: str) -> None:
@@ -53,3 +64,14 @@ def unplug(machine: Supervisor, network: str) -> None:
     link = attach.unplug(machine.paths, machine.spec.id, network, keep_device="plug" not in machine.engine.capabilities)
     if link is not None and "plug" in machine.engine.capabilities:
         machine.engine.unplug(link)  # type: ignore[attr-defined]
+    _lead_ports(machine)
+
+
+def _lead_ports(machine: Supervisor) -> None:
+    """The machine's links have changed: its published ports lead to the first that it has now."""
+    from nagaya.net import live
+
+    plan = live.load(machine.paths, machine.spec.id)
+    if plan is not None and machine.published is not None:
+        machine.published.plan = plan
+        machine.published.lead()

@@ -202,6 +202,7 @@ def _unplug(machine: Supervisor, client: Client, request: dict[str, object]) -> 
 
     machine.spec = machines.load_spec(machine.paths, machine.spec.id)
     unplug(machine, str(request.get("network")))
+    client.finish(control.reply())
 
 
 def _screenshot(machine: Supervisor, client: Client, request: dict[str, object]) -> None:

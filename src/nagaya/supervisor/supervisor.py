@@ -35,6 +35,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.supervisor.console import Console
     from nagaya.supervisor.filling import Filling
+    from nagaya.supervisor.published import Published
     from nagaya.supervisor.resuming import SavedPrograms
     from nagaya.supervisor.saving import Saving
 
@@ -79,6 +80,7 @@ class Supervisor:
         self.keep = False  # a machine that was created with --rm stays, for who ends it to go on with it
         self._saved = saved
         self._helpers: list[int] = []  # pidfds
+        self.published: Published | None = None  # its ports
         self.waiters: list[Client] = []  # clients that are answered when the machine has ended for good
         self._directory = paths.machine(spec.id)
         self._clients: set[Client] = set()
@@ -258,7 +260,7 @@ class Supervisor:
     def _boot(self, saved: str) -> Booted:
         stack = self._stack = ExitStack()
         try:
-            network = wire_up(self.paths, self.spec, stack)
+            network = wire_up(self, stack)
             request = BootRequest(
                 spec=self.spec,
                 rootfs=self._plan_rootfs(network),
@@ -268,7 +270,7 @@ class Supervisor:
                 runtime_dir=self.paths.runtime(self.spec.id),
                 saved=f"{saved}/memory" if saved else "",
             )
-            self.state = self.state._replace(address=network.address)
+            self.state = self.state._replace(address=network.address, ports=network.ports)
             booted = self.engine.boot(request, stack)
             return booted._replace(warnings=(*network.warnings, *booted.warnings))
         except BaseException:
@@ -305,6 +307,8 @@ class Supervisor:
             origin=self.booted.origin,
             finished_ns=0,
         )
+        if self.published is not None:
+            self.published.lead()
         self.record("start")
         self.set_timer("stable", STABLE_AFTER_S, self._became_stable)
         launcher, self._launcher = self._launcher, None
@@ -354,6 +358,8 @@ class Supervisor:
             os.close(fd)
         self._helpers = []
         self.booted = None
+        if self.published is not None:
+            self.published.cut_off()
         if self.filling is not None:
             self.filling.abandon()
             self.filling = None
@@ -440,6 +446,8 @@ class Supervisor:
             self.record("destroy")
         else:
             machines.remove_runtime(self.paths, self.spec.id)
+        if self.published is not None:
+            self.published.release()
         # Before anybody is told: who hears that it has ended may start it again at once.
         self._lock.release()
         # Stay until slow readers have read (their program's output is in our queues), but no longer as the machine.

@@ -55,6 +55,8 @@ RUN = Command(
         ("nagaya run --rm debian cat /etc/os-release", "run one command"),
         ("nagaya run --rm -it debian bash", "work in it"),
         ("nagaya run -d --name web -v ./site:/www:ro busybox httpd -f -h /www", "a service"),
+        ("nagaya run -d -p 8080:80 -v ./site:/www:ro busybox httpd -f -h /www", "and its port on this host's loopback"),
+        ("nagaya run -d -p 0.0.0.0:5353:53/udp --net-rate 10mbit busybox dnsd", "UDP, for everybody, at most so fast"),
         ("nagaya run --rm -m 256m --cpus 0.5 --network none debian make", "with limits"),
         ("echo hi | nagaya run --rm -i busybox cat", "in a pipe"),
     ),

@@ -101,6 +101,11 @@ class ContainerEngine:
                 " that have their own",
                 hint="use --type kvm or --type emulated",
             )
+        if spec.network == "user":
+            raise Unsupported(
+                "a user-mode network is for virtual machines: a container is root's, who has bridges",
+                hint="leave --network user away, or use --type kvm or --type emulated",
+            )
         mask = policy.capability_mask(spec.security)
         if spec.security.seccomp not in ("default", "unconfined"):
             seccomp_profile.load_profile(spec.security.seccomp, mask)

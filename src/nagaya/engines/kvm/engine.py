@@ -93,7 +93,7 @@ class KvmEngine:
             raise Unsupported(
                 f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
             )
-        if os.geteuid() and spec.network in ("bridge", "user"):
+        if spec.network == "user" or (os.geteuid() and spec.network == "bridge"):
             require_passt()
         return rules.check_spec(spec)
 
@@ -175,7 +175,7 @@ class KvmEngine:
         initrd = _held(open_initramfs(), local) if source.saved is None else -1
         memory = source.saved.memory_fd if source.saved is not None else -1
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
-        links = tuple((self._plug(link, local), link) for link in request.network.links)
+        links = tuple((self._plug(link, request, local), link) for link in request.network.links)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
             kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}" if initrd >= 0 else None,
@@ -193,10 +193,10 @@ class KvmEngine:
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
 
-    def _plug(self, plan: LinkPlan, local: ExitStack) -> int:
+    def _plug(self, plan: LinkPlan, request: BootRequest, local: ExitStack) -> int:
         """What a network card of the machine's is plugged into."""
         if plan.driver == "user":
-            link = start_passt(self._log_end, local)
+            link = start_passt(plan, request.network, request.spec.id, self._log_end, local)
             self._helpers.append(link.pid)
             return link.socket
         return _held(tap.open_link(plan), local)

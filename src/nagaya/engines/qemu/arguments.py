@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from nagaya.engines.qemu.boards import Board
 from nagaya.kernels import arguments as kernel
+from nagaya.model.spec import PortMapping
 from nagaya.static import NamedTuple
 
 CONSOLE_PORTS = 4  # hvc0, the agent's, and room for QEMU's count from zero
@@ -15,10 +16,20 @@ USER_NETWORK = "10.0.2.0/24"  # QEMU's own, whose .2 is the gateway, .3 the name
 
 
 class Card(NamedTuple):
-    """A network card: on the tap device `tap`, or with -1 in QEMU's user-mode network."""
+    """A network card: on the tap device `tap`, on passt at the other end of `stream`, or in QEMU's user-mode network.
+
+    The last listens for `ports` by itself and leads them to the machine.
+    """
 
     mac: str
     tap: int = -1
+    stream: int = -1
+    ports: tuple[PortMapping, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether QEMU makes the machine's connections, and needs the host's network for that."""
+        return self.tap < 0 and self.stream < 0
 
 
 class Share(NamedTuple):
@@ -137,7 +148,17 @@ def _disk(name: str, descriptor: int, *, number: int, options: str) -> list[str]
 
 def _network(card: Card, number: int) -> list[str]:
     name = f"net{number}"
-    backend = (
-        f"tap,id={name},fd={card.tap},vhost=off" if card.tap >= 0 else f"user,id={name},net={USER_NETWORK},ipv6=off"
-    )
+    if card.tap >= 0:
+        backend = f"tap,id={name},fd={card.tap},vhost=off"
+    elif card.stream >= 0:
+        backend = f"stream,id={name},server=off,addr.type=fd,addr.str={card.stream}"
+    else:
+        backend = f"user,id={name},net={USER_NETWORK},ipv6=off{forwards(card)}"
     return ["-netdev", backend, "-device", f"virtio-net-device,netdev={name},mac={card.mac}"]
+
+
+def forwards(card: Card) -> str:
+    """What QEMU's user-mode network leads to the machine, as options of its own."""
+    return "".join(
+        f",hostfwd={port.protocol}:{port.host_address}:{port.host_port}-:{port.guest_port}" for port in card.ports
+    )

@@ -21,6 +21,7 @@ from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs
+from nagaya.engines.vm.passt import start_passt
 from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import start_shares
@@ -30,6 +31,7 @@ from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
 from nagaya.net import links, tap
 from nagaya.net.plan import LinkPlan
+from nagaya.net.planning import find_passt
 from nagaya.protocol.setup import setup_payload
 from nagaya.storage.plan import DiskPlan, RootfsPlan
 
@@ -38,8 +40,8 @@ PROGRAM_WITHIN_S = 120.0
 END_WITHIN_S = 20.0
 ENTROPY_BYTES = 64
 USER_NETWORK_WARNING = (
-    "a plain user's machine has a user-mode network: nobody can reach it, and it reaches what listens on this host's "
-    "loopback by 10.0.2.2 (--network none cuts it off)"
+    "without passt a machine reaches what listens on this host's loopback by 10.0.2.2 (apt-get install passt, or "
+    "--network none)"
 )
 
 
@@ -100,7 +102,7 @@ class EmulatedEngine:
                 failed.callback(os.close, agent)
                 log_end = self._open_log(request.runtime_dir)
                 local.callback(os.close, log_end)
-                machine = self._assemble(request, board, inherited)
+                machine = self._assemble(request, board, log_end, inherited)
                 machine = machine._replace(agent=agent_number, incoming=bool(request.saved))
                 shares = start_shares(request.mounts, request.runtime_dir, log_end, local)
                 if shares is not None:
@@ -127,7 +129,10 @@ class EmulatedEngine:
             pidfd=os.dup(self._pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
-            warnings=(*rules.check_spec(spec), *((USER_NETWORK_WARNING,) if request.network.is_user else ())),
+            warnings=(
+                *rules.check_spec(spec),
+                *((USER_NETWORK_WARNING,) if request.network.is_user and not find_passt() else ()),
+            ),
             setup=payload,
             helpers=tuple(self._helpers),
             copies=plan_copies(request.mounts) if shares is None else (),
@@ -142,7 +147,7 @@ class EmulatedEngine:
         self._log = TextLog(log, f"{directory}/qemu.log")
         return end
 
-    def _assemble(self, request: BootRequest, board: Board, inherited: Inherited) -> Machine:
+    def _assemble(self, request: BootRequest, board: Board, log: int, inherited: Inherited) -> Machine:
         """Open what the machine is made of."""
         disks = request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
@@ -162,7 +167,7 @@ class EmulatedEngine:
             monitor=monitor_number,
             agent=-1,
             console=console_number,
-            cards=tuple(_plug(link, inherited) for link in request.network.links),
+            cards=tuple(self._plug(link, request, log, inherited) for link in request.network.links),
             append=request.spec.append,
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
@@ -170,8 +175,19 @@ class EmulatedEngine:
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
 
+    def _plug(self, link: LinkPlan, request: BootRequest, log: int, inherited: Inherited) -> Card:
+        """What a network card of the machine's is plugged into. Without passt, QEMU's own user-mode network will do."""
+        if link.driver != "user":
+            return Card(link.mac, tap=inherited.add(tap.open_link(link)))
+        if not find_passt():
+            return Card(link.mac, ports=request.network.forwards)
+        with ExitStack() as local:
+            passt = start_passt(link, request.network, request.spec.id, log, local)
+            self._helpers.append(passt.pid)
+            return Card(link.mac, stream=inherited.add(os.dup(passt.socket)))
+
     def _start(self, machine: Machine, inherited: Inherited, log: int) -> None:
-        user_network = any(card.tap < 0 for card in machine.cards)
+        user_network = any(card.is_own for card in machine.cards)
         launch = child.Launch(
             argv=arguments.plan_command(machine),
             descriptors=tuple(inherited.fds),
@@ -380,12 +396,6 @@ def _open_kernel(spec: MachineSpec, board: Board) -> int:
     finally:
         os.close(fd)
     return copy
-
-
-def _plug(link: LinkPlan, inherited: Inherited) -> Card:
-    if link.driver == "user":
-        return Card(link.mac)
-    return Card(link.mac, inherited.add(tap.open_link(link)))
 
 
 def _check_links(spec: MachineSpec, board: Board) -> None:

@@ -162,7 +162,7 @@ class WholeMachineEngine:
             drives=_open_drives(hardware, plan, inherited, local),
             monitor=monitor_number,
             console=console,
-            cards=tuple(_plug(link, inherited) for link in request.network.links),
+            cards=tuple(_plug(link, request, inherited) for link in request.network.links),
             forward_ssh=hardware.seed is not None,
         )
         self._memory_bytes = machine.memory_bytes
@@ -366,7 +366,7 @@ def _open_drives(hardware: Hardware, plan: HardwarePlan, inherited: Inherited, l
     return tuple(found)
 
 
-def _plug(link: LinkPlan, inherited: Inherited) -> Card:
+def _plug(link: LinkPlan, request: BootRequest, inherited: Inherited) -> Card:
     if link.driver == "user":
-        return Card(link.mac)
+        return Card(link.mac, ports=request.network.forwards)
     return Card(link.mac, inherited.add(tap.open_link(link)))

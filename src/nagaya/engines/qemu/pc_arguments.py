@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from nagaya.engines.qemu.arguments import SANDBOX, USER_NETWORK, Card
+from nagaya.engines.qemu.arguments import SANDBOX, USER_NETWORK, Card, forwards
 from nagaya.engines.qemu.pc_boards import PcBoard
 from nagaya.static import Any, NamedTuple
 
@@ -149,7 +149,7 @@ def _network(machine: PcMachine) -> list[str]:
     command: list[str] = []
     for number, card in enumerate(machine.cards):
         tap = f"tap,id=net{number},fd={card.tap},vhost=off"
-        user = f"user,id=net{number},net={USER_NETWORK},ipv6=off"
+        user = f"user,id=net{number},net={USER_NETWORK},ipv6=off{forwards(card)}"
         if machine.forward_ssh:
             user += ",hostfwd=tcp:127.0.0.1:0-:22"
         kind = "e1000" if machine.compat else "virtio-net-pci"
