@@ -42,8 +42,8 @@ class Guest:
 
 def test_a_guest_that_sleeps_and_wakes_is_on_time() -> None:
     guest = Guest(busy=0.2)
-    fired = guest.run(step_ns=TICK_NS, count=500)
-    assert fired == [TICK_NS * (number + 1) for number in range(500)] and not guest.ticks.postponed
+    fired = guest.run(step_ns=2 * IDLE_NS, count=500)
+    assert fired == [2 * IDLE_NS * (number + 1) for number in range(500)] and not guest.ticks.postponed
 
 
 def test_one_that_asks_for_more_than_rest_pays_for_gets_its_share() -> None:

@@ -13,7 +13,8 @@ _HEADER = Struct("<40xQ10xHHH")  # e_shoff, e_shentsize, e_shnum, e_shstrndx
 _SECTION = Struct("<IIQQQQIIQQ")
 _SYMBOL = Struct("<IBBHQQ")
 _OFFSET = Struct("<I")
-_SYMTAB, _FUNCTION = 2, 2
+_SYMTAB = 2
+_UNTYPED, _FUNCTION = 0, 2
 _MOST_SECTIONS = 4096
 _MOST_TABLE_BYTES = 32 << 20
 _MOVES = b"\0page_offset_base\0"
@@ -27,12 +28,12 @@ def list_functions(path: str) -> list[tuple[int, str]]:
         symbols, strings = _read_tables(fd)
     finally:
         os.close(fd)
+    table = list(_SYMBOL.iter_unpack(symbols[: len(symbols) // _SYMBOL.size * _SYMBOL.size]))
+    code = {section for _, kind, _, section, _, _ in table if kind & 0xF == _FUNCTION and section}
     return sorted(
         (address, strings[name : strings.find(b"\0", name)].decode(errors="replace"))
-        for name, kind, _, section, address, _ in _SYMBOL.iter_unpack(
-            symbols[: len(symbols) // _SYMBOL.size * _SYMBOL.size]
-        )
-        if kind & 0xF in (0, _FUNCTION) and section
+        for name, kind, _, section, address, _ in table
+        if section in code and kind & 0xF in (_UNTYPED, _FUNCTION)  # what is written in assembly may have no type
     )
 
 
