@@ -216,3 +216,29 @@ def test_everything_is_looked_at_once(tmp_path: Path) -> None:
     for finding in found:
         assert finding.status in (OK, LIMITED, MISSING) and all(finding), finding
     assert shares.find_program() in (next(finding.found for finding in found if finding.topic == "virtiofsd"), "")
+
+
+CHAINS = """table inet nagaya0 {
+	chain forward {
+		type filter hook forward priority filter; policy drop;
+	}
+}
+table ip filter {
+	chain INPUT {
+		type filter hook input priority filter; policy drop;
+	}
+	chain FORWARD {
+		type filter hook forward priority filter; policy drop;
+	}
+}
+table inet firewalld {
+	chain filter_FORWARD {
+		type filter hook forward priority filter + 10; policy accept;
+	}
+}
+"""
+
+
+def test_a_foreign_firewall_that_drops_is_named() -> None:
+    assert facilities.find_dropping_chains(CHAINS) == ["ip filter FORWARD"]
+    assert facilities.find_dropping_chains("") == []

@@ -238,7 +238,7 @@ def test_dnsmasq_s_command_line() -> None:
     )
     closed = dns.arguments(record._replace(internal=True), "br", 1400, resolvers=("9.9.9.9",))
     assert "--no-resolv" in closed and "--dhcp-option=option:router" in closed  # none
-    assert not any(word.startswith("--server") for word in closed)
+    assert not any(word.startswith("--server=") for word in closed)
     assert not any(
         "dhcp-range" in word for word in dns.arguments(record._replace(subnet="", gateway=""), "br", 0, resolvers=())
     )

@@ -68,21 +68,21 @@ def _merge(one: Attachment, first: Attachment) -> Attachment:
 
 
 def parse_networks(texts: list[str]) -> tuple[str, list[Attachment]]:
-    """The mode and the attachments of --network values: a mode, or NAME[:ip=…,ip6=…,mac=…,alias=…]."""
-    if len(texts) == 1 and texts[0] in MODES:
-        return texts[0], []
-    attachments = []
+    """The mode and the attachments of --network values: a mode, or NAME[:ip=…,ip6=…,mac=…,alias=…].
+
+    As with every flag, the last one wins where two cannot both be: "none", "host" and "user" go with nothing else.
+    """
+    mode, attachments = "bridge", list[Attachment]()
     for text in texts:
-        name, _, rest = text.partition(":")
+        name, colon, rest = text.partition(":")
         if name in MODES and name != "bridge":
-            raise UsageError(
-                f"--network {name} goes with no other network"
-                if len(texts) > 1
-                else f"--network {name} takes no options",
-                hint=f"leave it at --network {name}",
-            )
-        attachments.append(_parse_attachment(DEFAULT_NETWORK if name in ("bridge", "default") else name, rest, text))
-    return "bridge", attachments
+            if colon:
+                raise UsageError(f"--network {name} takes no options", hint=f"leave it at --network {name}")
+            mode, attachments = name, []
+        else:
+            name = DEFAULT_NETWORK if name in ("bridge", "default") else name
+            mode, attachments = "bridge", [*attachments, _parse_attachment(name, rest, text)]
+    return mode, [] if attachments == [Attachment(DEFAULT_NETWORK)] else attachments
 
 
 def _parse_attachment(name: str, rest: str, text: str) -> Attachment:

@@ -30,6 +30,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = (
+    Program("dnsmasq", "dnsmasq-base", "machines find each other by name", "machines have no names for each other"),
     Program("mmdebstrap", "mmdebstrap", "'debian' images are made without a registry", "'debian' comes from a registry only"),
     Program("mkfs.erofs", "erofs-utils", "images become disks of virtual machines", "no virtual machine can be created"),
     Program("mke2fs", "e2fsprogs", "virtual machines get disks to write to", "no virtual machine can be created"),
@@ -51,6 +52,8 @@ def look_at_facilities(root: str) -> list[Finding]:
         look_at_seccomp(),
         look_at_network(),
         look_at_forwarding(),
+        look_at_foreign_firewall(),
+        look_at_bridge_filter(),
         look_at_tap(),
         look_at_ports(),
         look_at_agent(),
@@ -183,6 +186,56 @@ def look_at_forwarding() -> Finding:
     return Finding(
         "forwarding", MISSING, "off, and it cannot be written", FORWARDING,
         "machines on the bridge reach this host only; sysctl net.ipv4.ip_forward=1 where that is allowed",
+    )  # fmt: skip
+
+
+def look_at_foreign_firewall() -> Finding:
+    """Others' nftables chains, iptables-nft's too: what one of them drops is dropped, whatever ours accept."""
+    topic = "foreign firewall"
+    if os.geteuid():
+        return Finding(topic, OK, "not looked at", "only root may", "a plain user's machines are not forwarded")
+    import subprocess  # lazy: 16 ms, and the doctor has the time
+
+    how = "nft list chains"
+    try:
+        done = subprocess.run(
+            [find_program("nft") or "nft", "list", "chains"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return Finding(topic, OK, "unknown, without nft", how, "")
+    dropping = find_dropping_chains(done.stdout)
+    if not dropping:
+        return Finding(topic, OK, "none drops what is forwarded", how, "machines reach out")
+    return Finding(
+        topic, LIMITED, f"forwarding is dropped by {', '.join(dropping)}", how,
+        "machines on bridges reach nothing beyond this host, unless it has rules for them: for iptables and Docker, "
+        "iptables -I FORWARD -i nagaya+ -j ACCEPT and the same with -o",
+    )  # fmt: skip
+
+
+def find_dropping_chains(text: str) -> list[str]:
+    """Of "nft list chains": the chains at the forward hook whose policy is to drop, but for ours."""
+    found, table, chain = [], "", ""
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["table"] and len(words) > 2:
+            table = f"{words[1]} {words[2]}"
+        elif words[:1] == ["chain"] and len(words) > 1:
+            chain = words[1]
+        elif "hook forward" in line and "policy drop" in line and not table.split()[-1].startswith("nagaya"):
+            found.append(f"{table} {chain}")
+    return found
+
+
+def look_at_bridge_filter() -> Finding:
+    """br_netfilter shows frames between two ports of one bridge to iptables, as though they were forwarded."""
+    path = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+    topic = "bridge filter"
+    if _read(path).strip() != "1":
+        return Finding(topic, OK, "off", path, "machines of one network reach each other whatever iptables says")
+    return Finding(
+        topic, LIMITED, "on (br_netfilter)", path,
+        "iptables' forward chain judges frames between machines of one network too; sysctl net.bridge.bridge-nf-call-iptables=0",
     )  # fmt: skip
 
 

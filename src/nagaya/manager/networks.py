@@ -63,6 +63,14 @@ def check_attachments(paths: Paths, attachments: tuple[Attachment, ...]) -> None
     for attachment in attachments:
         if attachment.network != DEFAULT_NETWORK:
             attach.check_addresses(networks.load(paths.root, attachment.network), attachment)
+        elif attachment.address or attachment.address6:
+            attach.check_addresses(load_default(paths), attachment)
+
+
+def load_default(paths: Paths) -> NetworkRecord:
+    """The default network, made if no machine has needed it yet."""
+    with planning.host_lock(), Netlink() as netlink:
+        return planning.load_or_make(paths.root, DEFAULT_NETWORK, netlink=netlink)
 
 
 class Networks:
@@ -246,7 +254,7 @@ class Networks:
     def connect(self, name: str, machine_name: str, attachment: Attachment) -> str:
         """Plug a machine into a network. Answers when that takes effect: "now" or what it waits for."""
         _require_root()
-        record = self.get(name)
+        record = load_default(self._paths) if name in ("bridge", "default", DEFAULT_NETWORK) else self.get(name)
         attachment = attachment._replace(network=record.name)
         check_attachment(attachment)
         attach.check_addresses(record, attachment)

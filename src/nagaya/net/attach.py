@@ -12,6 +12,7 @@ from nagaya.errors import HostError, NagayaError, NotFound
 from nagaya.kernel.netlink import Netlink, index_of
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
 from nagaya.net import addresses, dns, firewall, live, networks, planning, programs, rates
+from nagaya.net.networks import NetworkRecord
 from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.net.subnets import parse_subnet
 from nagaya.storage import machines
@@ -49,30 +50,42 @@ def plan_network(spec: MachineSpec, paths: Paths) -> NetworkPlan:
 def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
     """Firewall and names of a plan that has been stored; the plan with what the machine has to know of them."""
     warnings: list[str] = []
-    servers: list[str] = []
-    hosts: list[tuple[str, str]] = []
-    bridged = [link for link in plan.links if link.driver == "bridge"]
     starting: list[programs.Started] = []
-    for link in bridged:
-        record = networks.load(paths.root, link.network)
+    served: list[NetworkRecord] = []
+    bridged = [(link, networks.load(paths.root, link.network)) for link in plan.links if link.driver == "bridge"]
+    for link, record in bridged:
         try:
             dns.write_names(machine_id, link)
             started = dns.start(record, link.bridge, link.mtu)
         except FileNotFoundError:
             warnings.append(f"{NO_NAMES} on network '{link.network}': dnsmasq is not installed (dnsmasq-base)")
             continue
+        served.append(record)
         if started is not None:
             starting.append(started)
-        servers.append(record.gateway or record.gateway6)
-        hosts += [(dns.HOST_NAME, gateway) for gateway in (record.gateway, record.gateway6) if gateway and not hosts]
     if bridged:
         _admit(paths, plan)
     for started in starting:
         problem = dns.finish(started)
         if problem:
             warnings.append(f"{NO_NAMES}: {problem.removeprefix('dnsmasq: ')}")
-            servers = []
-    return plan._replace(warnings=tuple(warnings), nameservers=tuple(servers[:1]), hosts=tuple(hosts))
+            served = []
+    return _tell(paths, plan._replace(warnings=tuple(warnings)), served)
+
+
+def _tell(paths: Paths, plan: NetworkPlan, served: list[NetworkRecord]) -> NetworkPlan:
+    """Who answers a machine's questions: one of its networks that leads out, which asks the others' name servers."""
+    if not served:
+        return plan
+    first = next((record for record in served if not record.internal), served[0])
+    if len(served) > 1:
+        others = [(record.name, record.gateway or record.gateway6) for record in served if record is not first]
+        dns.add_servers(networks.bridge_name(paths.root, first.name), others)
+    return plan._replace(
+        nameservers=(first.gateway or first.gateway6,),
+        search=tuple(dns.domain(record.name) for record in served) if len(served) > 1 else (),
+        hosts=tuple((dns.HOST_NAME, gateway) for gateway in (first.gateway, first.gateway6) if gateway),
+    )
 
 
 def _admit(paths: Paths, plan: NetworkPlan) -> None:
@@ -144,6 +157,23 @@ def unplug(paths: Paths, machine_id: str, network: str, *, keep_device: bool) ->
         rest = plan._replace(links=tuple(link for link in plan.links if link not in gone))
         _drop_links(paths, machine_id, rest, gone, netlink, keep_device=keep_device)
         return gone[0]
+
+
+def rename(paths: Paths, spec: MachineSpec) -> None:
+    """Tell a running machine's names anew, after one of them has changed."""
+    with planning.host_lock():
+        plan = live.load(paths, spec.id)
+        if plan is None:
+            return
+        known = {attachment.network: attachment for attachment in planning.attachments(spec)}
+        links = tuple(
+            link._replace(names=planning.names_of(spec, known[link.network])) if link.network in known else link
+            for link in plan.links
+        )
+        live.store(paths, spec.id, plan._replace(links=links))
+        for link in links:
+            if link.driver == "bridge":
+                dns.write_names(spec.id, link)
 
 
 # -- letting go
@@ -313,7 +343,7 @@ def remove_idle(paths: Paths) -> bool:
     return remove_network(paths, DEFAULT_NETWORK)
 
 
-def check_addresses(record: networks.NetworkRecord, attachment: Attachment) -> None:
+def check_addresses(record: NetworkRecord, attachment: Attachment) -> None:
     """Raise `UsageError` for a fixed address that the network cannot give."""
     for subnet, gateway, wanted in (
         (record.subnet, record.gateway, attachment.address),

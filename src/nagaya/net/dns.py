@@ -6,6 +6,7 @@ Nobody watches it: who starts a machine, or looks at networks, starts it again i
     pid                  its own; believed only of a process that has our arguments and sees our network
     hosts/ID             names of a machine, as in /etc/hosts
     dhcp/ID              "MAC,ADDRESS,name" of a machine, for one that asks by DHCP
+    servers              who answers for the domains of other networks, for machines that are on these too
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ from nagaya.storage.tree import remove_tree
 
 PROGRAM = "dnsmasq"
 DIRECTORY = "/run/nagaya-names"  # not below /run/nagaya, which is closed to the user that dnsmasq becomes
-HOST_NAME = "host.nagaya.internal"
+DOMAIN = "nagaya.internal"
+HOST_NAME = f"host.{DOMAIN}"
 USER = "nobody"
 
 
 def directory(bridge: str) -> str:
     return f"{DIRECTORY}/{bridge}"
+
+
+def domain(network: str) -> str:
+    """Where a network's names are, beside that its own machines find them without it."""
+    return f"{network}.{DOMAIN}"
 
 
 def arguments(record: NetworkRecord, bridge: str, mtu: int, *, resolvers: tuple[str, ...]) -> list[str]:
@@ -37,6 +44,7 @@ def arguments(record: NetworkRecord, bridge: str, mtu: int, *, resolvers: tuple[
     argv = [
         PROGRAM, "--conf-file=/dev/null", f"--user={USER}", f"--pid-file={place}/pid",
         f"--interface={bridge}", "--except-interface=lo", "--bind-interfaces",
+        f"--servers-file={place}/servers", f"--local=/{domain(record.name)}/",
         "--no-hosts", f"--hostsdir={place}/hosts", f"--dhcp-hostsdir={place}/dhcp",
         "--domain-needed", "--bogus-priv", "--cache-size=1000", "--leasefile-ro", "--quiet-dhcp",
         f"--host-record={HOST_NAME},{','.join(filter(None, (record.gateway, record.gateway6)))}",
@@ -101,13 +109,34 @@ def finish(started: programs.Started) -> str:
 def make_directories(bridge: str) -> None:
     for name in ("hosts", "dhcp"):
         make_directory(f"{directory(bridge)}/{name}", 0o755)
+    if not os.path.exists(f"{directory(bridge)}/servers"):
+        _replace(f"{directory(bridge)}/servers", f"{directory(bridge)}/servers.tmp", "")
+
+
+def add_servers(bridge: str, others: list[tuple[str, str]]) -> None:
+    """Let the network's name server ask those of other networks: (network, its gateway)."""
+    make_directories(bridge)
+    path = f"{directory(bridge)}/servers"
+    with open(path, encoding="utf-8") as file:
+        before = file.read().splitlines()
+    lines = dict.fromkeys(before) | dict.fromkeys(f"server=/{domain(name)}/{gateway}" for name, gateway in others)
+    if list(lines) != before:
+        _replace(path, f"{path}.tmp", "".join(f"{line}\n" for line in lines))
+        _hang_up(bridge)
+
+
+def _hang_up(bridge: str) -> None:
+    """Have dnsmasq read again what it does not watch."""
+    fd = find(bridge)
+    if fd >= 0:
+        _signal(fd, signal.SIGHUP)
 
 
 def write_names(machine_id: str, link: LinkPlan) -> None:
     """Tell a machine's names and its address for DHCP."""
     make_directories(link.bridge)
     place = directory(link.bridge)
-    names = " ".join(link.names)
+    names = " ".join((*link.names, *(f"{name}.{domain(link.network)}" for name in link.names)))
     lines = [f"{address} {names}\n" for address in (link.address, link.address6) if address]
     _write(place, "hosts", machine_id, "".join(lines))
     if link.address:
@@ -116,11 +145,14 @@ def write_names(machine_id: str, link: LinkPlan) -> None:
 
 def _write(place: str, name: str, machine_id: str, text: str) -> None:
     """Moved in whole: dnsmasq reads whatever it sees there."""
-    temporary = f"{place}/{machine_id}.tmp"
+    _replace(f"{place}/{name}/{machine_id}", f"{place}/{machine_id}.tmp", text)
+
+
+def _replace(path: str, temporary: str, text: str) -> None:
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
         os.fchmod(file.fileno(), 0o644)
         file.write(text)
-    os.rename(temporary, f"{place}/{name}/{machine_id}")
+    os.rename(temporary, path)
 
 
 def remove_names(machine_id: str, bridge: str) -> None:
@@ -130,9 +162,7 @@ def remove_names(machine_id: str, bridge: str) -> None:
             os.unlink(f"{place}/{name}/{machine_id}")
         except FileNotFoundError:
             continue
-    fd = find(bridge)
-    if fd >= 0:
-        _signal(fd, signal.SIGHUP)  # of DHCP's directory it takes note of what comes alone
+    _hang_up(bridge)  # of DHCP's directory it takes note of what comes alone
 
 
 def machines_of(bridge: str) -> set[str]:

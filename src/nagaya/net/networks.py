@@ -81,6 +81,8 @@ def load(root: str, name: str) -> NetworkRecord:
 
 
 def _missing(name: str) -> NotFound:
+    if name == DEFAULT_NETWORK:
+        return NotFound("the default network has not been used yet", hint="the first machine that is started makes it")
     return NotFound(
         f"there is no network '{name}'", hint=f"'nagaya network ls' lists them; nagaya network create {name} makes it"
     )

@@ -179,6 +179,10 @@ def _update(machine: Supervisor, client: Client, request: dict[str, object]) -> 
         _need(machine, "limits", "change its limits while it runs")
         if machine.booted is not None:
             machine.engine.set_limits(spec.limits)  # type: ignore[attr-defined]
+    if spec.name != machine.spec.name and spec.network == "bridge":
+        from nagaya.net import attach  # lazy: rare
+
+        attach.rename(machine.paths, spec)
     machine.spec = spec
     client.finish(control.reply())
 
