@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import own_network
 from tests.e2e import leftovers
 from tests.e2e.command import PROGRAM, Cli
 
@@ -61,6 +62,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
         if missing:
             report.outcome, report.longrepr = "failed", missing
     return report
+
+
+# -- the network
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See tests/own_network.py. Here, for pytest has one thread by now, and has started nothing."""
+    own_network.enter()
 
 
 # -- leftovers

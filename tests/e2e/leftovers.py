@@ -13,6 +13,7 @@ import subprocess
 import time
 from typing import NamedTuple
 
+from nagaya.kernel.netlink import Netlink
 from nagaya.storage.lock import is_held
 
 MARK = "NAGAYA_TEST_SESSION"
@@ -135,11 +136,9 @@ def _links(ids: set[str], stores: list[str], *, everything: bool) -> list[str]:
     from nagaya.net.planning import host_links
 
     ours = _bridges(stores) | {link for id_ in ids for link in host_links(id_)}
-    return [
-        name
-        for name in os.listdir("/sys/class/net")
-        if name in ours or (everything and name.startswith(("ngy", "nagaya")))
-    ]
+    with Netlink() as netlink:
+        names = [link.name for link in netlink.links()]
+    return [name for name in names if name in ours or (everything and name.startswith(("ngy", "nagaya")))]
 
 
 def _bridges(stores: list[str]) -> set[str]:

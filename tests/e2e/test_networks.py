@@ -420,6 +420,17 @@ def test_bad_input_is_refused_with_a_sentence(net: Cli) -> None:
         assert net.machine_ids() == []
 
 
+def test_one_mac_address_is_one_machine_s(net: Cli) -> None:
+    start(net, "a", "--mac-address", "02:00:00:00:00:aa")
+    ran = net("run", "-d", "--name", "b", "--mac-address", "02-00-00-00-00-AA", "busybox", "sleep", "600")
+    assert ran.code == 125 and "in use on network 'nagaya0'" in ran.err
+    assert len(os.listdir(f"{net.root}/network/nagaya0/leases")) == 2  # b's were given back
+    assert can_ping(net, "a", "198.51.100.2")
+    (inspected,) = net.json("inspect", "a")
+    assert inspected["links"][0]["mac"] == "02:00:00:00:00:aa"
+    assert net.ok("ps", "-q", "--filter", "network=nagaya0").split() == [inspected["id"][:12]]
+
+
 def test_lists_and_templates(net: Cli) -> None:
     made = net.ok("network", "create", "front", "-l", "tier=1").strip()
     net.ok("network", "create", "back", "--internal", "--ipv6=false")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from nagaya.errors import UsageError
+from nagaya.model.spec import DEFAULT_NETWORK
 from nagaya.model.state import PHASES
 from nagaya.static import NamedTuple
 
@@ -35,7 +36,7 @@ class MachineFacts(NamedTuple):
     phase: str
     exit_code: int
     labels: Mapping[str, str]
-    network: str
+    networks: tuple[str, ...]
     volumes: tuple[str, ...]
     created_ns: int
 
@@ -83,7 +84,7 @@ def matches_machine(filters: Filters, facts: MachineFacts, *, created_ns_of: Cal
         "type": lambda value: facts.type == value,
         "status": lambda value: facts.phase == value,
         "exited": lambda value: facts.phase == "exited" and facts.exit_code == int(value),
-        "network": lambda value: facts.network == value,
+        "network": lambda value: value in facts.networks or (value == DEFAULT_NETWORK and "bridge" in facts.networks),
         "volume": lambda value: value in facts.volumes,
         "ancestor": lambda value: _is_image(value, facts.image, facts.image_id),
         "before": lambda value: facts.created_ns < created_ns_of(value),

@@ -65,8 +65,13 @@ def machine_facts(spec: MachineSpec, state: MachineState) -> MachineFacts:
     volumes = tuple(text for mount in spec.mounts for text in (mount.source, mount.target) if text)
     return MachineFacts(
         spec.id, spec.name, spec.type, spec.image, spec.image_id, state.phase, state.exit_code, dict(spec.labels),
-        spec.network, volumes, spec.created_ns,
+        network_names(spec), volumes, spec.created_ns,
     )  # fmt: skip
+
+
+def network_names(spec: MachineSpec) -> tuple[str, ...]:
+    """The networks that a machine is on; a mode ("host", "none", "user", and "bridge" for the default one) where it has one."""
+    return tuple(attachment.network for attachment in spec.attachments) or (spec.network,)
 
 
 def status_text(state: MachineState, now_ns: int) -> str:
@@ -122,7 +127,7 @@ def machine_row(spec: MachineSpec, state: MachineState, *, now_ns: int, no_trunc
         Name=spec.name,
         Labels=label_text(spec.labels),
         Mounts=",".join(mount.source for mount in spec.mounts if mount.source),
-        Networks=spec.network,
+        Networks=",".join(network_names(spec)),
         Size=format_size(size_bytes) if size_bytes >= 0 else "N/A",
         Ports=ports_text(state),
         ExitCode=state.exit_code,
@@ -158,6 +163,7 @@ def machine_record(spec: MachineSpec, state: MachineState, *, now_ns: int, size_
         "address": state.address,
         "network": spec.network,
         "ports": [port._asdict() for port in state.ports] if state.phase in ALIVE else [],
+        "networks": list(network_names(spec)),
         "platform": spec.platform,
         "labels": dict(spec.labels),
         "mounts": [{"kind": mount.kind, "source": mount.source, "target": mount.target} for mount in spec.mounts],

@@ -353,6 +353,7 @@ class Machine:
         return {
             **spec,
             "state": {**to_data(state), "warnings": list(state.warnings)},
+            "links": self._links(),
             "directory": self.directory,
             "log_path": f"{self.directory}/log",
             "snapshots": [snapshot.name for snapshot in self.snapshots.list()],
@@ -419,6 +420,14 @@ class Machine:
                 self.unpause()
 
     # -- inside
+
+    def _links(self) -> list[dict[str, object]]:
+        """What it has on its networks while it runs: addresses, MAC, names."""
+        from nagaya.net import live  # lazy: only `inspect` asks
+
+        plan = live.load(self.paths, self.id)
+        links: list[dict[str, object]] = [to_data(link) for link in plan.links] if plan is not None else []
+        return links
 
     def need_agent(self, what: str) -> None:
         """Raise `Unsupported` for a whole machine: nothing of ours is inside it that could do `what`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from nagaya.errors import HostError, NagayaError, NotFound
+from nagaya.errors import Conflict, HostError, NagayaError, NotFound
 from nagaya.kernel.netlink import Netlink, index_of
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
 from nagaya.net import addresses, dns, firewall, live, networks, planning, programs, rates
@@ -36,6 +36,7 @@ def plan_network(spec: MachineSpec, paths: Paths) -> NetworkPlan:
         try:
             for number, attachment in enumerate(planning.attachments(spec)):
                 links.append(planning.plan_link(paths.root, spec, attachment, number, netlink=netlink))
+                _refuse_taken_mac(paths, spec.id, links[-1], attachment)
             plan = NetworkPlan(
                 "links", planning.without_second_gateways(links), allow_host=spec.allow_host, ports=spec.ports,
                 rate_bits=spec.net_rate_bits,
@@ -45,6 +46,18 @@ def plan_network(spec: MachineSpec, paths: Paths) -> NetworkPlan:
         except BaseException:
             _let_go(paths, spec.id, netlink)
             raise
+
+
+def _refuse_taken_mac(paths: Paths, machine_id: str, link: LinkPlan, attachment: Attachment) -> None:
+    """A chosen MAC address that a neighbour has would take its frames away. Those that we choose differ by the id."""
+    if not attachment.mac:
+        return
+    for other, plan in live.load_all(paths).items():
+        if other != machine_id and any(one.mac == link.mac and one.network == link.network for one in plan.links):
+            raise Conflict(
+                f"the MAC address {link.mac} is in use on network '{link.network}' by machine {other[:12]}",
+                hint="give another one, or none: then Nagaya chooses",
+            )
 
 
 def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
@@ -136,9 +149,14 @@ def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
             raise NotFound("the machine has no network that could be added to", hint="give it one, and start it again")
         used = {link.host_link for link in plan.links}
         number = next(n for n in range(planning.MOST_LINKS + 1) if planning.host_link(spec.id, n) not in used)
-        link = planning.plan_link(paths.root, spec, attachment, number, netlink=netlink)
+        try:
+            link = planning.plan_link(paths.root, spec, attachment, number, netlink=netlink)
+        except BaseException:  # it may have had one address of two by then
+            addresses.release(networks.leases(paths.root, attachment.network), spec.id)
+            raise
         longer = plan._replace(links=planning.without_second_gateways([*plan.links, link]))
         try:
+            _refuse_taken_mac(paths, spec.id, link, attachment)
             live.store(paths, spec.id, longer)
             _prepare(paths, spec.id, longer._replace(links=longer.links[-1:]))
         except BaseException:

@@ -102,9 +102,25 @@ def docker_view(data: dict[str, object]) -> dict[str, object]:
             "AutoRemove": data.get("auto_remove"), "ReadonlyRootfs": data.get("read_only"),
             "RestartPolicy": {"Name": restart.get("policy"), "MaximumRetryCount": restart.get("max_retries")},
         },
-        "NetworkSettings": {"IPAddress": state.get("address")},
+        "NetworkSettings": {
+            "IPAddress": state.get("address"),
+            "Networks": {str(link.get("network")): _docker_link(link) for link in _links(data)},
+        },
         "RestartCount": state.get("restarts"),
         "LogPath": data.get("log_path"),
+    }  # fmt: skip
+
+
+def _links(data: dict[str, object]) -> list[dict[str, object]]:
+    links = data.get("links")
+    return [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
+
+
+def _docker_link(link: dict[str, object]) -> dict[str, object]:
+    return {
+        "IPAddress": link.get("address"), "IPPrefixLen": link.get("prefix"), "Gateway": link.get("gateway"),
+        "GlobalIPv6Address": link.get("address6"), "GlobalIPv6PrefixLen": link.get("prefix6"),
+        "IPv6Gateway": link.get("gateway6"), "MacAddress": link.get("mac"), "Aliases": link.get("names"),
     }  # fmt: skip
 
 
