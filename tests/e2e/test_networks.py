@@ -316,6 +316,27 @@ def test_a_damaged_firewall_is_made_again(net: Cli, damage: str) -> None:
     assert net("network", "ls").err == ""
 
 
+def test_after_a_reboot_machines_start_as_before(net: Cli) -> None:
+    """What a reboot takes away: processes, links, rules, /run. What it leaves: the store, leases of those that ran among it."""
+    start(net, "a")
+    start(net, "b", "--ip6", (first := net.json("network", "inspect", "nagaya0")[0])["subnet6"].replace("::/64", "::b"))
+    before = {name: member(net, "nagaya0", name) for name in ("a", "b")}
+    for one in before.values():
+        os.kill(supervisors(net.root, one["id"])[0], signal.SIGKILL)
+    for name in ("a", "b"):
+        while supervisors(net.root, before[name]["id"]):
+            time.sleep(0.01)
+    outside(net, "ip", "link", "delete", first["bridge"])
+    outside(net, "nft", "flush", "ruleset")
+    os.kill(int(open(f"/run/nagaya-names/{first['bridge']}/pid").read()), signal.SIGKILL)
+    subprocess.run(["rm", "-rf", f"/run/nagaya-names/{first['bridge']}", f"{net.root}/run"], check=True)
+    assert {machine["state"] for machine in net.machines()} == {"exited"}
+    assert os.listdir(f"{net.root}/network/nagaya0/leases") == []
+    net.ok("start", "a", "b")
+    assert {name: member(net, "nagaya0", name) for name in ("a", "b")} == before
+    assert can_ping(net, "a", "b") and can_ping(net, "b", "198.51.100.2")
+
+
 def test_a_deleted_bridge_is_made_again(net: Cli) -> None:
     start(net, "a")
     start(net, "b")
