@@ -18,6 +18,7 @@ MACHINES: dict[str, tuple[str, str]] = {
     "kill": ("kill:KILL", "Send a signal to machines, SIGKILL unless told otherwise"),
     "pause": ("pause:PAUSE", "Freeze all programs of machines"),
     "unpause": ("pause:UNPAUSE", "Let paused machines go on"),
+    "fork": ("fork:FORK", "Make further machines that go on from where one is"),
     "wait": ("wait:WAIT", "Wait until machines end, and print their exit status"),
     "rm": ("rm:RM", "Remove machines"),
     "attach": ("attach:ATTACH", "Connect this terminal to a machine's program"),

@@ -64,7 +64,7 @@ class Machine:
 
     def __init__(self, paths: Paths, spec: MachineSpec, *, store: Store) -> None:
         self.paths = paths
-        self._store = store
+        self.store = store
         self._held: FileLock | None = None
         self.spec = spec
 
@@ -96,6 +96,12 @@ class Machine:
     def hold(self, lock: FileLock) -> None:
         """Keep the command lock of a machine that has just been created until its first `start`."""
         self._held = lock
+
+    def let_go(self) -> None:
+        """Give up the lock of `hold`, if it is still held."""
+        lock, self._held = self._held, None
+        if lock is not None:
+            lock.release()
 
     def start(self, *, attach: bool = False, rows: int = 0, columns: int = 0) -> Attachment | None:
         """Boot it and wait until its program runs. With `attach`, its streams from the very first byte.
@@ -164,6 +170,13 @@ class Machine:
         from nagaya.manager.snapshots import Snapshots  # lazy: most commands have nothing to do with them
 
         return Snapshots(self)
+
+    def fork(self, count: int = 1, *, name: str = "", disk_only: bool = False) -> list[Machine]:
+        """Further machines that go on from where this one is. See `manager/forking.py`."""
+        from nagaya.manager.forking import fork  # lazy: only who forks
+        from nagaya.manager.machines import Machines
+
+        return fork(self, Machines(self.paths, self.store), count, name=name, disk_only=disk_only)
 
     def wait(self) -> int:
         """Block until it has ended for good; its exit status."""
@@ -404,14 +417,14 @@ class Machine:
     ) -> Image:
         """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
         self.need_agent("make an image of it")
-        base = self._store.images.get(self.spec.image_id)
+        base = self.store.images.get(self.spec.image_id)
         # The agent, which tells what is on a machine's own disk, would be frozen with it.
         frozen = pause and self.state.phase == "running" and not self._has_disk()
         if frozen:
             self.pause()
         try:
             with self._changes() as upper:
-                return self._store.images.commit(
+                return self.store.images.commit(
                     base, upper, rootfs.load_layers(self.directory), reference,
                     author=author, message=message, changes=changes,
                 )  # fmt: skip
@@ -464,7 +477,7 @@ class Machine:
     @property
     def images(self) -> ImageStore:
         """The images of its store."""
-        return self._store.images
+        return self.store.images
 
     @property
     def runtime_dir(self) -> str:

@@ -84,9 +84,9 @@ class Machines:
         type_, note = hardware.choose_runner(options.type, hardware.find_architecture(options.architecture))
         machine_id = os.urandom(16).hex()
         spec = hardware.plan_whole_machine(options, Disks(self._paths.root), type_=type_, machine_id=machine_id)
-        lock = self._make_directory(machine_id)
+        lock = self.make_directory(machine_id)
         try:
-            spec = self._claim_name(spec)
+            spec = self.claim_name(spec)
             hardware.make_own_files(self._paths, spec, options)
             machines.store_spec(self._paths, spec)
             machines.store_state(self._paths, machine_id, MachineState(phase=CREATED))
@@ -105,9 +105,9 @@ class Machines:
         machine_id = os.urandom(16).hex()
         spec = plan_machine(options, image, type_=type_, machine_id=machine_id, name=options.name)
         lower = self._store.images.layer_directories(image)
-        lock = self._make_directory(machine_id)
+        lock = self.make_directory(machine_id)
         try:
-            spec = self._claim_name(spec)
+            spec = self.claim_name(spec)
             spec = spec._replace(mounts=name_volumes(spec.mounts))
             rootfs.store_layers(self._paths.machine(machine_id), lower, root_image=root_image)
             if root_image:
@@ -232,7 +232,7 @@ class Machines:
         except (FileNotFoundError, IntegrityError):
             return None
 
-    def _make_directory(self, machine_id: str) -> FileLock:
+    def make_directory(self, machine_id: str) -> FileLock:
         """The new machine's directory with its command lock held: one step for `repair.sweep`, by `create.lock`."""
         make_directory(self._paths.machines)
         with FileLock(f"{self._paths.root}/create.lock"):
@@ -241,7 +241,8 @@ class Machines:
             lock.acquire()
         return lock
 
-    def _claim_name(self, spec: MachineSpec) -> MachineSpec:
+    def claim_name(self, spec: MachineSpec) -> MachineSpec:
+        """Claim the name in `spec` for it, or a made-up one; answers the record with that. Raises `Conflict`."""
         if spec.name:
             machines.claim_name(self._paths, spec.name, spec.id)
             return spec

@@ -194,7 +194,7 @@ class Snapshots:
         """Remove all but the newest `keep`; answers their names."""
         old = self.list()
         removed = []
-        for snapshot in old[: len(old) - keep] if keep else old:
+        for snapshot in old[: max(0, len(old) - keep)]:
             try:
                 self.remove(snapshot.id)
             except NotFound:

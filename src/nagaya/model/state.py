@@ -31,6 +31,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "keys": (RUNNING,),
     "login": (RUNNING,),  # by ssh
     "snapshot": (RUNNING, PAUSED),
+    "fork": (RUNNING,),
     "remove": (CREATED, EXITED),
 }
 

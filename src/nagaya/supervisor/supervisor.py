@@ -18,7 +18,7 @@ from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import control
-from nagaya.protocol.setup import with_time
+from nagaya.protocol.setup import with_machine_id, with_time
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogWriter
@@ -141,7 +141,7 @@ class Supervisor:
         self._watch_helpers(booted.helpers)
         self.programs = self._connect(booted)
         if programs is not None:
-            self._resume(booted, programs)
+            self._resume(booted, saved, programs)
             return
         if booted.setup:
             self.programs.on_set_up = self._set_up
@@ -159,7 +159,7 @@ class Supervisor:
 
         return resuming.load(f"{saved}/programs.json")
 
-    def _resume(self, booted: Booted, programs: SavedPrograms) -> None:
+    def _resume(self, booted: Booted, saved: str, programs: SavedPrograms) -> None:
         """Go on with programs that run already: tell the agent who the machine is by now, and when."""
         assert isinstance(self.programs, Programs)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
@@ -179,11 +179,10 @@ class Supervisor:
             self._started(0)
 
         self.programs.on_continued = continued
-        self.programs.go_on(self._identity(with_time(booted.setup, time.time_ns())))
-
-    def _identity(self, payload: bytes) -> bytes:
-        """CONTINUE's payload: SETUP's, and what makes the machine another one than that which was saved."""
-        return payload
+        payload = with_time(booted.setup, time.time_ns())
+        if os.path.dirname(os.path.dirname(saved)) != self._directory:  # a fork: it was another machine until now
+            payload = with_machine_id(payload, self.spec.id)
+        self.programs.go_on(payload)
 
     def _connect(self, booted: Booted) -> Programs | Console:
         """To the agent, or where there is none to the console."""

@@ -1,0 +1,122 @@
+"""Forks: further machines that go on from where a running one is, each with a name, a disk and addresses of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from nagaya.engines import open_engine
+from nagaya.errors import Conflict, HostError, NagayaError, Unsupported, UsageError
+from nagaya.manager.naming import check_name
+from nagaya.model.spec import MachineSpec
+from nagaya.model.state import ALIVE, CREATED, PAUSED, RUNNING, STARTING, MachineState, require
+from nagaya.storage import machines, records, rootfs, snapshots
+from nagaya.storage.tree import remove_tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.manager.machine import Machine
+    from nagaya.manager.machines import Machines
+
+MOST = 1000
+SHORT_ID = 12
+
+
+def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_only: bool = False) -> list[Machine]:
+    """Make `count` machines out of a running one; they run, with its programs, when this returns.
+
+    `name` names one; of several they are NAME-1, NAME-2, …. With `disk_only` they begin anew from a copy of its disks, and
+    are started if it runs. `source` stands for as long as saving it takes, and then goes on. When one fails, none is left.
+    Raises `Unsupported` for a type whose memory cannot be saved, `Conflict`, `HostError`, `LaunchError`.
+    """
+    if not 1 <= count <= MOST:
+        raise UsageError(f"{count} is not a number of forks", hint=f"from 1 to {MOST}")
+    names = [""] * count if not name else [name] if count == 1 else [f"{name}-{number + 1}" for number in range(count)]
+    for one in filter(None, names):
+        check_name(one)
+    source.need_agent("be forked")
+    engine = open_engine(source.spec.type)
+    if not disk_only and "memory" not in engine.capabilities:
+        raise Unsupported(
+            f"a machine of type '{source.spec.type}' cannot be forked with its programs: "
+            f"{engine.missing.get('memory', 'its memory cannot be saved')}",
+            hint="--disk-only starts copies of it from its disks; --type kvm forks whole machines",
+        )
+    made: list[Machine] = []
+    with source.lock():
+        source.reload()
+        phase = source.settled().phase
+        if not disk_only:
+            require("fork", phase, source.name)
+        elif phase in ALIVE and phase not in (RUNNING, PAUSED):
+            raise Conflict(f"machine '{source.name}' is {phase}", hint="try again when it runs", state=phase)
+        try:
+            _, place = snapshots.begin(source.directory)
+            try:
+                if phase in ALIVE:
+                    source.ask("save", place=place, memory=not disk_only)
+                else:
+                    snapshots.copy_disks(source.directory, place)
+                made.extend(_make(source, all_, place, one, starting=phase in ALIVE) for one in names)
+                for machine in made if phase in ALIVE else ():
+                    machine.go(saved="" if disk_only else place)
+            finally:
+                remove_tree(place)
+        except BaseException as error:
+            for machine in made:
+                _undo(machine)
+            if isinstance(error, OSError):
+                raise HostError.from_os(error, f"cannot fork machine '{source.name}'") from None
+            raise
+        finally:
+            for machine in made:
+                machine.let_go()
+    for machine in made:
+        source.record("fork", fork=machine.name, fork_id=machine.id)
+    return made
+
+
+def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: bool) -> Machine:
+    """One machine on disk, with its command lock held. Leaves nothing when it raises."""
+    from nagaya.manager.machine import Machine as Handle
+
+    machine_id = os.urandom(16).hex()
+    directory = source.paths.machine(machine_id)
+    lock = all_.make_directory(machine_id)
+    spec = _forked_spec(source.spec, machine_id, name)
+    try:
+        spec = all_.claim_name(spec)
+        records.store(f"{directory}/rootfs.json", records.load(f"{source.directory}/rootfs.json", rootfs.Layers))
+        snapshots.copy_disks(place, directory)
+        machines.store_spec(source.paths, spec)
+        machines.store_state(source.paths, machine_id, MachineState(phase=STARTING if starting else CREATED))
+    except BaseException:
+        machines.discard(source.paths, machine_id, spec.name)
+        lock.release()
+        raise
+    made = Handle(source.paths, spec, store=source.store)
+    made.record("create")
+    made.hold(lock)
+    return made
+
+
+def _forked_spec(spec: MachineSpec, machine_id: str, name: str) -> MachineSpec:
+    """The same machine under another name. What only one machine can have, an address or a port, is the host's to choose."""
+    named_by_id = spec.hostname == spec.id[:SHORT_ID]
+    return spec._replace(
+        id=machine_id,
+        name=name,
+        hostname=machine_id[:SHORT_ID] if named_by_id or not name else name,
+        created_ns=time.time_ns(),
+        attachments=tuple(one._replace(address="", address6="", mac="") for one in spec.attachments),
+        ports=tuple(port._replace(host_port=0) for port in spec.ports),
+        mounts=tuple(mount._replace(anonymous=False) for mount in spec.mounts),  # the original's, and it goes with that
+    )
+
+
+def _undo(machine: Machine) -> None:
+    machine.let_go()
+    try:
+        machine.remove(force=True)
+    except NagayaError:
+        return  # its own end has removed it
