@@ -281,6 +281,38 @@ def test_screen_and_keys(make: Callable[..., Machine]) -> None:
     machine.kill()
 
 
+def test_discs_come_and_go(make: Callable[..., Machine], boot_disk: Path, tmp_path: Path) -> None:
+    discs = [tmp_path / f"{number}.iso" for number in range(2)]
+    for number, disc in enumerate(discs):
+        disc.write_bytes(bytes([number]) * 65536)
+    drives = (DriveOptions(str(boot_disk), clone=True), DriveOptions(cdrom=True))
+    machine = make(drives=drives)
+    machine.front.change_disc(str(discs[0]))  # it is off
+    machine.start()
+    wait_until(machine, "READY")
+
+    def open_files() -> set[str]:
+        place = f"/proc/{qemu_of(machine)}/fd"
+        return {os.path.realpath(f"{place}/{fd}") for fd in os.listdir(place)}
+
+    assert str(discs[0]) in open_files()
+    machine.front.change_disc(str(discs[1]))
+    assert str(discs[1]) in open_files()
+    for wrong, problem in ((str(tmp_path / "none.iso"), NotFound), (str(tmp_path), UsageError)):
+        with pytest.raises(problem):
+            machine.front.change_disc(wrong)
+    with pytest.raises(NotFound):
+        machine.front.change_disc("", drive=1)
+    machine.front.change_disc("")
+    machine.front.change_disc("")  # nothing is in it
+    machine.front.change_disc(str(discs[0]))
+    assert [drive.path for drive in machine.spec.hardware.drives][1] == str(discs[0])  # type: ignore[union-attr]
+    machine.stop()
+    machine.start()
+    assert str(discs[0]) in open_files()
+    machine.kill()
+
+
 def test_what_cloud_init_is_told(make: Callable[..., Machine], tmp_path: Path) -> None:
     for program in ("genisoimage", "ssh-keygen", "isoinfo"):
         require_program(program)

@@ -36,6 +36,8 @@ MACHINES: dict[str, tuple[str, str]] = {
     "screen": ("screen:SCREEN", "Say how to look at a whole machine's screen"),
     "screenshot": ("screen:SCREENSHOT", "Write what a whole machine's screen shows to a picture"),
     "sendkey": ("screen:SENDKEY", "Press keys of a whole machine"),
+    "insert": ("disc:INSERT", "Put a disc into a CD drive of whole machines"),
+    "eject": ("disc:EJECT", "Take the disc out of a CD drive of whole machines"),
     "export": ("export:EXPORT", "Write a machine's files as a tar archive"),
 }
 IMAGES: dict[str, tuple[str, str]] = {

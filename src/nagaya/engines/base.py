@@ -192,6 +192,13 @@ class Powered(Protocol):
         """Switch it off; what it has written is brought to its disks first."""
 
 
+class DiscChanging(Protocol):
+    """A machine whose CD drives can get another disc while it runs."""
+
+    def change_disc(self, number: int, path: str, format: str) -> None:
+        """Put the image at `path` ("" = none) into drive `number` of the record, whatever the system holds shut."""
+
+
 class Screened(Protocol):
     """A machine with a screen and a keyboard."""
 

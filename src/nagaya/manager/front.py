@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
-from nagaya.errors import HostError, RemoteError, Unsupported
-from nagaya.model.state import require
+from nagaya.errors import HostError, NagayaError, NotFound, RemoteError, Unsupported
+from nagaya.model.state import ALIVE, require
 from nagaya.static import NamedTuple
+from nagaya.storage import machines
+from nagaya.storage.disk_images.chain import open_chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,6 +83,40 @@ class FrontPanel:
                 f"machine '{machine.name}' has no network to log in by", hint="create it with a --network"
             )
         return Login(seed.user, host, port, f"{machine.directory}/id_ed25519", f"{machine.directory}/known_hosts")
+
+    def change_disc(self, path: str, *, drive: int = 0) -> None:
+        """Put the ISO image at `path` into its CD drive number `drive`; "" takes the disc out. Also of one that is off.
+
+        Raises `NotFound` without such a drive, and what is wrong with the image; the old disc is in then.
+        """
+        machine = self._machine
+        with machine.lock():
+            machine.reload()
+            hardware = machine.spec.hardware
+            assert hardware is not None
+            places = [at for at, each in enumerate(hardware.drives) if each.cdrom and not each.own]
+            if not 0 <= drive < len(places):
+                raise NotFound(
+                    f"machine '{machine.name}' has {len(places)} CD drives, and no number {drive}",
+                    hint="a machine is created with them: --cdrom empty",
+                )
+            at, before = places[drive], machine.spec
+            if path:
+                path = os.path.realpath(path)
+                with ExitStack() as stack:
+                    open_chain(path, stack, format="raw", lock=False)
+            drives = list(hardware.drives)
+            drives[at] = drives[at]._replace(path=path, format="raw")
+            machine.spec = before._replace(hardware=hardware._replace(drives=tuple(drives)))
+            machines.store_spec(machine.paths, machine.spec)
+            if machine.settled().phase in ALIVE:
+                try:
+                    machine.ask("change_disc", drive=at)
+                except NagayaError:
+                    machine.spec = before
+                    machines.store_spec(machine.paths, before)
+                    raise
+        machine.record("disc", disc=path)
 
     def _require(self, command: str) -> None:
         require(command, self._machine.state.phase, self._machine.name)

@@ -30,6 +30,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "screen": (RUNNING, PAUSED),  # a picture of it
     "keys": (RUNNING,),
     "login": (RUNNING,),  # by ssh
+    "disc": (RUNNING, PAUSED),
     "snapshot": (RUNNING, PAUSED),
     "fork": (RUNNING,),
     "remove": (CREATED, EXITED),

@@ -241,7 +241,22 @@ def _find_login(machine: Supervisor, client: Client, request: dict[str, object])
         client.finish(control.reply(host=machine.state.address, port=22))
 
 
+def _change_disc(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """The manager has put another disc into the record: put it into the machine."""
+    _require(machine, "disc")
+    _need(machine, "discs", "get another disc")
+    number = _number(request, "drive", 0, 1024)
+    spec = machines.load_spec(machine.paths, machine.spec.id)
+    if spec.hardware is None or number >= len(spec.hardware.drives) or not spec.hardware.drives[number].cdrom:
+        raise RemoteError(f"control protocol: the machine's record has no CD drive {number}")
+    drive = spec.hardware.drives[number]
+    machine.engine.change_disc(number, drive.path, drive.format)  # type: ignore[attr-defined]
+    machine.spec = spec
+    client.finish(control.reply())
+
+
 _REQUESTS: dict[str, Any] = {
+    "change_disc": _change_disc,
     "login": _find_login,
     "screenshot": _screenshot,
     "press_keys": _press_keys,

@@ -12,7 +12,7 @@ import stat
 from contextlib import ExitStack
 
 from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
-from nagaya.engines.qemu import pc_arguments, rights, screen
+from nagaya.engines.qemu import discs, pc_arguments, rights, screen
 from nagaya.engines.qemu.arguments import Card
 from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.measures import block_bytes
@@ -44,7 +44,7 @@ class WholeMachineEngine:
     """Boots one whole machine; one instance lives in each supervisor. `type` says what runs its CPUs."""
 
     rootfs_kind = "hardware"
-    capabilities = frozenset(("pause", "stats", "explain", "power", "screen"))
+    capabilities = frozenset(("pause", "stats", "explain", "power", "screen", "discs"))
 
     def __init__(self, type: str) -> None:
         self.type = type
@@ -215,6 +215,11 @@ class WholeMachineEngine:
         """See `Screened.press_keys`."""
         assert self._monitor is not None
         screen.press(self._monitor, screen.parse_keys(words, text))
+
+    def change_disc(self, number: int, path: str, format: str) -> None:
+        """See `DiscChanging.change_disc`."""
+        assert self._monitor is not None
+        discs.change(self._monitor, number, path, format)
 
     def find_forwarded(self) -> int:
         """The port of this host's loopback that leads to the machine's ssh; 0 = none does."""
