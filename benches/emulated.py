@@ -1,18 +1,26 @@
-"""`run --type emulated busybox echo` against QEMU started by hand: the same kernel, to its first program's first output."""
+"""`run --type emulated busybox echo` against QEMU started by hand: the same kernel, to its first program's first output.
+
+And against virtme-ng where it is installed: `vng --disable-kvm -r RELEASE -- echo hello`, which boots a distribution's kernel on
+the host's own files. NAGAYA_BENCH_VIRTME names the release, else it is the running kernel's; its image and modules have to be
+in /boot and /lib/modules. It tells no first output without a terminal, so its time is that of the whole command.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
-from benches.measure import Check, report, take_turns
+from benches.measure import Check, command, report, take_turns
 from benches.stores import Stores, open_stores
 from nagaya.kernels.cache import find_kernel
 from tests.kernel.guest_init import compile_init, pack_initramfs
 
 OUTPUT = b"INIT"  # the first that kernel_init.c writes
+VIRTME_ROUNDS = 3  # of ten seconds and more
 
 
 def _by_hand(kernel: str, initramfs: str) -> float:
@@ -53,6 +61,30 @@ def _by_nagaya(stores: Stores) -> float:
     return took
 
 
+def _virtme_command() -> list[str]:
+    """virtme-ng's; empty where it, or a kernel for it, is missing."""
+    release = os.environ.get("NAGAYA_BENCH_VIRTME", os.uname().release)
+    if shutil.which("vng") is None or not os.path.exists(f"/boot/vmlinuz-{release}"):
+        return []
+    return ["vng", "--disable-kvm", "-r", release, "--", "echo", "hello"]
+
+
+def _against_virtme(stores: Stores, rounds: int) -> bool:
+    if not (argv := _virtme_command()):
+        print("\nemulated: not compared with virtme-ng, which is not installed, or has no kernel in /boot")
+        return True
+    samples = take_turns(
+        {
+            " ".join(argv): command(argv),
+            "nagaya run --type emulated, to its output": lambda: _by_nagaya(stores),
+        },
+        rounds=min(rounds, VIRTME_ROUNDS),
+        warm_up=0,
+    )
+    ratio = samples[1].median / samples[0].median
+    return report("emulated, beside virtme-ng", samples, [Check("run, of virtme-ng", ratio, 0.25)])
+
+
 def main(rounds: int) -> bool:
     kernel = find_kernel("x86_64")
     if kernel is None:
@@ -70,4 +102,5 @@ def main(rounds: int) -> bool:
             rounds=rounds,
         )
         ratio = samples[1].median / samples[0].median
-        return report("emulated: start to first output", samples, [Check("run, of QEMU by hand", ratio, 1.15)])
+        kept = report("emulated: start to first output", samples, [Check("run, of QEMU by hand", ratio, 1.15)])
+        return _against_virtme(stores, rounds) and kept

@@ -10,6 +10,7 @@
 #define MAX_PAYLOAD (1u << 20)
 #define MAX_DATA (64u << 10)
 #define WINDOW (256u << 10)
+#define MAX_WARNINGS 64 /* of READY */
 
 enum frame_type {
 	F_HELLO = 1,

@@ -43,14 +43,15 @@ static uint32_t power_off_by = UP_REBOOT; /* until SETUP says; every VMM underst
 
 int vm_fail(int error, const char *format, ...)
 {
+	const char *reason = error ? strerror(error) : "", *colon = error ? ": " : "";
+	const size_t room = sizeof vm_report.text - strlen(reason) - strlen(colon);
 	va_list args;
-	int used;
 
 	va_start(args, format);
-	used = vsnprintf(vm_report.text, sizeof vm_report.text, format, args);
+	int used = vsnprintf(vm_report.text, room, format, args); /* a long path leaves room for the reason */
 	va_end(args);
-	if (error && used >= 0 && (size_t)used < sizeof vm_report.text)
-		snprintf(vm_report.text + used, sizeof vm_report.text - (size_t)used, ": %s", strerror(error));
+	used = used < 0 ? 0 : (size_t)used < room ? used : (int)room - 1;
+	snprintf(vm_report.text + used, sizeof vm_report.text - (size_t)used, "%s%s", colon, reason);
 	vm_report.error = (uint32_t)error;
 	return -1;
 }
@@ -64,7 +65,7 @@ void vm_warn(const char *format, ...)
 	va_start(args, format);
 	n = vsnprintf(vm_report.warnings + used, room, format, args);
 	va_end(args);
-	if (n < 0 || (size_t)n + 2 > room) {
+	if (n < 0 || (size_t)n + 2 > room || vm_report.warning_count == MAX_WARNINGS) {
 		vm_report.warnings[used] = 0; /* no room for a whole one: the first ones say enough */
 		return;
 	}

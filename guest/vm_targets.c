@@ -28,69 +28,101 @@ static int open_in_root(const char *path, uint64_t resolve)
 	return fd;
 }
 
-static int find_or_make(const char *path, int is_file, int follow, int links);
-
-/* What is missing, or where a link to it leads. */
-static int make_target(const char *path, int is_file, int follow, int links)
+/* Make what is missing: 0, -1 with errno, or 1 when there is a link, which leads to nothing. */
+static int make_part(int parent, const char *name, int is_file)
 {
-	const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-	char parent_path[PATH_MAX], link[PATH_MAX];
-	int parent, made = -1;
-	ssize_t n = -1;
+	int made;
 
-	snprintf(parent_path, sizeof parent_path, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
-	parent = find_or_make(parent_path, 0, follow, links);
-	if (parent < 0)
-		return -1;
-	/* Only its last part may be missing now: no link of the image's is followed in making it. */
 	if (is_file) {
 		made = openat(parent, name, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0644);
 		if (made >= 0)
 			close(made);
 	} else
 		made = mkdirat(parent, name, 0755);
-	int error = errno;
-	if (made < 0 && error == EEXIST && follow)
-		n = readlinkat(parent, name, link, sizeof link - 1);
-	close(parent);
-	if (made < 0 && error != EEXIST) {
-		errno = error;
-		return -1;
-	}
-	if (n >= 0) {
-		char leads_to[2 * PATH_MAX];
-		link[n] = 0;
-		if (links == MAX_LINKS) {
-			errno = ELOOP;
-			return -1;
-		}
-		snprintf(leads_to, sizeof leads_to, "%s/%s", link[0] == '/' ? "" : parent_path, link);
-		return find_or_make(leads_to, is_file, follow, links + 1);
-	}
-	return open_in_root(path, follow ? RESOLVE_NO_MAGICLINKS : RESOLVE_NO_SYMLINKS);
+	return made >= 0 ? 0 : errno == EEXIST ? 1 : -1;
 }
 
-static int find_or_make(const char *path, int is_file, int follow, int links)
+/* Into `out`, of PATH_MAX bytes: where the link `name` of the directory `path` (of so many bytes) leads, and on by `rest`. */
+static int follow_link(int parent, const char *path, size_t length, const char *name, const char *rest, char *out)
 {
-	char relative[PATH_MAX];
+	char link[PATH_MAX];
+	ssize_t n = readlinkat(parent, name, link, sizeof link - 1);
+
+	if (n < 0)
+		return -1;
+	link[n] = 0;
+	if (snprintf(out, PATH_MAX, "%.*s/%s%s%s", link[0] == '/' ? 0 : (int)length, path, link, *rest ? "/" : "", rest) >= PATH_MAX) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	return 0;
+}
+
+/* The next part of `path`, which ends at `end`, made if it is missing: an O_PATH descriptor; -1 with errno; or -2 when it
+ * is a link to what is missing, and `next` the path that has what that says in its place. */
+static int open_part(int parent, char *path, char *name, char *end, int is_file, int follow, char *next)
+{
+	const uint64_t resolve = follow ? RESOLVE_NO_MAGICLINKS : RESOLVE_NO_SYMLINKS;
+	char after = *end;
+	int fd, made = 0;
+
+	*end = 0;
+	fd = open_in_root(path, resolve);
+	if (fd < 0 && errno == ENOENT) {
+		made = make_part(parent, name, is_file && !after);
+		if (!made)
+			fd = open_in_root(path, resolve);
+		else if (made > 0)
+			fd = follow && !follow_link(parent, path, (size_t)(name - path), name, after ? end + 1 : "", next) ? -2 : -1;
+	}
+	*end = after;
+	return fd;
+}
+
+/* Part by part, for an image's link may lead to what is missing, and paths may have two thousand parts: neither may cost
+ * us our stack. As open_part: the descriptor of the whole, -1, or -2 with the path to go on with in `path` itself. */
+static int make_missing(char *path, int is_file, int follow)
+{
+	char next[PATH_MAX], *name = path, *end;
+	int fd = open_in_root(".", 0);
+
+	for (; fd >= 0 && *(name += strspn(name, "/")); name = end) {
+		int parent = fd;
+		end = name + strcspn(name, "/");
+		fd = open_part(parent, path, name, end, is_file, follow, next);
+		int error = errno;
+		close(parent);
+		errno = error;
+	}
+	if (fd == -2)
+		strcpy(path, next);
+	return fd;
+}
+
+int vm_open_target(const char *path, int is_file, int follow)
+{
+	const uint64_t resolve = follow ? RESOLVE_NO_MAGICLINKS : RESOLVE_NO_SYMLINKS;
+	char wanted[PATH_MAX];
 	size_t length;
 
 	path += strspn(path, "/");
 	length = strlen(path);
 	while (length && path[length - 1] == '/')
 		length--;
-	if (length >= sizeof relative) {
+	if (length >= sizeof wanted) {
 		errno = ENAMETOOLONG;
 		return -1;
 	}
-	snprintf(relative, sizeof relative, "%.*s", length ? (int)length : 1, length ? path : ".");
-	int fd = open_in_root(relative, follow ? RESOLVE_NO_MAGICLINKS : RESOLVE_NO_SYMLINKS);
-	return fd >= 0 || errno != ENOENT ? fd : make_target(relative, is_file, follow, links);
-}
-
-int vm_open_target(const char *path, int is_file, int follow)
-{
-	return find_or_make(path, is_file, follow, 0);
+	snprintf(wanted, sizeof wanted, "%.*s", length ? (int)length : 1, length ? path : ".");
+	for (int links = 0; links <= MAX_LINKS; links++) {
+		int fd = open_in_root(wanted, resolve);
+		if (fd < 0 && errno == ENOENT)
+			fd = make_missing(wanted, is_file, follow);
+		if (fd != -2)
+			return fd;
+	}
+	errno = ELOOP;
+	return -1;
 }
 
 int vm_set_mount_flags(int fd, unsigned long flags)

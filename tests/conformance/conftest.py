@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ import pytest
 from nagaya import CreateOptions, Host, Machine
 from nagaya.errors import NagayaError
 from nagaya.manager.attachment import Attachment
-from tests.conformance.types import TYPES, Table, choose, find_obstacle
+from tests.conformance.table import Table
+from tests.conformance.types import HERE, PATIENCE_S, TYPES, Reports, choose, describe_run, find_obstacle
 
+REPORTS = Reports()
 TABLE = Table()
-PROGRAM_WITHIN_S = {"kvm": 300}  # a software KVM emulates the guest's kernel: a MiB through its console takes seconds
+RECORD = os.environ.get("NAGAYA_CONFORMANCE_RECORD", "")
 BUSYBOX = "/bin/busybox"
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,7 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    TABLE.take(report)
+    outcome = REPORTS.take(report)
+    if outcome is None:
+        return
+    TABLE.add(outcome)
+    if RECORD:
+        with open(RECORD, "a") as file:
+            file.write(json.dumps(outcome._replace(**describe_run())._asdict()) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -43,9 +51,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("conformance of the types")
     for line in TABLE.totals() + TABLE.failures():
         terminalreporter.line(line)
-    path = os.environ.get("NAGAYA_CONFORMANCE_TABLE", "")
-    if path:
-        Path(path).write_text(TABLE.markdown())
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +141,6 @@ def run(create: Start) -> Callable[..., tuple[int, bytes, bytes]]:
         attachment = machine.start(attach=True)
         assert isinstance(attachment, Attachment)
         with attachment:
-            return attachment.communicate(input_, timeout_s=PROGRAM_WITHIN_S.get(machine.spec.type, 30))
+            return attachment.communicate(input_, timeout_s=PATIENCE_S)
 
     return begin

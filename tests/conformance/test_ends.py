@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nagaya import Machine
+from tests.conformance.types import PATIENCE_S
 
 WRITE_ONCE = (
     "if [ -e /root/note ]; then cat /root/note; exit 5; fi; trap '' TERM; "
@@ -20,7 +21,7 @@ WRITE_ONCE = (
 )
 def test_what_was_written_is_kept(start: Callable[..., Machine], end: Callable[[Machine], None]) -> None:
     machine = start("sh", "-c", WRITE_ONCE)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not list(machine.logs()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -16,12 +16,13 @@ from nagaya import Host, Limits, Machine, Mount, Restart, UpdateOptions
 from nagaya.errors import Conflict, NotFound, Unsupported, UsageError
 from nagaya.model.spec import LogLimits
 from nagaya.storage import machines as records
+from tests.conformance.types import PATIENCE_S
 
 Start = Callable[..., Machine]
 Run = Callable[..., tuple[int, bytes, bytes]]
 
 
-def _wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+def _wait_for(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -129,7 +130,7 @@ def test_auto_remove(host: Host, create: Start) -> None:
     attachment = machine.start(attach=True)
     assert attachment is not None
     with attachment:
-        assert attachment.communicate(timeout_s=20)[0] == 0
+        assert attachment.communicate(timeout_s=PATIENCE_S)[0] == 0
     with pytest.raises(NotFound):
         host.machines.get(machine.name)
     with pytest.raises(NotFound):
@@ -198,7 +199,7 @@ def test_limits_hold_and_change_live(start: Start) -> None:
     limits = Limits(memory_bytes=64 << 20, pids=20, cpus_milli=500)
     machine = start("sleep", "600", limits=limits)
     assert machine.stats().memory_limit_bytes in (-1, 64 << 20)
-    result = machine.run(["sh", "-c", "for i in $(seq 1 60); do sleep 5 & done; wait"], timeout_s=60)
+    result = machine.run(["sh", "-c", "for i in $(seq 1 60); do sleep 5 & done; wait"], timeout_s=PATIENCE_S)
     assert b"fork" in result.stderr
     fixed = "limits" in machine.inspect()["missing"]  # type: ignore[operator]
     if fixed:
@@ -215,7 +216,7 @@ def test_limits_hold_and_change_live(start: Start) -> None:
     if fixed:
         return  # a virtual machine has whole CPUs
     began = time.monotonic()
-    machine.run(["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"], timeout_s=60)
+    machine.run(["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"], timeout_s=PATIENCE_S)
     used = machine.stats().cpu_ns / 1e9
     assert used < 0.75 * (time.monotonic() - began) + 0.2
 
@@ -319,7 +320,7 @@ def test_commit_makes_an_image(host: Host, start: Start) -> None:
     attachment = child.start(attach=True)
     assert attachment is not None
     with attachment:
-        assert attachment.communicate(timeout_s=20) == (0, b"new\n", b"")
+        assert attachment.communicate(timeout_s=PATIENCE_S) == (0, b"new\n", b"")
     child.remove()
     host.images.remove("committed")
 

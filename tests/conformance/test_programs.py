@@ -12,6 +12,7 @@ import pytest
 from nagaya import ExecOptions, Machine
 from nagaya.errors import ExecError, LaunchError
 from nagaya.manager.attachment import Attachment, Exited, Output
+from tests.conformance.types import PATIENCE_S
 
 Run = Callable[..., tuple[int, bytes, bytes]]
 Start = Callable[..., Machine]
@@ -101,7 +102,7 @@ def test_unknown_user(create: Start, user: str) -> None:
         create("true", user=user).start()
 
 
-def _read_until(attachment: Attachment, wanted: bytes, timeout_s: float = 10) -> bytes:
+def _read_until(attachment: Attachment, wanted: bytes, timeout_s: float = PATIENCE_S) -> bytes:
     got = b""
     deadline = time.monotonic() + timeout_s
     while wanted not in got:
@@ -125,8 +126,8 @@ def test_terminal_size_interrupt_and_resize(create: Start) -> None:
         attachment.resize(50, 120)
         attachment.send_stdin(b"stty size\n")
         _read_until(attachment, b"50 120")
-        attachment.send_stdin(b"sleep 100; echo status $?\n")
-        time.sleep(0.3)
+        attachment.send_stdin(b"sh -c 'echo be''gun; exec sleep 100'; echo status $?\n")
+        _read_until(attachment, b"begun")
         attachment.send_stdin(b"\x03")
         attachment.send_stdin(b"echo after; exit 9\n")
         _read_until(attachment, b"after")
@@ -144,7 +145,7 @@ def test_a_slow_reader_slows_the_program_and_loses_nothing(create: Start) -> Non
     with attachment:
         time.sleep(0.5)
         assert machine.run(["test", "-e", "/tmp/done"]).exit_code == 1
-        got = _read_until(attachment, b"400000\n", 30)
+        got = _read_until(attachment, b"400000\n")
     assert got == b"".join(b"%d\n" % number for number in range(1, 400001))
 
 
@@ -171,13 +172,13 @@ def test_many_programs_at_once(start: Start) -> None:
     for number, attachment in enumerate(attachments):
         assert attachment is not None
         with attachment:
-            assert attachment.communicate(b"z\n", timeout_s=20) == (number, b"%dz\n" % number, b"")
+            assert attachment.communicate(b"z\n", timeout_s=PATIENCE_S) == (number, b"%dz\n" % number, b"")
 
 
 def test_orphans_are_reaped_and_do_not_hold_a_program_up(start: Start) -> None:
     machine = start("sleep", "600")
     began = time.monotonic()
-    result = machine.run(["sh", "-c", "(sleep 300; echo late) & echo now"], timeout_s=20)
+    result = machine.run(["sh", "-c", "(sleep 300; echo late) & echo now"], timeout_s=PATIENCE_S)
     assert (result.exit_code, result.stdout) == (0, b"now\n")
     assert time.monotonic() - began < 10
     for _ in range(20):

@@ -18,11 +18,12 @@ from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
 from nagaya.manager import machine as machine_module
 from nagaya.storage import machines as records
 from nagaya.supervisor.launch import allow_fork, launch
+from tests.conformance.types import PATIENCE_S
 
 Start = Callable[..., Machine]
 
 
-def _wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+def _wait_for(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -215,6 +216,7 @@ FULL = """
 import os, subprocess, sys
 from nagaya import CreateOptions, Host
 from nagaya.errors import HostError
+
 root, tree = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", root], check=True)
 host = Host(root=root)
@@ -223,7 +225,7 @@ def run(name):
     script = "dd if=/dev/zero of=/big bs=4k 2>/dev/null; exit 7"
     machine = host.machines.create(CreateOptions("box", command=("sh", "-c", script), network="none", name=name))
     with machine.start(attach=True) as attachment:
-        return machine, attachment.communicate(timeout_s=30)[0]
+        return machine, attachment.communicate(timeout_s=PATIENCE_S)[0]
 machine, status = run("first")
 print(status, os.statvfs(root).f_bavail, machine.state.phase, machine.state.exit_code, machine.state.error or "-")
 try:

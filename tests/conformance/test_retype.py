@@ -13,6 +13,7 @@ from nagaya.errors import Conflict, NagayaError, Unsupported, UsageError
 from nagaya.manager.attachment import Attachment
 from nagaya.manager.options import UpdateOptions
 from nagaya.model.spec import Limits
+from tests.conformance.types import PATIENCE_S
 
 # Everything an overlay can say of a change: new, changed, deleted, replaced as a whole, linked, owned, marked.
 WRITE = """
@@ -49,7 +50,7 @@ def _do(machine: Machine, script: str) -> bytes:
     attachment = machine.start(attach=True)
     assert isinstance(attachment, Attachment)
     with attachment:
-        status, out, err = attachment.communicate(script.encode(), timeout_s=60)
+        status, out, err = attachment.communicate(script.encode(), timeout_s=PATIENCE_S)
     assert (status, err) == (0, b"")
     return out
 
@@ -89,7 +90,7 @@ def test_what_cannot_be(machine: Machine) -> None:
     with machine.start(attach=True) as attachment:  # type: ignore[union-attr]
         with pytest.raises(Conflict, match="runs"):
             machine.update(UpdateOptions(type="emulated"))
-        attachment.communicate(b"exit\n", timeout_s=30)
+        attachment.communicate(b"exit\n", timeout_s=PATIENCE_S)
     assert machine.spec.type == machine.inspect()["type"] == "container"
     assert machine.spec.limits == Limits()
     assert not os.path.exists(f"{machine.directory}/data.img")

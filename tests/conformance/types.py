@@ -1,14 +1,16 @@
-"""Which types the suite runs, which cases on each, and the table of case by type.
+"""Which types the suite runs, which cases on each, and what became of each.
 
 NAGAYA_CONFORMANCE names the types ("container,emulated", "all"). Without it all three run; where KVM is a software one, on
 which a boot takes ten seconds and more, `kvm` then runs the cases marked `core` alone.
-NAGAYA_CONFORMANCE_TABLE names a file that the whole table is written into, as Markdown.
+NAGAYA_CONFORMANCE_RECORD names a file that outcomes are appended to (`table.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import time
 
 import pytest
 
@@ -16,12 +18,14 @@ from nagaya.engines import TYPES as ALL
 from nagaya.engines import open_engine
 from nagaya.engines.kvm.known import HARDWARE, find_kvm
 from nagaya.errors import NagayaError
+from tests.conformance.table import Outcome
 
 CHOSEN = os.environ.get("NAGAYA_CONFORMANCE", "")
 TYPES = ALL if CHOSEN in ("", "all") else tuple(CHOSEN.split(","))
-KVM_TIMEOUT_S = 600  # of a case with several boots on a software KVM
+PATIENCE_S = 300.0  # for what has to come in the end: a busy host starves a kernel whose instructions are emulated
+KVM_TIMEOUT_S = 3600  # of a case with several boots on a software KVM
 PROPERTY = "conformance"
-SIGNS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @functools.cache
@@ -73,49 +77,45 @@ def case_of(item: pytest.Item, type_: str) -> str:
     return f"{item.path.stem}: {name}" + (f" [{'-'.join(parts)}]" if parts else "")
 
 
-class Table:
-    """Outcomes by case and type, in the order in which they come."""
+class Reports:
+    """From pytest's reports of a case's three phases to its outcome, once it is torn down."""
 
     def __init__(self) -> None:
-        self._outcomes: dict[str, dict[str, str]] = {}
-        self._reasons: dict[str, int] = {}
+        self._seen: dict[tuple[str, str], Outcome] = {}
 
-    def take(self, report: pytest.TestReport) -> None:
+    def take(self, report: pytest.TestReport) -> Outcome | None:
+        """What became of the case, when this is the last report of it; None before, and for one that is not about a type."""
         case, type_ = dict(report.user_properties).get(PROPERTY, ("", ""))
         if not case:
-            return
-        outcomes = self._outcomes.setdefault(case, {})
-        if report.when == "call" or report.outcome != "passed":  # set-up and tear-down count when they do not pass
-            if outcomes.get(type_) != "failed":
-                outcomes[type_] = report.outcome
-            if report.skipped and isinstance(report.longrepr, tuple):
-                reason = f"{type_}: {report.longrepr[2].removeprefix('Skipped: ')}"
-                self._reasons[reason] = self._reasons.get(reason, 0) + 1
+            return None
+        before = self._seen.pop((case, type_), Outcome(case, type_, "passed"))
+        outcome = (
+            before
+            if before.outcome == "failed" or report.outcome == "passed"
+            else before._replace(outcome=report.outcome)
+        )
+        if report.skipped and isinstance(report.longrepr, tuple):
+            outcome = outcome._replace(reason=f"{type_}: {report.longrepr[2].removeprefix('Skipped: ')}")
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = crash.message.splitlines()[0] if crash is not None and crash.message else "see its output"
+            outcome = outcome._replace(reason=f"{type_}: {said[:160]}")
+        outcome = outcome._replace(seconds=round(before.seconds + report.duration, 2))
+        if report.when == "teardown":
+            return outcome
+        self._seen[case, type_] = outcome
+        return None
 
-    def types(self) -> list[str]:
-        return [type_ for type_ in ALL if any(type_ in outcomes for outcomes in self._outcomes.values())]
 
-    def totals(self) -> list[str]:
-        """A line for each type, and one for each reason to skip."""
-        lines = []
-        for type_ in self.types():
-            found = [outcomes[type_] for outcomes in self._outcomes.values() if type_ in outcomes]
-            counts = [f"{found.count(outcome)} {outcome}" for outcome in SIGNS if outcome in found]
-            left = len(self._outcomes) - len(found)
-            lines.append(f"{type_:<10} {', '.join(counts)}" + (f", {left} not run" if left else ""))
-        return lines + [f"  skipped {count} on {reason}" for reason, count in self._reasons.items()]
-
-    def failures(self) -> list[str]:
-        """A line for each case that does not come out alike."""
-        return [
-            f"{case}: " + ", ".join(f"{type_} {SIGNS[outcome]}" for type_, outcome in outcomes.items())
-            for case, outcomes in self._outcomes.items()
-            if "failed" in outcomes.values()
-        ]
-
-    def markdown(self) -> str:
-        types = self.types()
-        rows = [["case", *types], ["---"] * (len(types) + 1)]
-        for case, outcomes in self._outcomes.items():
-            rows.append([case, *(SIGNS[outcomes[type_]] if type_ in outcomes else "not run" for type_ in types)])
-        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+@functools.cache
+def describe_run() -> dict[str, str]:
+    """Where outcomes come from: the source's revision, the day, the host."""
+    git = subprocess.run(
+        ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    try:
+        kvm = f"{find_kvm().kind} KVM"
+    except NagayaError:
+        kvm = "no KVM"
+    host = f"{os.cpu_count()} CPUs, {kvm}, Linux {os.uname().release}"
+    return {"revision": git.stdout.strip() or "?", "day": time.strftime("%Y-%m-%d", time.gmtime()), "host": host}

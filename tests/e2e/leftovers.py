@@ -29,6 +29,7 @@ class Footprint(NamedTuple):
     links: frozenset[str]
     tables: frozenset[str]
     locks: frozenset[str]
+    runtimes: frozenset[str]
 
     def beyond(self, earlier: Footprint) -> list[str]:
         """What is there and was not there earlier."""
@@ -51,6 +52,7 @@ def take_footprint(scratch: str) -> Footprint:
         links=frozenset(_links(ids, stores, everything=everything)),
         tables=frozenset(_tables(stores, everything=everything)),
         locks=frozenset(path for path in _lock_files(stores) if is_held(path)),
+        runtimes=frozenset(path for store in stores for path in glob.glob(f"{store}/run/{'[0-9a-f]' * 32}")),
     )
 
 

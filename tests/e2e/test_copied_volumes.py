@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nagaya.engines.vm.shares import find_program
+from nagaya.kernels.cache import cache_directory
 from tests.conformance.types import find_obstacle
 from tests.conftest import require_program, require_root
 from tests.e2e.command import Cli
@@ -19,6 +23,7 @@ from tests.e2e.command import Cli
 # In a mount namespace of its own: a program that cannot be executed is none.
 HIDE = "for f in /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd /usr/bin/virtiofsd; do [ -e $f ] && mount --bind /dev/null $f; done; "
 PREFIX = ("unshare", "-m", "sh", "-c", HIDE + 'exec "$@"', "sh")
+NOBODY = 65534
 RUN = ("run", "--rm", "--type", "emulated", "--network", "none")
 WARNING = "brought up to date at each start, and what the machine writes there stays in it: virtiofsd"
 
@@ -54,6 +59,7 @@ def test_a_directory_comes_whole_and_nothing_goes_back(cli: Cli, source: Path) -
     ran = cli(*RUN, "-v", f"{source}:/made/for/it", "busybox", "sh", "-c", script, timeout_s=120)
     assert ran.code == 0, ran
     assert f"/made/for/it is a copy, {WARNING}" in ran.err
+    assert f"copying {source} to /made/for/it: 3.16MB" in ran.err  # 3 MiB and the archive's own
     lines = ran.out.split("\n")
     assert lines[:2] == ["640 7 8", "note"]
     assert lines[2].split()[0] == digest
@@ -85,6 +91,71 @@ def test_what_does_not_fit_is_one_sentence(cli: Cli, source: Path) -> None:
     assert ran.code == 125
     assert f"cannot copy {source} to /there in the machine: " in ran.err and "No space left" in ran.err
     assert "--storage" in ran.err and "Traceback" not in ran.err
+
+
+def test_what_goes_away_meanwhile_is_left_out_with_a_warning(cli: Cli, source: Path) -> None:
+    (source / "a-large-one").write_bytes(os.urandom(1 << 20) * 60)
+    (source / "zuletzt").write_text("soon gone\n")
+    starting = cli.popen(
+        *RUN, "-v", f"{source}:/there", "busybox", "ls", "/there", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not is_open(source / "a-large-one") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (source / "zuletzt").unlink()
+    out, said = starting.communicate(timeout=120)
+    assert starting.returncode == 0, said
+    assert out.split() == [b"a-large-one", b"below", b"fifo", b"link", b"note"]
+    text = f"the copy of {source} at /there is not whole: 1 file went away while it was made (zuletzt)"
+    assert text in said.decode()
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process reads the file."""
+    for fd in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            if os.readlink(fd) == str(path):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+@pytest.mark.parametrize("type_", ["emulated", "kvm"])
+@pytest.mark.timeout(300)
+def test_a_plain_user_gets_a_copy(tmp_path: Path, source: Path, type_: str) -> None:
+    """He cannot run virtiofsd; he may use /dev/kvm here."""
+    require_root()
+    if obstacle := find_obstacle(type_):
+        pytest.skip(f"needs {type_}: {obstacle}")
+    home = Path(tempfile.mkdtemp(prefix="nagaya-plain-"))  # he may enter: pytest's own directories are root's
+    shutil.copytree(cache_directory(), home / "cache/nagaya/kernels")
+    shutil.copytree(source, home / "source", symlinks=True, ignore=shutil.ignore_patterns("fifo"))
+    for path in (home, *home.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    (home / "source/note").chmod(0o640)
+    device = f"mknod -m 666 {home}/kvm c 10 232 && mount --bind {home}/kvm /dev/kvm && "
+    ids = f'exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups env HOME={home} XDG_CACHE_HOME={home}/cache "$@"'
+    prefix = ("unshare", "-m", "sh", "-c", (device if type_ == "kvm" else "") + ids, "sh")
+    plain = Cli(str(home / "store"), prefix=prefix)
+    try:
+        argv = ("run", "--rm", "--type", type_, "--network", "none", "-v", f"{home}/source:/there", "busybox")
+        ran = plain(*argv, "sh", "-c", "cat /there/note; stat -c '%a %u' /there/note; id -u", timeout_s=280)
+        assert ran.code == 0, ran
+        assert ran.out == f"a note\n640 {NOBODY}\n0\n"
+        assert "only root can share directories" in ran.err
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.mark.timeout(300)
+def test_on_kvm_too(cli: Cli, source: Path) -> None:
+    if obstacle := find_obstacle("kvm"):
+        pytest.skip(f"needs kvm: {obstacle}")
+    argv = ("run", "--rm", "--type", "kvm", "--network", "none", "-v", f"{source}:/there:ro", "busybox")
+    ran = cli(*argv, "sh", "-c", "cat /there/note; touch /there/x; ls /there", timeout_s=280)
+    assert ran.out == "a note\nbelow\nfifo\nlink\nnote\n", ran
+    assert f"/there is a copy, {WARNING}" in ran.err and "Read-only file system" in ran.err
 
 
 def daemons() -> set[int]:

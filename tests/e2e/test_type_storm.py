@@ -1,8 +1,8 @@
 """Many machines of each type, killed at any moment: nothing stays behind, and nothing that a machine had synced is lost.
 
 Every machine counts: it appends a number to a file of its own and to one in a volume, syncs, and prints the number. Some
-process of it is killed while it starts, runs, stops or is removed. After that it must start again, and have all that it
-printed. NAGAYA_STORM says how many machines of each type (4), NAGAYA_STORM_TYPES which ("kvm" is left out by default where
+process of it is killed while it is created, starts, runs, stops, gets another type or is removed. After that it must start
+again, and have all that it printed. NAGAYA_STORM says how many machines of each type (4), NAGAYA_STORM_TYPES which ("kvm" is left out by default where
 KVM is a software one), NAGAYA_STORM_SEED repeats a run's choices.
 """
 
@@ -40,8 +40,10 @@ while true; do
     n=$((n+1)); echo $n >>{RECORDS}; echo $n >>/volume/records; sync; echo $n; sleep 0.05
 done
 """
-PHASES = ("start", "running", "stop", "rm")
+PHASES = ("create", "start", "running", "stop", "update", "rm")
 VICTIMS = ("command", "supervisor", "below")
+OTHER = {"container": "emulated", "emulated": "container", "kvm": "emulated"}  # which `update --type` makes of it
+UPDATE_S = {"container": 0.7, "emulated": 2.5, "kvm": 0.3}  # about: from a disk to directories takes a boot
 
 
 class Storm:
@@ -60,10 +62,19 @@ class Storm:
         """One machine, from its creation to its removal."""
         dice = random.Random(f"{SEED} {self.type} {number}")
         name, phase = f"{self.type}-{number}", dice.choice(PHASES)
-        victim = dice.choice(VICTIMS if phase != "running" else VICTIMS[1:])
-        create = ("create", "--name", name, "--type", self.type, "--network", "none", "--memory", "128m")
-        self.cli.ok(*create, "-v", f"{name}:/volume", "busybox", "sh", "-c", SCRIPT, timeout_s=PATIENCE_S)
-        if phase == "start":
+        victim = dice.choice(
+            {"create": VICTIMS[:1], "update": ("command", "child"), "running": VICTIMS[1:]}.get(phase, VICTIMS)
+        )
+        create = ("create", "--name", name, "--type", self.type, "--network", "none", "--memory", "128m",
+                  "-v", f"{name}:/volume", "busybox", "sh", "-c", SCRIPT)  # fmt: skip
+        if phase == "create":
+            self._strike(dice, create, victim, name, within_s=0.15)
+        if phase != "create" or not self._is_there(name):  # else the name is free, and so is what belongs to it
+            self.cli.ok(*create, timeout_s=PATIENCE_S)
+        if phase == "create":
+            self.cli.ok("start", name, timeout_s=PATIENCE_S)
+            self._wait_for_records(name)
+        elif phase == "start":
             self._strike(dice, ("start", name), victim, name, within_s=BOOT_S[self.type])
         else:
             self.cli.ok("start", name, timeout_s=PATIENCE_S)
@@ -71,6 +82,8 @@ class Storm:
             time.sleep(dice.uniform(0, 1))
             if phase == "running":
                 self._kill(dice, name, victim, None)
+            elif phase == "update":
+                self._change_type(dice, name, victim)
             else:
                 argv = ("stop", "-t", "5", name) if phase == "stop" else ("rm", "-f", name)
                 self._strike(dice, argv, victim, name, within_s=0.3)
@@ -82,6 +95,17 @@ class Storm:
             removed = self.cli("rm", "-f", name, timeout_s=PATIENCE_S)
             assert removed.code == 0, (phase, victim, removed)
         self.cli.ok("volume", "rm", name)
+
+    def _change_type(self, dice: random.Random, name: str, victim: str) -> None:
+        """Cut off, it has the old type or the new one, and the next change succeeds."""
+        self.cli.ok("stop", "-t", "0", name, timeout_s=PATIENCE_S)
+        change = ("update", "--type", OTHER[self.type], name)
+        self._strike(dice, change, victim, name, within_s=UPDATE_S[self.type])
+        type_ = self.cli.ok("inspect", "--format", "{{.Type}}", name).strip()
+        assert type_ in (self.type, OTHER[self.type])
+        self.count(f"then {type_}")
+        if type_ == self.type:
+            self.cli.ok(*change, timeout_s=PATIENCE_S)
 
     # -- killing
 
@@ -102,6 +126,11 @@ class Storm:
         if victim == "command":
             assert command is not None
             pids = [command.pid] if command.poll() is None else []
+        elif (
+            victim == "child"
+        ):  # the helper machine that reads a disk, or what makes one; the command where it has none
+            assert command is not None
+            pids = below([command.pid]) if command.poll() is None else []
         else:
             pids = self._supervisors(name)
             pids = pids if victim == "supervisor" else below(pids)

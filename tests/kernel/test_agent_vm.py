@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nagaya.protocol import agent as protocol
-from nagaya.protocol.agent import Exited, OutOfMemory, SetUp, SetupFailed
+from nagaya.protocol.agent import MAX_WARNINGS, Exited, OutOfMemory, SetUp, SetupFailed
 from nagaya.protocol.frame import encode
 from nagaya.protocol.setup import GuestMount, GuestNetwork, GuestSetup, setup_payload
 from nagaya.storage.disks import LEAST_BYTES, create_data_disk, grow_data_disk
@@ -418,6 +418,15 @@ def test_modules_are_loaded_in_their_order(vmlinux: str, agent: str, image: Path
                 f"cannot load the kernel module {name}: Function not implemented" for name in ("000-z.ko", "001-a.ko")
             )
         )
+        machine.shut_down()
+
+
+def test_no_more_warnings_than_the_host_takes(vmlinux: str, agent: str, image: Path, tmp_path: Path) -> None:
+    disks = Disks(image, make_data(tmp_path / "data.img"))
+    with VirtualMachine(vmlinux, agent, disks, tmp_path, modules=(("a", b"no module"),) * 70) as machine:
+        answer = machine.set_up(GuestSetup("m", power_off="reboot"))
+        assert isinstance(answer, SetUp)
+        assert len(answer.warnings) == MAX_WARNINGS
         machine.shut_down()
 
 

@@ -20,8 +20,8 @@ from nagaya.cli.context import Context
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, ExecError, LaunchError, NotFound
 from nagaya.images.image import Image, ImageConfig
-from nagaya.manager.machine import ProcessRow
 from nagaya.manager.options import CreateOptions, UpdateOptions
+from nagaya.manager.processes import ProcessRow
 from nagaya.model.spec import Limits, MachineSpec, Mount, Process, Restart
 from nagaya.model.state import EXITED, RUNNING, MachineState
 from nagaya.storage.events import Event

@@ -231,6 +231,9 @@ def test_sysctls() -> None:
     assert values.parse_sysctls(["net.core.somaxconn=1", "net/ipv4/x=a=b"]) == (
         ("net.core.somaxconn", "1"), ("net.ipv4.x", "a=b"),
     )  # fmt: skip
+    wanted = (("net.ipv4.conf.eth0/5.mtu", "1"),)  # /proc/sys/net/ipv4/conf/eth0.5/mtu
+    assert values.parse_sysctls(["net.ipv4.conf.eth0/5.mtu=1"]) == wanted
+    assert values.parse_sysctls(["net/ipv4/conf/eth0.5/mtu=1"]) == wanted
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_a_hardware_kvm_is_simply_better() -> None:
 
 def test_what_a_host_lacks_is_said() -> None:
     lines = advise(Comparison((ALL.columns[0], CONTAINER, EMULATED), {"kvm": "there is no /dev/kvm"}))
-    assert "kvm: not on this host: there is no /dev/kvm." in lines
+    assert "kvm: not measured: there is no /dev/kvm." in lines
     assert lines[-1].endswith("take emulated, the only type measured here that gives them one.")
 
 

@@ -163,7 +163,7 @@ def test_generated_names_are_valid_and_end_with_a_number_on_a_crowded_host() -> 
 
 def test_updates_are_planned_and_described() -> None:
     before = _plan(_Config(command=("x",)))
-    after = plan_update(before, UpdateOptions(memory_bytes=64 << 20, restart=Restart("always")))
+    after = plan_update(before, UpdateOptions(memory_bytes=64 << 20, restart=Restart("always"))).spec
     assert after.limits.memory_bytes == 64 << 20
     assert describe(before, after, alive=True) == [
         "memory limit: none -> 67108864 (now)",

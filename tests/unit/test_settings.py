@@ -17,7 +17,9 @@ from nagaya.engines.kvm import known
 from nagaya.errors import Unsupported, UsageError
 from nagaya.kernels import cache
 from nagaya.manager import settings
-from nagaya.manager.options import CreateOptions
+from nagaya.manager.options import CreateOptions, UpdateOptions
+from nagaya.manager.updating import plan_update
+from nagaya.model.spec import MachineSpec, Process
 
 
 @pytest.fixture(autouse=True)
@@ -163,11 +165,11 @@ def test_auto_is_emulated_where_it_does_not(host: Callable[..., None], kvm: str)
 
 def test_auto_says_that_it_took_a_container(host: Callable[..., None]) -> None:
     host(kernel=False, kvm=known.HARDWARE)
-    type_, note = settings.choose_type("")
-    assert type_ == "container" and "no guest kernel has been built" in note and "--type" in note
+    choice = settings.choose_type("")
+    assert choice.type == "container" and "no guest kernel has been built" in choice.note and "--type" in choice.note
     host(lacks="qemu-system-x86_64 is not installed")
-    type_, note = settings.choose_type("")
-    assert type_ == "container" and "qemu-system-x86_64 is not installed" in note
+    choice = settings.choose_type("")
+    assert choice.type == "container" and "qemu-system-x86_64 is not installed" in choice.note
 
 
 def test_auto_with_a_kernel_of_ones_own_needs_none_of_ours(host: Callable[..., None]) -> None:
@@ -185,3 +187,24 @@ def test_a_settled_type_is_never_another_one(host: Callable[..., None], monkeypa
     for name in ("kvm", "emulated", "container"):
         monkeypatch.setenv("NAGAYA_TYPE", name)
         assert settings.choose_type("") == (name, "")
+
+
+def test_an_update_to_auto_says_what_that_is(host: Callable[..., None]) -> None:
+    spec = MachineSpec(
+        "0" * 32,
+        "m",
+        "container",
+        "box",
+        "sha256:" + "0" * 64,
+        "linux/amd64",
+        Process(("sh",)),
+        hostname="m",
+        created_ns=1,
+    )
+    host(kernel=False, kvm=known.HARDWARE)
+    update = plan_update(spec, UpdateOptions(type="auto"))
+    assert update.spec.type == "container"
+    assert update.note.startswith("auto is container here, because no guest kernel has been built")
+    host(kvm=known.HARDWARE)
+    assert plan_update(spec, UpdateOptions(type="auto")) == (spec._replace(type="kvm"), "")
+    assert plan_update(spec, UpdateOptions(type="emulated")).note == ""

@@ -33,6 +33,38 @@ def open_progress(*, quiet: bool, eager: bool) -> Shown:
     return Lines(eager=eager)
 
 
+class Late:
+    """A progress that is there from its first news on: most starts have none, and pay for none."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._shown: Shown | None = None
+
+    def _show(self) -> Shown:
+        if self._shown is None:
+            self._shown = open_progress(quiet=self._quiet, eager=True)
+        return self._shown
+
+    def step(self, text: str) -> None:
+        self._show().step(text)
+
+    def start(self, key: str, label: str, total_bytes: int) -> None:
+        self._show().start(key, label, total_bytes)
+
+    def advance(self, key: str, done_bytes: int) -> None:
+        self._show().advance(key, done_bytes)
+
+    def finish(self, key: str, note: str = "") -> None:
+        self._show().finish(key, note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if self._shown is not None:
+            self._shown.close(failed=kind is not None)
+
+
 def can_redraw() -> bool:
     """Whether standard error is a terminal on which a line can be drawn over."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
@@ -71,6 +103,7 @@ class Lines(Shown):
         self._eager = eager
         self._held: list[str] = []
         self._labels: dict[str, tuple[str, int]] = {}
+        self._done: dict[str, int] = {}
 
     def step(self, text: str) -> None:
         with self._lock:
@@ -80,10 +113,14 @@ class Lines(Shown):
         with self._lock:
             self._labels[key] = (printable(label), total_bytes)
 
+    def advance(self, key: str, done_bytes: int) -> None:
+        self._done[key] = done_bytes
+
     def finish(self, key: str, note: str = "") -> None:
         with self._lock:
             label, total = self._labels.pop(key, (printable(key), 0))
-            self._say(_finished(label, total, note), hold=False)
+            done = self._done.pop(key, 0)
+            self._say(_finished(label, total or done, note), hold=False)
 
     def close(self, *, failed: bool) -> None:
         with self._lock:
@@ -214,3 +251,4 @@ def write_status(text: str) -> None:
 
 if TYPE_CHECKING:
     _matches: Progress = Shown()
+    _matches = Late()

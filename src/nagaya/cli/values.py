@@ -453,14 +453,21 @@ def _capability(text: str) -> str:
     return text.upper().removeprefix("CAP_")
 
 
+_SWAPPED = {ord("."): "/", ord("/"): "."}
+
+
 def parse_sysctls(pairs: list[str]) -> tuple[tuple[str, str], ...]:
-    """--sysctl: KEY=VALUE."""
+    """--sysctl: KEY=VALUE. As in sysctl(8), the first separator says what the other one is: a part of a name.
+
+    The keys have dots between their parts: "net.ipv4.conf.eth0/5.mtu", and for "net/ipv4/conf/eth0.5/mtu" the same.
+    """
     result: dict[str, str] = {}
     for text in pairs:
         key, equals, value = text.partition("=")
         if not key or not equals or "\0" in text or ".." in key:
             raise UsageError(f"--sysctl: '{text}' is not KEY=VALUE", hint="for example net.core.somaxconn=1024")
-        result[key.replace("/", ".")] = value
+        first = next((letter for letter in key if letter in "./"), ".")
+        result[key if first == "." else key.translate(_SWAPPED)] = value
     return tuple(result.items())
 
 

@@ -114,6 +114,9 @@ class Engine(Protocol):
         `kernel` is the path of the machine's own; "" = it boots ours.
         """
 
+    def find_slowness(self) -> str:
+        """What of this host makes its machines far slower than its type lets expect; "" for nothing."""
+
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise `UsageError` or `Unsupported` for what this engine could not boot; answers warnings. Changes nothing."""
 

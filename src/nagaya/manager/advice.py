@@ -37,7 +37,7 @@ def advise(comparison: Comparison) -> list[str]:
     """A sentence or two for each type, then which one to take."""
     columns = [column for column in comparison.columns if column.name != BARE]
     lines = [_describe(column) for column in columns]
-    lines += [f"{type_}: not on this host: {reason}." for type_, reason in comparison.left_out.items()]
+    lines += [f"{type_}: not measured: {reason}." for type_, reason in comparison.left_out.items()]
     by_name = {column.name: column for column in columns}
     if "container" in by_name and len(columns) > 1:
         lines.append(_container_first(by_name["container"], columns))

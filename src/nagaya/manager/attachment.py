@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 
 from nagaya.errors import Conflict, NotFound, RemoteError
 from nagaya.kernel import unix
 from nagaya.protocol import control
 from nagaya.protocol.frame import Decoder, Frame, encode
 from nagaya.static import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.images.progress import Progress
 
 CHUNK = 256 << 10
 
@@ -28,6 +33,25 @@ class Exited(NamedTuple):
     error: str
 
 
+class Copies:
+    """What a supervisor says of volumes that it copies, as `Progress`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begun: set[str] = set()
+
+    def take(self, state: dict[str, object]) -> None:
+        source, target, count = state.get("source"), state.get("target"), state.get("bytes")
+        if not isinstance(source, str) or not isinstance(target, str) or not isinstance(count, int):
+            return
+        if target not in self._begun:
+            self._begun.add(target)
+            self._progress.start(target, f"copying {source} to {target}", 0)
+        self._progress.advance(target, count)
+        if state.get("done"):
+            self._progress.finish(target)
+
+
 class Connection:
     """A blocking control connection: send one request, read frames."""
 
@@ -44,14 +68,19 @@ class Connection:
             except OSError:
                 return  # the supervisor closed: reading tells why
 
-    def answer(self) -> dict[str, object]:
+    def answer(self, on_progress: Callable[[dict[str, object]], None] | None = None) -> dict[str, object]:
         """Wait for the REPLY. Raises the error that the supervisor sent, `RemoteError` when it died.
 
+        `on_progress` gets what it says meanwhile of a start that takes its time.
         A quick program's first output may come before the word that it has started: it is kept for `rest`.
         """
         early: list[Frame] = []
         while True:
             frame = self._next_frame()
+            if frame.type == control.PROGRESS:
+                if on_progress is not None:
+                    on_progress(control.parse_json(frame))
+                continue
             if frame.type not in (control.STDOUT, control.STDERR):
                 break
             early.append(frame)

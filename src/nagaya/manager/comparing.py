@@ -74,7 +74,7 @@ class Column(NamedTuple):
 
 class Comparison(NamedTuple):
     columns: tuple[Column, ...]  # BARE first
-    left_out: dict[str, str]  # types that this host does not run, and why
+    left_out: dict[str, str]  # types that this host does not run, or slowly, and why
 
 
 Report = Callable[[str], None]
@@ -82,12 +82,19 @@ Bench = Callable[[tuple[str, ...]], str]
 
 
 def compare(
-    host: Host, image: str, *, types: tuple[str, ...] = (), network: str = "bridge", starts: int = 0, report: Report
+    host: Host,
+    image: str,
+    *,
+    types: tuple[str, ...] = (),
+    network: str = "bridge",
+    starts: int = 0,
+    slow: bool = False,
+    report: Report,
 ) -> Comparison:
     """Measure `image` as each of `types` (none: as all that this host runs), and the bare host in turn with each.
 
-    `starts` per type (0: 3 to 10, by what they take). Raises what stands in the way of a type that was named, and of
-    the last one that was left.
+    `starts` per type (0: 3 to 10, by what they take). A type that this host makes slow, which takes ten minutes, is measured
+    when it is named, or with `slow`. Raises what stands in the way of a type that was named, and of the last one that was left.
     """
     for type_ in types:
         open_engine(type_)
@@ -95,6 +102,9 @@ def compare(
     left_out: dict[str, str] = {}
     for type_ in types or TYPES:
         try:
+            if not types and not slow and (reason := open_engine(type_).find_slowness()):
+                left_out[type_] = f"{reason}: it takes ten minutes more, with --slow"
+                continue
             columns.append(_measure(host, image, type_, network, starts, report))
         except NagayaError as error:
             if types or isinstance(error, (NotFound, UsageError)) or (not columns and type_ == TYPES[-1]):

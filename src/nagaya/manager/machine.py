@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +9,12 @@ from contextlib import contextmanager
 from nagaya.engines.base import Stats
 from nagaya.errors import Conflict, NagayaError, NotFound, RemoteError, Unsupported, UsageError
 from nagaya.manager import repair
-from nagaya.manager.attachment import Attachment, Connection, ask, connect
+from nagaya.manager.attachment import Attachment, Connection, Copies, ask, connect
 from nagaya.manager.creating import plan_exec
 from nagaya.manager.naming import check_name
 from nagaya.manager.options import ExecOptions, UpdateOptions
 from nagaya.model.spec import MachineSpec, Process
-from nagaya.model.state import ALIVE, MachineState, require
+from nagaya.model.state import ALIVE, RUNNING, MachineState, require
 from nagaya.protocol import control
 from nagaya.static import NamedTuple, Protocol
 from nagaya.storage import events, machines, rootfs
@@ -28,8 +27,10 @@ from nagaya.supervisor.launch import launch
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.images.changes import Change
+    from nagaya.images.progress import Progress
     from nagaya.images.store import Image, ImageStore
     from nagaya.manager.front import FrontPanel
+    from nagaya.manager.processes import ProcessRow
     from nagaya.manager.snapshots import Snapshots
 
 
@@ -38,17 +39,6 @@ class Store(Protocol):
 
     @property
     def images(self) -> ImageStore: ...
-
-
-class ProcessRow(NamedTuple):
-    """A process inside a machine, numbered as the machine itself sees it."""
-
-    pid: int
-    ppid: int
-    user: str
-    cpu_s: float
-    memory_bytes: int
-    command: str
 
 
 class Completed(NamedTuple):
@@ -103,14 +93,25 @@ class Machine:
         if lock is not None:
             lock.release()
 
-    def start(self, *, attach: bool = False, rows: int = 0, columns: int = 0) -> Attachment | None:
+    def start(
+        self, *, attach: bool = False, rows: int = 0, columns: int = 0, progress: Progress | None = None
+    ) -> Attachment | None:
         """Boot it and wait until its program runs. With `attach`, its streams from the very first byte.
 
+        `progress` sees the volumes that are copied in meanwhile, where nothing can share them.
         Raises `ExecError` when the program cannot be executed, `Conflict` when it is running already.
         """
-        return self.go(attach=attach, rows=rows, columns=columns)
+        return self.go(attach=attach, rows=rows, columns=columns, progress=progress)
 
-    def go(self, *, attach: bool = False, rows: int = 0, columns: int = 0, saved: str = "") -> Attachment | None:
+    def go(
+        self,
+        *,
+        attach: bool = False,
+        rows: int = 0,
+        columns: int = 0,
+        saved: str = "",
+        progress: Progress | None = None,
+    ) -> Attachment | None:
         """`start`; with the directory of a snapshot in `saved` from its memory, which the caller has checked."""
         fresh, self._held = self._held, None
         lock = fresh or self.lock()
@@ -120,7 +121,7 @@ class Machine:
             fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns), saved=saved)
             connection = Connection(fd)
             try:
-                answer = connection.answer()
+                answer = connection.answer(Copies(progress).take if progress is not None else None)
             except BaseException:
                 connection.close()
                 raise
@@ -233,9 +234,12 @@ class Machine:
             self.reload()
             if options.type is not None or options.storage_bytes is not None:
                 self.need_agent("change its type or storage; 'nagaya disk resize' makes a disk larger")
-            planned = plan_update(self.spec, options)
+            planned, note = plan_update(self.spec, options)
             if planned == self.spec:
-                raise UsageError("nothing to update", hint="for example --memory 512m or --restart always")
+                raise UsageError(
+                    f"nothing to update: {note}" if note else "nothing to update",
+                    hint="for example --memory 512m or --restart always",
+                )
             before = self.spec
             alive = self.settled().phase in ALIVE
             if planned.type != before.type or planned.limits.storage_bytes != before.limits.storage_bytes:
@@ -252,7 +256,7 @@ class Machine:
                     machines.store_spec(self.paths, before)
                     raise
         self.record("update")
-        return describe(before, planned, alive=alive)
+        return describe(before, planned, alive=alive) + ([note] if note else [])
 
     def change(self, planned: MachineSpec, op: str, network: str) -> str:
         """Store a record with another set of networks, under the command lock, and carry that out if it runs.
@@ -327,11 +331,9 @@ class Machine:
     def top(self) -> list[ProcessRow]:
         """Its processes."""
         require("top", self.state.phase, self.name)
-        with self.applet(("ps",)) as attachment:
-            status, out, err = attachment.communicate(timeout_s=30)
-        if status:
-            raise RemoteError(f"the agent could not list processes: {err.decode(errors='replace').strip()}")
-        return [_parse_process(line) for line in out.splitlines()]
+        from nagaya.manager.processes import list_processes  # lazy: only `top` lists
+
+        return list_processes(self)
 
     @property
     def front(self) -> FrontPanel:
@@ -345,7 +347,12 @@ class Machine:
     def stats(self) -> Stats:
         """One reading of its use of resources."""
         require("stats", self.state.phase, self.name)
-        return from_data(Stats, self.ask("stats"), what="stats")
+        reading = from_data(Stats, self.ask("stats"), what="stats")
+        if reading.pids < 0 and self.state.phase == RUNNING:  # only its own kernel knows its processes
+            from nagaya.manager.processes import count_processes  # lazy: a virtual machine's only
+
+            reading = reading._replace(pids=count_processes(self))
+        return reading
 
     def logs(self, *, follow: bool = False, since_ns: int = 0, until_ns: int = 0, tail: int = -1) -> Iterator[LogLine]:
         """Its output so far (the last `tail` lines of it), and with `follow` what comes until it ends."""
@@ -554,19 +561,3 @@ class Machine:
 
 def _list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
-
-
-def _parse_process(line: bytes) -> ProcessRow:
-    """One line of the agent's `ps`, which is the guest's word: checked. Raises `RemoteError`."""
-    try:
-        data = json.loads(line)
-        return ProcessRow(
-            pid=int(data["pid"]),
-            ppid=int(data["ppid"]),
-            user=str(data.get("user") or data["uid"]),
-            cpu_s=int(data["cpu_ms"]) / 1000,
-            memory_bytes=int(data["rss_bytes"]),
-            command=str(data["command"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise RemoteError("the machine's agent answered nonsense to 'ps'") from None

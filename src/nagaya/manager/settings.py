@@ -45,10 +45,17 @@ class Setting(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A type for a new machine. `note`: what whoever did not choose it has to know; "" for nothing."""
+    """A type for a machine. `reason`: why `auto` is one that whoever did not choose it may not expect; "" for nothing."""
 
     type: str
-    note: str = ""
+    reason: str = ""
+
+    @property
+    def note(self) -> str:
+        """The reason for who has named no type, as a sentence."""
+        if not self.reason:
+            return ""
+        return f"no type was asked for, and this is a {self.type}, because {self.reason}; --type {self.type} says so"
 
 
 def choose_type(wanted: str, *, platform: str = "", kernel: str = "") -> Choice:
@@ -118,9 +125,7 @@ def _find_best(kernel: str) -> Choice:
 def _settle_for_container(reason: str) -> Choice:
     if os.geteuid():
         return Choice("emulated")  # which says what is missing: a plain user has no containers
-    return Choice(
-        "container", f"no type was asked for, and this is a container, because {reason}; --type container says so"
-    )
+    return Choice("container", reason)
 
 
 def user_file() -> str:

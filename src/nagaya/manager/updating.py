@@ -5,8 +5,9 @@ from __future__ import annotations
 from nagaya.errors import UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions, UpdateOptions
-from nagaya.manager.settings import CHOICES, choose_type
+from nagaya.manager.settings import CHOICES, Choice, choose_type
 from nagaya.model.spec import Limits, MachineSpec
+from nagaya.static import NamedTuple
 
 _WORDS = {
     "memory_bytes": "memory limit",
@@ -18,18 +19,26 @@ _WORDS = {
 }
 
 
-def plan_update(spec: MachineSpec, options: UpdateOptions) -> MachineSpec:
-    """The record after the change. Raises `UsageError` for values that no machine could have."""
+class Update(NamedTuple):
+    """The record after a change. `note`: a sentence about the type that `auto` stood for, "" for none."""
+
+    spec: MachineSpec
+    note: str = ""
+
+
+def plan_update(spec: MachineSpec, options: UpdateOptions) -> Update:
+    """What the change comes to. Raises `UsageError` for values that no machine could have."""
     changes = {name: value for name in Limits._fields if (value := getattr(options, name, None)) is not None}
     limits = spec.limits._replace(**changes)
     restart = options.restart if options.restart is not None else spec.restart
     check_options(CreateOptions(image=spec.image, limits=limits, restart=restart, auto_remove=spec.auto_remove))
-    type_ = spec.type
+    choice = Choice(spec.type)
     if options.type is not None:
         if not options.type:
             raise UsageError("--type: no type was given", hint=f"one of: {', '.join(CHOICES)}")
-        type_ = choose_type(options.type, platform=spec.platform, kernel=spec.kernel).type
-    return spec._replace(type=type_, limits=limits, restart=restart)
+        choice = choose_type(options.type, platform=spec.platform, kernel=spec.kernel)
+    note = f"{options.type} is {choice.type} here, because {choice.reason}" if choice.reason else ""
+    return Update(spec._replace(type=choice.type, limits=limits, restart=restart), note)
 
 
 def describe(before: MachineSpec, after: MachineSpec, *, alive: bool) -> list[str]:

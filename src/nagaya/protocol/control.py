@@ -26,6 +26,7 @@ EXITED = 12
 REQUEST = 32
 REPLY = 33
 ERROR = 34
+PROGRESS = 35  # to a launcher, before the reply
 
 WINDOW = 256 << 10  # bytes of standard input that a client may have outstanding
 CHUNK = 64 << 10
@@ -49,6 +50,10 @@ def reply(**answer: object) -> bytes:
     return encode(REPLY, 0, json.dumps(answer).encode())
 
 
+def progress(**state: object) -> bytes:
+    return encode(PROGRESS, 0, json.dumps(state).encode())
+
+
 def error(problem: NagayaError) -> bytes:
     return encode(ERROR, 0, json.dumps(to_wire(problem)).encode())
 
@@ -58,7 +63,7 @@ def exited(status: int, why: str = "") -> bytes:
 
 
 def parse_json(frame: Frame) -> dict[str, object]:
-    """The object in a REQUEST, REPLY or ERROR frame. Raises `RemoteError` when it is none."""
+    """The object in a REQUEST, REPLY, PROGRESS or ERROR frame. Raises `RemoteError` when it is none."""
     try:
         data = json.loads(frame.payload)
     except (ValueError, RecursionError):  # the latter: a million opening brackets

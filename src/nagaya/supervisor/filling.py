@@ -29,12 +29,16 @@ class Filling:
         programs: Programs,
         copies: tuple[Copy, ...],
         *,
-        on_progress: Callable[[], None],
+        on_progress: Callable[[str, str, int, bool], None],
         on_done: Callable[[], None],
         on_failed: Callable[[NagayaError], None],
     ) -> None:
-        """`on_progress` is called whenever the machine has taken more; then either of the others, once."""
+        """`on_progress(source, target, bytes, done)` is called whenever the machine has taken more of one.
+
+        Then either of the others, once. By then `warnings` has a sentence for each copy that is not of all that was there.
+        """
         self.program: Program | None = None
+        self.warnings: list[str] = []
         self.wants_stdin = True
         self.congested = False
         self._loop, self._programs = loop, programs
@@ -42,7 +46,7 @@ class Filling:
         self._on_progress, self._on_done, self._on_failed = on_progress, on_done, on_failed
         self._read = self._complaints = -1
         self._pid = 0
-        self._outstanding = 0
+        self._outstanding = self._taken = 0
         self._text = b""
         self._over = False
 
@@ -61,7 +65,7 @@ class Filling:
         os.close(write)
         os.close(complain)
         os.set_blocking(self._read, False)
-        self._outstanding, self._text = 0, b""
+        self._outstanding, self._taken, self._text = 0, 0, b""
         kind, mode = "dir" if copy.is_directory else "file", "ro" if copy.read_only else "rw"
         process = Process(argv=("fill", copy.target, kind, mode), stdin=True)
         program = self._programs.spawn(process, APPLET, applet=True)
@@ -77,17 +81,17 @@ class Filling:
             os.kill(self._pid, signal.SIGKILL)
         self._end_archive()
 
-    def _end_archive(self) -> str:
-        """Let go of the archive and its maker; what that one complained about."""
+    def _end_archive(self) -> tuple[bool, str]:
+        """Let go of the archive and its maker: whether that one was done, and what it says."""
         if not self._pid:
-            return ""
+            return False, ""
         self._loop.forget(self._read)
         os.close(self._read)  # a maker that is not done ends by it
-        os.waitpid(self._pid, 0)
-        complaint = os.read(self._complaints, _MOST_TEXT).decode(errors="replace")
+        _, status = os.waitpid(self._pid, 0)
+        text = os.read(self._complaints, _MOST_TEXT).decode(errors="replace")
         os.close(self._complaints)
         self._pid, self._read, self._complaints = 0, -1, -1
-        return complaint
+        return status == 0, text
 
     # -- what a program asks of its clients
 
@@ -99,7 +103,9 @@ class Filling:
         """The machine took some."""
         was_full = self._outstanding >= MOST_OUTSTANDING
         self._outstanding -= count
-        self._on_progress()
+        self._taken += count
+        copy = self._left[0]
+        self._on_progress(copy.source, copy.target, self._taken, False)  # at most once a frame, of 64 KiB
         if self._read >= 0 and was_full and self._outstanding < MOST_OUTSTANDING:
             self._loop.watch(self._read, self._readable)
 
@@ -124,13 +130,16 @@ class Filling:
         if self._over:
             return
         copy = self._left.pop(0)
-        complaint = self._end_archive()
-        if status or complaint:
+        done, text = self._end_archive()
+        if status or not done:
             said = self._text.decode(errors="replace").strip().splitlines()
-            reason = complaint or (said[-1] if said else f"status {status}")
+            reason = ("" if done else text) or (said[-1] if said else f"status {status}")
             hint = "give it a larger --storage, or less to copy" if "No space" in reason else ""
             self._fail(LaunchError(f"cannot copy {copy.source} to {copy.target} in the machine: {reason}", hint=hint))
             return
+        if text:
+            self.warnings.append(f"the copy of {copy.source} at {copy.target} is not whole: {text}")
+        self._on_progress(copy.source, copy.target, self._taken, True)
         try:
             self.begin()
         except OSError as error:
@@ -150,19 +159,12 @@ def _make_archive(copy: Copy, write: int, complain: int, parent: int) -> NoRetur
         if os.getppid() != parent:
             os._exit(status)
         close_all_but((write, complain))
-        import tarfile
+        from nagaya.supervisor.archive import write_archive  # lazy: brings tarfile, for the child alone
 
-        name = "." if copy.is_directory else os.path.basename(copy.target)
-        with (
-            os.fdopen(write, "wb", buffering=1 << 20) as stream,
-            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
-        ):
-
-            def forget(member: tarfile.TarInfo) -> tarfile.TarInfo:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps each: a million are 600 MB
-                return member
-
-            tar.add(os.path.realpath(copy.source), arcname=name, filter=forget)
+        with os.fdopen(write, "wb", buffering=1 << 20) as stream:
+            gone = write_archive(copy, stream)
+        if gone:
+            os.write(complain, gone.encode(errors="replace")[:_MOST_TEXT])
         status = 0
     except BrokenPipeError:
         pass  # the agent gave up, and says why itself

@@ -223,13 +223,24 @@ class Supervisor:
 
         assert isinstance(self.programs, Programs)
         self.filling = Filling(
-            self.loop, self.programs, booted.copies, on_done=self._spawn_main, on_failed=self._filling_failed,
-            on_progress=lambda: self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out),
+            self.loop, self.programs, booted.copies, on_done=self._filled, on_failed=self._filling_failed,
+            on_progress=self._filling_goes_on,
         )  # fmt: skip
         try:
             self.filling.begin()
         except OSError as error:
             self._filling_failed(HostError.from_os(error, "cannot copy into the machine"))
+
+    def _filling_goes_on(self, source: str, target: str, count: int, done: bool) -> None:
+        assert self.booted is not None
+        self.set_timer("boot", self.booted.start_timeout_s, self._boot_timed_out)
+        if self._launcher is not None and not self._launcher.congested:
+            self._launcher.send(control.progress(source=source, target=target, bytes=count, done=done))
+
+    def _filled(self) -> None:
+        assert self.filling is not None
+        self._set_up(tuple(self.filling.warnings))
+        self._spawn_main()
 
     def _filling_failed(self, problem: NagayaError) -> None:
         self._problem, self._exit_status = self._problem or problem, 125

@@ -29,7 +29,7 @@ def run(context: Context, parsed: Parsed) -> int:
     try:
         found = compare(
             context.host, image, types=tuple(parsed.texts("type")), network=parsed.text("network", "bridge"),
-            starts=starts, report=notice.show,
+            starts=starts, slow=parsed.switch("slow"), report=notice.show,
         )  # fmt: skip
     finally:
         notice.clear()
@@ -94,7 +94,8 @@ COMPARE = Command(
     usage="IMAGE",
     words=(1, 1),
     flags=(
-        Flag("--type", "Measure this type (default: all that this host runs)", value="TYPE", many=True),
+        Flag("--type", "Measure this type (default: all that this host runs, and runs well)", value="TYPE", many=True),
+        Flag("--slow", "Measure also what this host makes slow: kvm where KVM is a software one, ten minutes"),
         Flag("--net --network", "Network of the machines: bridge (default), none", value="NETWORK"),
         Flag("--starts", "How often to start each (default 3 to 10)", value="NUMBER"),
         Flag("--png", "Draw the bars into this file as well", value="FILE"),
@@ -107,5 +108,6 @@ COMPARE = Command(
     examples=(
         ("nagaya compare debian", ""),
         ("nagaya compare --type container --type emulated --png walls.png debian", ""),
+        ("nagaya compare --slow debian", "all three, whatever this host's KVM is"),
     ),
 )

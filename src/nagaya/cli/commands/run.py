@@ -5,6 +5,7 @@ from __future__ import annotations
 from nagaya.cli import create_flags, terminal, values
 from nagaya.cli.context import Context
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
+from nagaya.cli.progress import Late
 from nagaya.errors import UsageError
 from nagaya.supervisor.launch import allow_fork
 
@@ -20,13 +21,16 @@ def run(context: Context, parsed: Parsed) -> int:
     options = options._replace(rows=rows, columns=columns)
     machine = create_flags.create_machine(context, parsed, options, starting=True)
     allow_fork()
+    progress = Late(quiet=parsed.switch("quiet"))
     if detach:
-        machine.start(rows=rows, columns=columns)
+        with progress:
+            machine.start(rows=rows, columns=columns, progress=progress)
         create_flags.warn_of(machine)
         print(machine.id)
         return 0
     with terminal.watch_signals(stdin=options.stdin, tty=options.tty, sig_proxy=proxy) as signals:
-        attachment = machine.start(attach=True, rows=rows, columns=columns)
+        with progress:
+            attachment = machine.start(attach=True, rows=rows, columns=columns, progress=progress)
         if attachment is None:
             raise UsageError("the machine has no streams to attach to")
         with attachment:

@@ -7,6 +7,7 @@ from nagaya.cli.context import Context
 from nagaya.cli.create_flags import tell, warn_of
 from nagaya.cli.each import each_machine
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
+from nagaya.cli.progress import Late
 from nagaya.errors import EXIT_TOOL, NagayaError, UsageError, exit_status
 from nagaya.supervisor.launch import allow_fork
 
@@ -32,7 +33,8 @@ def start(context: Context, parsed: Parsed) -> int:
 
 
 def _start(machine: Machine) -> None:
-    machine.start()
+    with Late() as progress:
+        machine.start(progress=progress)
     warn_of(machine)
 
 
@@ -45,7 +47,8 @@ def _start_attached(context: Context, parsed: Parsed) -> int:
     rows, columns = terminal.window_size() if process.tty else (0, 0)
     proxy = parsed.switch("sig-proxy")
     with terminal.watch_signals(stdin=stdin, tty=process.tty, sig_proxy=proxy) as signals:
-        attachment = machine.start(attach=True, rows=rows, columns=columns)
+        with Late() as progress:
+            attachment = machine.start(attach=True, rows=rows, columns=columns, progress=progress)
         if attachment is None:
             return EXIT_TOOL
         with attachment:

@@ -91,6 +91,10 @@ class ContainerEngine:
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
             )
 
+    def find_slowness(self) -> str:
+        """See `Engine.find_slowness`."""
+        return ""
+
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         if len(os.fsencode(spec.hostname)) > HOSTNAME_MAX:

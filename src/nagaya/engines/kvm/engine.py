@@ -13,7 +13,7 @@ from functools import partial
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.kvm import child, saved
 from nagaya.engines.kvm.assembly import Hardware
-from nagaya.engines.kvm.known import PVM, find_kvm
+from nagaya.engines.kvm.known import HARDWARE, PVM, find_kvm
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
 from nagaya.engines.vm import rules
@@ -86,6 +86,12 @@ class KvmEngine:
             raise Unsupported(
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
             )
+
+    def find_slowness(self) -> str:
+        """See `Engine.find_slowness`."""
+        if find_kvm().kind == HARDWARE:
+            return ""
+        return "this host's KVM is a software one, on which kernels run many times slower"
 
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
@@ -244,13 +250,14 @@ class KvmEngine:
             raise HostError.from_os(error, "cannot save the machine's memory") from None
 
     def stats(self) -> Stats:
-        """CPU time of the machine's processes, memory of the first; what its devices have moved."""
+        """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
         from nagaya.kernel.process import read_usage  # lazy: only who asks
 
         answer = self._ask("counters")
         counters = answer["counters"]
         cpu_ns, resident_bytes = read_usage(self._pid)
-        cpu_ns += sum(read_usage(pid)[0] for pid in answer["processes"])  # their memory is nearly all the machine's too
+        # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
+        cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self._helpers))
         disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,

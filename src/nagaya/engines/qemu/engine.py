@@ -72,6 +72,10 @@ class EmulatedEngine:
         board = next((board for board in BOARDS if board.architecture == host), BOARDS[0])
         _require_parts(board, kernel=kernel)
 
+    def find_slowness(self) -> str:
+        """See `Engine.find_slowness`: emulation is as slow as it says."""
+        return ""
+
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         board = find_board(spec.platform)
@@ -262,9 +266,10 @@ class EmulatedEngine:
         self._monitor.command("cont")
 
     def stats(self) -> Stats:
-        """CPU time and memory of QEMU's process, block and network counters of the guest's devices."""
+        """CPU time of QEMU's process and its helpers, memory of the first; counters of the guest's devices."""
         assert self._monitor is not None
         cpu_ns, resident_bytes = read_usage(self._pid)
+        cpu_ns += sum(read_usage(pid)[0] for pid in self._helpers)
         reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
         read, written = block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)

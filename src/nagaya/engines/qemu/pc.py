@@ -65,6 +65,10 @@ class WholeMachineEngine:
 
         find_program()
 
+    def find_slowness(self) -> str:
+        """See `Engine.find_slowness`."""
+        return ""
+
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         board, hardware = find_pc_board(spec.platform), _hardware(spec)
