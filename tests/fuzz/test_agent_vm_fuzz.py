@@ -106,7 +106,8 @@ def some(dice: random.Random, most: int = 3) -> range:
 def a_setup(dice: random.Random) -> GuestSetup:
     network = GuestNetwork(
         MAC if dice.random() < 0.9 else "02:00:00:00:00:01", "192.0.2.7", dice.randrange(33),
-        dice.choice(("", "192.0.2.1", "198.51.100.1", "255.255.255.255")), dice.choice((0, 0, 1400, 68, 1, 0xFFFFFFFF)),
+        dice.choice(("", "192.0.2.1", "198.51.100.1", "255.255.255.255")), dice.choice((0, 0, 1400, 68, 1, 0xFFFFFFFF)), name=dice.choice(("eth0", "eth0", "lo", "card0", "n" * 15)),
+        address6=dice.choice(("", "2001:db8::7", "fe80::1")), prefix6=dice.choice((0, 64, 128)), gateway6=dice.choice(("", "2001:db8::1")),
     )  # fmt: skip
     pinned = dice.random() < 0.6  # most machines come to be, or nothing is tested behind READY
     return GuestSetup(
@@ -116,7 +117,7 @@ def a_setup(dice: random.Random) -> GuestSetup:
         entropy=dice.randbytes(dice.choice((0, 1, 64, 512))),
         files=tuple((("/etc/hosts" if pinned else a_path(dice)), dice.randbytes(dice.choice((0, 9, 70_000)))) for _ in some(dice, 9)),
         mounts=tuple(GuestMount("tmpfs", "", f"/tmp/{n}") if pinned else a_mount(dice) for n in some(dice, 70)),
-        network=network if dice.random() < 0.4 else None,
+        networks=(network,) * dice.choice((0, 0, 1, 1, 2)),
         sysctls=tuple(
             ("net.ipv4.ip_forward", "1") if pinned else (dice.choice(SYSCTLS), dice.choice(TEXTS)) for _ in some(dice)
         ),
@@ -264,7 +265,7 @@ def check_answer(frame: bytes) -> None:
     link = AgentLink()
     link.setup(b"")
     try:
-        (event, *_) = link.receive(encode(protocol.HELLO, 0, struct.pack("<II", 1, 1)) + frame)[1:]
+        (event, *_) = link.receive(encode(protocol.HELLO, 0, struct.pack("<II", protocol.VERSION, 1)) + frame)[1:]
     except RemoteError as error:
         raise AssertionError(f"the host refuses the agent's answer: {error.message}: {frame[:200]!r}") from None
     assert isinstance(event, (SetUp, SetupFailed))
@@ -280,6 +281,7 @@ def test_set_ups_into_the_agent(agent: str, userns: int, dice: random.Random, tm
     log.touch()
     outcomes: Counter[str] = Counter()
     ends = time.monotonic() + SECONDS
+    talk = b""
     try:
         while time.monotonic() < ends:
             talk, whole = a_talk(dice)
