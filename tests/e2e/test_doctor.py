@@ -12,7 +12,7 @@ from nagaya.manager.doctor import TYPES
 from tests.e2e.command import Cli
 
 TOPICS = {
-    *TYPES, "guest kernel", "overlayfs", "user namespaces", "seccomp", "network", "forwarding", "tap devices", "ports", "agent",
+    *TYPES, "guest kernel", "overlayfs", "reflinks", "user namespaces", "seccomp", "network", "forwarding", "tap devices", "ports", "agent",
     "passt", "tc", "dnsmasq", "foreign firewall", "bridge filter", "mmdebstrap", "mkfs.erofs", "mke2fs", "virtiofsd", "vhost",
 }  # fmt: skip
 MOST_S = 0.3

@@ -12,7 +12,7 @@ import pytest
 
 from nagaya.engines.vm import agent, passt, shares
 from nagaya.errors import LaunchError, Unsupported
-from nagaya.kernel import mount, namespaces, seccomp
+from nagaya.kernel import mount, namespaces, reflink, seccomp
 from nagaya.manager import facilities
 from nagaya.manager.finding import LIMITED, MISSING, OK
 from nagaya.net import planning
@@ -207,6 +207,17 @@ def test_vhost_is_nothing_to_miss(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     finding = facilities.look_at_vhost()
     assert finding[1:3] == (OK, str(tmp_path / "net"))
     assert finding.follows.startswith("the kernel")
+
+
+def test_reflinks_are_tried_where_the_store_will_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = str(tmp_path / "not" / "there")
+    for shared, status in ((True, OK), (False, LIMITED)):
+        monkeypatch.setattr(reflink, "clone", lambda source, target, shared=shared: shared)
+        assert facilities.look_at_reflinks(store).status == status
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/proc")
+    monkeypatch.setattr(os.path, "realpath", lambda path: "/proc/x")
+    assert facilities.look_at_reflinks(store).status == LIMITED  # where no file can be made
 
 
 def test_everything_is_looked_at_once(tmp_path: Path) -> None:
