@@ -277,11 +277,15 @@ def _complaint(file: IO[bytes]) -> str:
 @contextmanager
 def _run(host: Host, image: str, type_: str, network: str) -> Iterator[tuple[Machine, float]]:
     """A machine as `nagaya run` makes it, removed at the end of the block, and the seconds to its first output."""
+    reach = (
+        () if network in ("none", "host") else ("--allow-host",)
+    )  # the round trip's other end is a program of this host
     with tempfile.TemporaryDirectory(prefix="nagaya-compare-") as scratch:
         cidfile = f"{scratch}/id"
         argv = (
             sys.executable, "-m", "nagaya", "--root", host.paths.root, "--run-dir", host.paths.run, "run", "--rm", "-i",
-            "--quiet", "--pull", "never", "--type", type_, "--network", network, "--cidfile", cidfile, image, *PROGRAM,
+            "--quiet", "--pull", "never", "--type", type_, "--network", network, *reach, "--cidfile", cidfile,
+            image, *PROGRAM,
         )  # fmt: skip
         machine = None
         try:
