@@ -225,7 +225,7 @@ def run(name):
     script = "dd if=/dev/zero of=/big bs=4k 2>/dev/null; exit 7"
     machine = host.machines.create(CreateOptions("box", command=("sh", "-c", script), network="none", name=name))
     with machine.start(attach=True) as attachment:
-        return machine, attachment.communicate(timeout_s=PATIENCE_S)[0]
+        return machine, attachment.communicate(timeout_s=60)[0]
 machine, status = run("first")
 print(status, os.statvfs(root).f_bavail, machine.state.phase, machine.state.exit_code, machine.state.error or "-")
 try:
