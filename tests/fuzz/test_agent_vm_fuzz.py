@@ -305,5 +305,6 @@ def test_set_ups_into_the_agent(agent: str, userns: int, dice: random.Random, tm
         print(f"{tmp_path}/talk; NAGAYA_FUZZ_SEED={SEED}; {outcomes}\n{log.read_text(errors='replace')}")
         raise
     print(f"{outcomes.total()} machines: {outcomes.most_common()}")
-    assert outcomes["ready"] > outcomes.total() / 10, f"few of its set-ups make a machine: {outcomes}"
+    # About one in eight does, by chance; of the few dozen that a short run makes, hardly ever less than one in fifty.
+    assert outcomes["ready"] >= max(1, outcomes.total() / 50), f"few of its set-ups make a machine: {outcomes}"
     assert outcomes["ended"] and len(outcomes) > 3, f"a fuzzer that sees few outcomes tests little: {outcomes}"
