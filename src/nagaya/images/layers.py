@@ -14,6 +14,7 @@ from nagaya.errors import HostError, IntegrityError, NagayaError
 from nagaya.images.content import Blobs
 from nagaya.images.locks import Lock
 from nagaya.images.progress import Progress
+from nagaya.kernel.reflink import sync_file_system
 from nagaya.static import NamedTuple
 
 TEMPORARY = ".tmp"
@@ -101,7 +102,7 @@ class Layers:
             raise IntegrityError(f"its content does not match its diff id: expected {diff_id}, found {found}")
         target = self.path(found)
         _write_facts(f"{target}.json", LayerFacts(unpacked.size_bytes, unpacked.entries))
-        sync_file_system(staging)
+        sync_file_system(staging)  # one wait for all files of a layer, where fsync would wait for each
         try:
             os.rename(staging, target)
         except OSError:
@@ -115,17 +116,3 @@ def _write_facts(path: str, facts: LayerFacts) -> None:
     from nagaya.storage.records import store  # lazy
 
     store(path, facts)
-
-
-def sync_file_system(path: str) -> None:
-    """syncfs(2): one wait for all files of a layer, where fsync would wait for each."""
-    import ctypes
-
-    from nagaya.kernel.libc import fail, libc  # lazy: 4 ms
-
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if libc.syncfs(ctypes.c_int(fd)) < 0:
-            raise fail("syncfs", path)
-    finally:
-        os.close(fd)

@@ -84,7 +84,7 @@ def _make_disk(machine: Machine, planned: MachineSpec) -> None:
 
 
 def _make_directories(machine: Machine, planned: MachineSpec) -> None:
-    from nagaya.images.layers import sync_file_system
+    from nagaya.kernel.reflink import sync_file_system
     from nagaya.manager.copying import copy_changes
 
     if os.geteuid():

@@ -14,6 +14,7 @@ from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.last_words import launch_error
 from nagaya.engines.qemu.measures import block_bytes
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child, rules
@@ -212,11 +213,7 @@ class EmulatedEngine:
 
     def _launch_error(self, message: str, ended: os.waitid_result | None) -> LaunchError:
         assert self._log is not None
-        self._log.drain()
-        said = self._log.tail()
-        status = ended.si_status if ended is not None else 0
-        last = said.splitlines()[-1] if said else f"it ended with status {status}"
-        return LaunchError(f"{message}: {last}", command="qemu", status=status, log_tail=said)
+        return launch_error(self._log, message, ended)
 
     def _go_on_from(self, directory: str) -> None:
         """Load what was saved, and let the CPUs run."""

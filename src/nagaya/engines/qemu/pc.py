@@ -15,6 +15,7 @@ from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
 from nagaya.engines.qemu import discs, pc_arguments, rights, screen
 from nagaya.engines.qemu.arguments import Card
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.last_words import launch_error
 from nagaya.engines.qemu.measures import block_bytes
 from nagaya.engines.qemu.monitor import COMMAND_TIMEOUT_S, Monitor, MonitorClosed
 from nagaya.engines.qemu.pc_arguments import PcDrive, PcFirmware, PcMachine
@@ -184,11 +185,7 @@ class WholeMachineEngine:
 
     def _launch_error(self, message: str, ended: os.waitid_result | None) -> LaunchError:
         assert self._log is not None
-        self._log.drain()
-        said = self._log.tail()
-        status = ended.si_status if ended is not None else 0
-        last = said.splitlines()[-1] if said else f"it ended with status {status}"
-        return LaunchError(f"{message}: {last}", command="qemu", status=status, log_tail=said)
+        return launch_error(self._log, message, ended)
 
     # -- while it runs
 
