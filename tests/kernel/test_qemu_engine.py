@@ -177,7 +177,7 @@ def test_stats_count(machine: EmulatedMachine) -> None:
 
 
 def test_a_refused_command_says_what_was_asked(machine: EmulatedMachine) -> None:
-    monitor = machine.engine._monitor
+    monitor = machine.engine._qemu.monitor
     assert monitor is not None
     with pytest.raises(QmpError, match="refused") as caught:
         monitor.command("device_del", id="nothing")
@@ -257,7 +257,7 @@ def _boot_and_be_killed(disks: DiskPlan, place: Path, shared: Path) -> list[int]
     if supervisor == 0:
         mounts = (MountPlan("bind", str(shared), "/mnt", False, "rprivate", 0, 0, ()),)
         machine = EmulatedMachine(disks, place, make_spec(), mounts=mounts)
-        pids = [machine.booted.pid, *machine.engine._helpers]
+        pids = [machine.booted.pid, *machine.engine._qemu.helpers]
         os.write(write, " ".join(map(str, pids)).encode())
         signal.pause()
     try:
@@ -391,7 +391,7 @@ def test_directories_and_files_of_the_host(disks: DiskPlan, tmp_path: Path) -> N
             assert machine.run("/bin/sh", "-c", f"echo x > {target}").status != 0
         (shared / "late").write_text("from the host\n")
         assert machine.sh("cat /mnt/late") == "from the host\n"
-        helpers = list(machine.engine._helpers)
+        helpers = list(machine.engine._qemu.helpers)
         assert helpers
     assert (shared / "new").read_text() == "new\n"
     assert (

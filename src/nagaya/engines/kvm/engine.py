@@ -18,6 +18,7 @@ from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.child import end
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
@@ -339,8 +340,7 @@ class KvmEngine:
     def _abandon(self) -> None:
         """A boot that failed: nothing runs on."""
         if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
-            os.waitpid(self._pid, 0)
+            end(self._pid)
         self._cleanup()
 
     def _cleanup(self) -> None:
@@ -354,8 +354,7 @@ class KvmEngine:
         self._pid = self._pidfd = self._control = -1
         self._unread = b""
         for pid in self._helpers:  # each has ended when the VMM had, for nobody speaks with it any more
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            end(pid)
         self._helpers = []
 
 

@@ -14,9 +14,8 @@ from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
 from nagaya.engines.qemu.inherited import Inherited
-from nagaya.engines.qemu.last_words import launch_error
-from nagaya.engines.qemu.measures import block_bytes
-from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
+from nagaya.engines.qemu.monitor import MonitorClosed
+from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.console import TextLog
@@ -27,16 +26,14 @@ from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import start_shares
 from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
-from nagaya.kernel.process import read_usage
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
-from nagaya.net import links, tap
+from nagaya.net import tap
 from nagaya.net.plan import LinkPlan
 from nagaya.net.planning import find_passt
 from nagaya.protocol.setup import setup_payload
 from nagaya.storage.plan import DiskPlan, RootfsPlan
 
-STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
 PROGRAM_WITHIN_S = 120.0
 END_WITHIN_S = 20.0
 ENTROPY_BYTES = 64
@@ -55,15 +52,8 @@ class EmulatedEngine:
     missing = rules.MISSING
 
     def __init__(self) -> None:
-        self._pid = -1
-        self._pidfd = -1
-        self._memory_bytes = 0
-        self._links: tuple[str, ...] = ()
+        self._qemu = QemuProcess()
         self._machine: Machine | None = None
-        self._monitor: Monitor | None = None
-        self._console: TextLog | None = None
-        self._log: TextLog | None = None
-        self._helpers: list[int] = []  # children of ours beside QEMU
 
     # -- before a boot
 
@@ -100,18 +90,18 @@ class EmulatedEngine:
         spec = request.spec
         board = find_board(spec.platform)
         with ExitStack() as failed:
-            failed.callback(self._abandon)
+            failed.callback(self._qemu.abandon)
             with ExitStack() as local:
                 inherited = Inherited(local)
                 agent, agent_number = inherited.connect()
                 failed.callback(os.close, agent)
-                log_end = self._open_log(request.runtime_dir)
+                log_end = self._qemu.open_log(request.runtime_dir)
                 local.callback(os.close, log_end)
                 machine = self._assemble(request, board, log_end, inherited)
                 machine = machine._replace(agent=agent_number, incoming=bool(request.saved))
                 shares = start_shares(request.mounts, request.runtime_dir, log_end, local)
                 if shares is not None:
-                    self._helpers.append(shares.pid)
+                    self._qemu.helpers.append(shares.pid)
                     machine = machine._replace(shares=(Share(SHARES_TAG, inherited.add(os.dup(shares.socket))),))
                 setup = plan_setup(
                     request,
@@ -124,14 +114,14 @@ class EmulatedEngine:
                 self._machine = machine
                 self._start(machine, inherited, log_end)
             # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
-            self._greet()
+            self._qemu.greet()
             if request.saved:
                 self._go_on_from(request.saved)
             failed.pop_all()
-        stack.callback(self._cleanup)
+        stack.callback(self._qemu.clean_up)
         return Booted(
-            pid=self._pid,
-            pidfd=os.dup(self._pidfd),
+            pid=self._qemu.pid,
+            pidfd=os.dup(self._qemu.pidfd),
             agent=agent,
             policy=rules.plan_policy(spec),
             warnings=(
@@ -139,27 +129,19 @@ class EmulatedEngine:
                 *((USER_NETWORK_WARNING,) if request.network.is_user and not find_passt() else ()),
             ),
             setup=payload,
-            helpers=tuple(self._helpers),
+            helpers=tuple(self._qemu.helpers),
             copies=plan_copies(request.mounts) if shares is None else (),
-            watch=tuple((source.fd, self.listen) for source in self._sources()),
+            watch=tuple((source.fd, self.listen) for source in self._qemu.sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
             end_timeout_s=END_WITHIN_S,
         )
-
-    def _open_log(self, directory: str) -> int:
-        """Where QEMU and its helpers write: never blocks, so what does not fit is lost."""
-        log, end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._log = TextLog(log, f"{directory}/qemu.log")
-        return end
 
     def _assemble(self, request: BootRequest, board: Board, log: int, inherited: Inherited) -> Machine:
         """Open what the machine is made of."""
         disks = request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
-        monitor, monitor_number = inherited.connect()
-        self._monitor = Monitor(monitor)
         console, console_number = inherited.connect()
-        self._console = TextLog(console, f"{request.runtime_dir}/console.log")
+        self._qemu.console = TextLog(console, f"{request.runtime_dir}/console.log")
         machine = Machine(
             board=board,
             name=request.spec.id,
@@ -169,15 +151,15 @@ class EmulatedEngine:
             initrd=inherited.add(open_initramfs(board.architecture)),
             root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
             data=inherited.add(open_data(disks.data)),
-            monitor=monitor_number,
+            monitor=self._qemu.open_monitor(inherited),
             agent=-1,
             console=console_number,
             cards=tuple(self._plug(link, request, log, inherited) for link in request.network.links),
             append=request.spec.append,
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
-        self._memory_bytes = machine.memory_bytes
-        self._links = tuple(link.host_link for link in request.network.links if link.host_link)
+        self._qemu.memory_bytes = machine.memory_bytes
+        self._qemu.links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
 
     def _plug(self, link: LinkPlan, request: BootRequest, log: int, inherited: Inherited) -> Card:
@@ -188,7 +170,7 @@ class EmulatedEngine:
             return Card(link.mac, ports=request.network.forwards)
         with ExitStack() as local:
             passt = start_passt(link, request.network, request.spec.id, log, local)
-            self._helpers.append(passt.pid)
+            self._qemu.helpers.append(passt.pid)
             return Card(link.mac, stream=inherited.add(os.dup(passt.socket)))
 
     def _start(self, machine: Machine, inherited: Inherited, log: int) -> None:
@@ -199,36 +181,21 @@ class EmulatedEngine:
             log=log,
             prepare=rights.plan_rights(machine.name, host_network=user_network),
         )
-        self._pid = child.start(launch)
-        self._pidfd = os.pidfd_open(self._pid)
-
-    def _greet(self) -> None:
-        """Until QEMU has made the machine. Raises `LaunchError` with its last words when it ends instead."""
-        assert self._monitor is not None
-        try:
-            self._monitor.negotiate(STARTED_WITHIN_S)
-        except MonitorClosed:
-            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT)
-            raise self._launch_error("QEMU did not start the machine", ended) from None
-
-    def _launch_error(self, message: str, ended: os.waitid_result | None) -> LaunchError:
-        assert self._log is not None
-        return launch_error(self._log, message, ended)
+        self._qemu.start(launch)
 
     def _go_on_from(self, directory: str) -> None:
         """Load what was saved, and let the CPUs run."""
-        assert self._monitor is not None and self._machine is not None
-        saved.check(self._machine, saved.read_version(self._monitor), directory)
+        assert self._machine is not None
+        saved.check(self._machine, saved.read_version(self._qemu.monitor), directory)
         state = os.open(f"{directory}/{saved.STATE}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            self._monitor.command("getfd", fdname="state", descriptor=state)
+            self._qemu.monitor.command("getfd", fdname="state", descriptor=state)
             saved.await_migration(
-                self._monitor, "migrate-incoming", "fd:state", "the saved machine could not be loaded"
+                self._qemu.monitor, "migrate-incoming", "fd:state", "the saved machine could not be loaded"
             )
-            self._monitor.command("cont")
+            self._qemu.monitor.command("cont")
         except MonitorClosed:
-            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT)
-            raise self._launch_error("QEMU could not go on from the saved machine", ended) from None
+            raise self._qemu.last_words("QEMU could not go on from the saved machine") from None
         finally:
             os.close(state)
 
@@ -236,13 +203,13 @@ class EmulatedEngine:
 
     def save(self, directory: str) -> None:
         """See `Saving.save`."""
-        assert self._monitor is not None and self._machine is not None
+        assert self._machine is not None
         if self._machine.shares:
             raise Unsupported(
                 "QEMU cannot save a machine that shares directories with this host",
                 hint="save its disks alone: --no-memory",
             )
-        saved.write(self._monitor, self._machine, directory)
+        saved.write(self._qemu.monitor, self._machine, directory)
 
     def check_saved(self, spec: MachineSpec, directory: str) -> None:
         """See `Saving.check_saved`."""
@@ -255,57 +222,33 @@ class EmulatedEngine:
         saved.check(machine, saved.ask_version(board.program), directory)
 
     def pause(self) -> None:
-        assert self._monitor is not None
-        self._monitor.command("stop")
+        self._qemu.monitor.command("stop")
 
     def resume(self) -> None:
-        assert self._monitor is not None
-        self._monitor.command("cont")
+        self._qemu.monitor.command("cont")
 
     def stats(self) -> Stats:
-        """CPU time of QEMU's process and its helpers, memory of the first; counters of the guest's devices."""
-        assert self._monitor is not None
-        cpu_ns, resident_bytes = read_usage(self._pid)
-        cpu_ns += sum(read_usage(pid)[0] for pid in self._helpers)
-        reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes)
-        read, written = block_bytes(self._monitor.command("query-blockstats", query_nodes=False))
-        reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
-        if self._links:  # the host's ends: what they send is what the machine receives
-            sent, received = links.link_bytes(self._links)
-            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
-        return reading
+        """See `QemuProcess.stats`."""
+        return self._qemu.stats()
 
     def listen(self) -> None:
-        """Take what the guest's console, QEMU and its monitor have said. A QEMU that closes one of them has ended, or
-        has been taken over: it is not to live on.
-        """
-        for source in self._sources():
-            if not source.drain():
-                self.kill()
-
-    def _sources(self) -> list[TextLog | Monitor]:
-        return [source for source in (self._console, self._log, self._monitor) if source is not None]
+        """See `QemuProcess.listen`."""
+        self._qemu.listen(0)
 
     def explain_end(self, ended: os.waitid_result | None) -> NagayaError | None:
         """See `Explaining.explain_end`: a kernel that gave up has said so on its console, QEMU on its standard error."""
-        if self._console is None or self._log is None:
+        console = self._qemu.console
+        if console is None:
             return None
-        self._console.drain()
-        panic = self._console.panic()
+        console.drain()
+        panic = console.panic()
         if panic:
-            return LaunchError(f"the machine's kernel gave up: {panic}", command="linux", log_tail=self._console.tail())
-        if ended is None or (ended.si_code, ended.si_status) in ((os.CLD_EXITED, 0), (os.CLD_KILLED, signal.SIGKILL)):
-            return None
-        how = "ended with status" if ended.si_code == os.CLD_EXITED else "was killed by signal"
-        return self._launch_error(f"QEMU {how} {ended.si_status}", ended)
+            return LaunchError(f"the machine's kernel gave up: {panic}", command="linux", log_tail=console.tail())
+        return self._qemu.explain_end(ended)
 
     def kill(self) -> None:
         """SIGKILL to QEMU. What its guest has written is in the host's page cache by then, and stays."""
-        if self._pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+        self._qemu.signal(signal.SIGKILL)
 
     def start_applet(
         self,
@@ -325,26 +268,6 @@ class EmulatedEngine:
 
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU: nothing is left."""
-
-    def _abandon(self) -> None:
-        """A boot that failed: nothing runs on."""
-        if self._pid > 0:
-            os.kill(self._pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
-            os.waitpid(self._pid, 0)
-        self._cleanup()
-
-    def _cleanup(self) -> None:
-        for source in self._sources():
-            source.drain()
-            source.close()
-        self._console = self._log = self._monitor = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-        self._pid = self._pidfd = -1
-        for pid in self._helpers:  # each has ended when QEMU had, for nobody speaks with it any more
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        self._helpers = []
 
 
 def list_platforms() -> list[str]:

@@ -38,6 +38,12 @@ def start(launch: Launch) -> int:
     return pid
 
 
+def end(pid: int) -> None:
+    """Kill a child of ours that has not been reaped, for its pid is still its own, and reap it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def _run(launch: Launch, parent: int) -> NoReturn:
     """In the child; never returns."""
     step = "cannot be prepared"
