@@ -67,7 +67,7 @@ def _run(
     with subprocess.Popen(
         [find_program(), *argv],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        pass_fds=fds, env=environment, preexec_fn=lambda: _give_up(parent, look=look),
+        pass_fds=fds, env=environment, preexec_fn=lambda: give_up(parent, look=look),
     ) as process:  # fmt: skip
         try:
             output, said = _collect(process, progress)
@@ -81,8 +81,8 @@ def _run(
     return done
 
 
-def _give_up(parent: int, *, look: bool) -> None:
-    """In the child."""
+def give_up(parent: int, *, look: bool) -> None:
+    """In the child: what a program that reads disks may do."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(127)
