@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -189,3 +190,25 @@ def test_whatever_is_wrong_behind_it_is_not_the_guests_end() -> None:
     os.close(controller)
     Serial(terminal, lambda level: None).write_port(DATA, 1, 0x41)
     os.close(terminal)
+
+
+def test_what_is_typed_waits_until_the_guest_has_room(wire: Wire) -> None:
+    serial = wire.serial
+    text = bytes(range(100))
+    typist = threading.Thread(target=serial.type_in, args=(text,))
+    typist.start()
+    got = bytearray()
+    while len(got) < len(text):
+        if serial.read_port(COM1_PORT + 5, 1) & 1:
+            got.append(serial.read_port(COM1_PORT, 1))
+    typist.join(10)
+    assert bytes(got) == text and not typist.is_alive()
+
+
+def test_nobody_types_at_a_machine_that_is_gone(wire: Wire) -> None:
+    serial = wire.serial
+    typist = threading.Thread(target=serial.type_in, args=(bytes(100),))
+    typist.start()
+    serial.close()
+    typist.join(10)
+    assert not typist.is_alive()

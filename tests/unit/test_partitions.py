@@ -113,7 +113,7 @@ def test_a_gpt_that_lies(disk: int, at: int, value: bytes) -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(2048, SECTORS), (4000, 2048), (0, (1 << 64) - 1)])
 def test_a_gpt_whose_partition_leaves_the_disk(disk: int, start: int, end: int) -> None:
-    first, last = put_gpt(disk)
+    first, _ = put_gpt(disk)
     entries = bytearray(first[1024:])
     entries[32:48] = pack("<QQ", start, end)
     os.pwrite(disk, bytes(entries), 1024)

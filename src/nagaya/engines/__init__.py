@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 def engine_of(spec: MachineSpec) -> Engine:
-    """The engine that boots a machine. Whole machines all have the same one, whatever runs their CPUs."""
+    """The engine that boots a machine. Whole machines with a firmware have the same one, whatever runs their CPUs."""
     if spec.hardware is None:
         return open_engine(spec.type)
+    if spec.hardware.firmware == "direct":
+        from nagaya.engines.kvm.direct import DirectEngine  # lazy: as below
+
+        return DirectEngine()
     from nagaya.engines.qemu.pc import WholeMachineEngine  # lazy: as below
 
     return WholeMachineEngine(spec.type)

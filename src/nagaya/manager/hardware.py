@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 
 from nagaya.engines import TYPES, engine_of
+from nagaya.engines.kvm.direct import SLOW
 from nagaya.engines.kvm.known import HARDWARE, find_kvm
 from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.creating import check_options
@@ -19,11 +20,12 @@ from nagaya.storage import rootfs
 from nagaya.storage.disk_images.chain import choose_format, open_chain
 from nagaya.storage.disk_images.formats import get_format
 from nagaya.storage.disk_images.seed import MOST_USER_DATA, SEED, USER_DATA, make_key, require_seed_programs
-from nagaya.storage.disk_images.store import Disks
+from nagaya.storage.disk_images.store import Disk, Disks
 from nagaya.storage.paths import Paths
 from nagaya.storage.records import write_file
 
-FIRMWARES = ("bios", "uefi")
+DIRECT = "direct"  # no firmware: our own VMM starts the kernel that is on the disk
+FIRMWARES = ("bios", "uefi", DIRECT)
 ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "riscv64": "linux/riscv64"}
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 DEFAULT_MEMORY_BYTES = 1 << 30
@@ -70,11 +72,22 @@ def is_size(text: str) -> bool:
     return _SIZE.fullmatch(text) is not None
 
 
-def choose_runner(wanted: str, architecture: str) -> tuple[str, str]:
-    """What runs the machine's CPUs, and what there is to say about that. Raises `UsageError`, `Unsupported`.
+class Runner(NamedTuple):
+    """What runs a machine's CPUs, how it is booted, and what there is to say about that."""
 
-    QEMU needs a KVM that the CPU does the work of: with a software one (PVM) it does not run.
+    type: str
+    firmware: str
+    note: str = ""
+
+
+def choose_runner(wanted: str, architecture: str, firmware: str = "") -> Runner:
+    """Raises `UsageError`, `Unsupported`.
+
+    QEMU needs a KVM that the CPU does the work of: with a software one (PVM) it does not run. Our own VMM does, and is
+    what --type kvm means there, unless a firmware was asked for, which it has not got.
     """
+    if firmware and firmware not in FIRMWARES:
+        raise UsageError(f"unknown firmware '{firmware}'", hint=f"one of: {', '.join(FIRMWARES)}")
     name = choose_first(wanted)
     if name == TYPES[0]:
         if wanted:
@@ -82,38 +95,53 @@ def choose_runner(wanted: str, architecture: str) -> tuple[str, str]:
                 f"a whole machine is no {name}: it boots a system of its own", hint="use --type kvm, emulated or auto"
             )
         name = AUTO  # settled for machines from images
-    finding = _find_kvm() if architecture == os.uname().machine else f"this host's CPU runs no {architecture} system"
+    foreign = "" if architecture == os.uname().machine else f"this host's CPU runs no {architecture} system"
+    kind, finding = ("", foreign) if foreign else _find_kvm()
+    if firmware == DIRECT:
+        return _choose_direct(name, kind, finding)
+    usual = firmware or ("uefi" if architecture == "aarch64" else "bios")
     if name == "kvm" and finding:
+        if kind and not firmware:
+            return _choose_direct(name, kind, finding)
         raise Unsupported(f"QEMU cannot use KVM here: {finding}", hint="use --type emulated", finding=finding)
     if name == "kvm" or (name == AUTO and not finding):
-        return "kvm", ""
-    return "emulated", f"the machine is emulated, and slow: {finding}" if name == AUTO else ""
+        return Runner("kvm", usual)
+    return Runner("emulated", usual, f"the machine is emulated, and slow: {finding}" if name == AUTO else "")
 
 
-def _find_kvm() -> str:
-    """Why QEMU cannot use this host's KVM; "" when it can."""
+def _choose_direct(name: str, kind: str, finding: str) -> Runner:
+    if name not in ("kvm", AUTO):
+        raise UsageError(
+            f"--firmware {DIRECT} is for Nagaya's own VMM, which runs on KVM",
+            hint=f"leave --type {name} away, or use --firmware bios or uefi",
+        )
+    if not kind:
+        raise Unsupported(f"a machine without firmware needs KVM: {finding}", hint="use --firmware bios or uefi")
+    slow = "" if kind == HARDWARE else f"Nagaya's own VMM starts the kernel that is on the disk; {SLOW}"
+    return Runner("kvm", DIRECT, slow)
+
+
+def _find_kvm() -> tuple[str, str]:
+    """Which KVM there is, and why QEMU cannot use it; "" for none, and when it can."""
     try:
         finding = find_kvm()
     except NagayaError as error:
-        return error.message
-    return (
-        ""
-        if finding.kind == HARDWARE
-        else f"this host's KVM is a software one ({finding.kind}), on which QEMU does not run"
-    )
+        return "", error.message
+    if finding.kind == HARDWARE:
+        return finding.kind, ""
+    return finding.kind, f"this host's KVM is a software one ({finding.kind}), on which QEMU does not run"
 
 
-def plan_whole_machine(options: HardwareOptions, disks: Disks, *, type_: str, machine_id: str) -> MachineSpec:
+def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner, machine_id: str) -> MachineSpec:
     """The record. Raises `UsageError`, `NotFound`, `Unsupported`, `IntegrityError` for what could not work; changes nothing."""
     common = options.common
     check_options(common)
     architecture = find_architecture(options.architecture)
-    firmware = options.firmware or ("uefi" if architecture == "aarch64" else "bios")
-    if firmware not in FIRMWARES:
-        raise UsageError(f"unknown firmware '{firmware}'", hint=f"one of: {', '.join(FIRMWARES)}")
+    firmware = runner.firmware
     if options.boot not in ("", "disk", "cdrom"):
         raise UsageError(f"--boot: '{options.boot}' is neither disk nor cdrom")
-    drives = tuple(_plan_drive(each, number, disks) for number, each in enumerate(options.drives))
+    own = "raw" if firmware == DIRECT else "qcow2"
+    drives = tuple(_plan_drive(each, number, disks, own) for number, each in enumerate(options.drives))
     if drives and options.seed is not None:
         drives += (Drive(SEED, "raw", cdrom=True, read_only=True, own=True),)
     if not drives:
@@ -125,7 +153,7 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, type_: str, ma
     spec = MachineSpec(
         id=machine_id,
         name=options.name,
-        type=type_,
+        type=runner.type,
         image="",
         image_id="",
         platform=ARCHITECTURES[architecture],
@@ -189,14 +217,17 @@ def _check_limits(limits: Limits) -> None:
             raise Unsupported(f"--{name} is for containers", hint=f"leave --{name} away")
 
 
-def _plan_drive(options: DriveOptions, number: int, disks: Disks) -> Drive:
-    """With the path of the disk that is to be used, and checked as far as its header and what lies under it go."""
+def _plan_drive(options: DriveOptions, number: int, disks: Disks, own: str) -> Drive:
+    """With the path of the disk that is to be used, and checked as far as its header and what lies under it go.
+
+    `own` is the format of a disk that is made for the machine.
+    """
     if options.cdrom and not options.text:
         return Drive("", "raw", cdrom=True, read_only=True)
     if not options.text:
         if options.size_bytes <= 0:
             raise UsageError("--disk needs a size or the name of a disk", hint="for example --disk 20g")
-        return Drive(f"disk{number}.qcow2", "qcow2", own=True)
+        return Drive(f"disk{number}.{own}", own, own=True)
     if options.size_bytes and not options.clone:
         raise UsageError(
             f"--disk {options.text}: a size is for a new disk, or for a clone",
@@ -215,7 +246,7 @@ def _plan_drive(options: DriveOptions, number: int, disks: Disks) -> Drive:
             )
     if options.clone:
         # Everything that it stands on is what the user has named: it lies where it lies.
-        return Drive(f"disk{number}.qcow2", "qcow2", own=True, allow_backing=True)
+        return Drive(f"disk{number}.{own}", own, own=True, allow_backing=own == "qcow2")
     if not read_only:
         disks.refuse_dependants(path)
         if not os.access(path, os.W_OK):
@@ -237,15 +268,21 @@ def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) ->
             continue
         target = f"{directory}/{drive.path}"
         if wanted.clone:
-            base = disks.clone(
-                disks.locate(wanted.text), target, linked=True, format=wanted.format, allow_backing=wanted.allow_backing
-            )
+            base = _clone(disks, wanted, target, linked=drive.format == "qcow2")
             if wanted.size_bytes > base.virtual_bytes:
                 disks.resize(target, "", wanted.size_bytes)
         else:
             disks.create(target, wanted.size_bytes, format=get_format(drive.format).name)
     if hardware.firmware == "uefi":
         _copy_variables(spec, f"{directory}/{rootfs.FIRMWARE_STATE}")
+
+
+def _clone(disks: Disks, wanted: DriveOptions, target: str, *, linked: bool) -> Disk:
+    """A linked clone; or all of it, for a VMM that reads no other format than raw."""
+    source = disks.locate(wanted.text)
+    if linked:
+        return disks.clone(source, target, linked=True, format=wanted.format, allow_backing=wanted.allow_backing)
+    return disks.convert(source, target, format=wanted.format, to="raw", allow_backing=wanted.allow_backing)
 
 
 def _copy_variables(spec: MachineSpec, target: str) -> None:

@@ -81,9 +81,10 @@ class Machines:
         if options.name:
             check_name(options.name)
             self._refuse_taken(options.name)
-        type_, note = hardware.choose_runner(options.type, hardware.find_architecture(options.architecture))
+        architecture = hardware.find_architecture(options.architecture)
+        runner = hardware.choose_runner(options.type, architecture, options.firmware)
         machine_id = os.urandom(16).hex()
-        spec = hardware.plan_whole_machine(options, Disks(self._paths.root), type_=type_, machine_id=machine_id)
+        spec = hardware.plan_whole_machine(options, Disks(self._paths.root), runner=runner, machine_id=machine_id)
         lock = self.make_directory(machine_id)
         try:
             spec = self.claim_name(spec)
@@ -96,7 +97,7 @@ class Machines:
         finally:
             lock.release()
         events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
-        return Machine(self._paths, spec, store=self._store), note
+        return Machine(self._paths, spec, store=self._store), runner.note
 
     def _make(
         self, options: CreateOptions, image: Image, type_: str, root_image: str, *, starting: bool

@@ -126,7 +126,7 @@ class Seed(NamedTuple):
 class Hardware(NamedTuple):
     """A whole machine that boots from its disks, whatever is on them: there is no image, and no agent of ours inside."""
 
-    firmware: str = "bios"  # "bios" | "uefi"
+    firmware: str = "bios"  # "bios" | "uefi" | "direct": none, for our own VMM starts the kernel that is on the disk
     drives: tuple[Drive, ...] = ()  # in the order in which they are tried at boot, CDs first when `boot_cdrom`
     boot_cdrom: bool = False
     compat: bool = False  # devices that every system has drivers for, instead of virtio

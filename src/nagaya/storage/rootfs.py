@@ -42,7 +42,8 @@ def load_record(directory: str, spec: MachineSpec) -> Layers:
 
 def is_own_file(name: str) -> bool:
     """Whether a file of a whole machine's directory is one that its system writes."""
-    return name == FIRMWARE_STATE or (name.startswith("disk") and name.endswith(".qcow2") and name[4:-6].isdigit())
+    stem, _, ending = name.rpartition(".")
+    return name == FIRMWARE_STATE or (stem.startswith("disk") and ending in ("qcow2", "raw") and stem[4:].isdigit())
 
 
 def load_layers(directory: str) -> tuple[str, ...]:

@@ -69,8 +69,12 @@ class Blk:
 
     device_id = BLOCK
 
-    def __init__(self, name: str, path: str, *, read_only: bool = False, queues: int = 1, serial: str = "") -> None:
+    def __init__(
+        self, name: str, path: str, *, read_only: bool = False, queues: int = 1, serial: str = "", fd: int = -1
+    ) -> None:
         """Opens `path`, a file of whole sectors or a block device. `serial`: at most 20 bytes, shown in the guest.
+
+        `fd` is that file, opened and locked by somebody else already; it becomes the device's.
 
         Raises `NotFound`, `UsageError`, `Conflict`, `HostError`.
         """
@@ -79,7 +83,7 @@ class Blk:
         self.name = name
         self._id = os.fsencode(serial or name)[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._read_only = read_only
-        self._fd = _open(path, read_only=read_only)
+        self._fd = _open(path, read_only=read_only) if fd < 0 else fd
         try:
             self.size_bytes, self._block_bytes = _measure(self._fd, path)
         except BaseException:

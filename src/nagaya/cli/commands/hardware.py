@@ -23,7 +23,7 @@ _SHARED = (
 _OWN = (
     Flag("--disk", "A disk: a size for a new one, or DISK[,clone][,ro][,format=F][,size=S][,allow-backing]", value="DISK", many=True),
     Flag("--cdrom", "A CD: an ISO file, or 'empty' for a drive without a disc", value="FILE", many=True),
-    Flag("--firmware", "bios (default) or uefi", value="NAME"),
+    Flag("--firmware", "bios (default), uefi, or direct: Nagaya's own VMM starts the kernel that is on the disk", value="NAME"),
     Flag("--arch", "CPU: x86_64, aarch64 or riscv64 (default: the host's)", value="NAME"),
     Flag("--type", "kvm, emulated or auto (default): what runs its CPUs", value="TYPE"),
     Flag("--boot", "What is tried first: disk (default) or cdrom", value="WHAT"),
@@ -179,6 +179,7 @@ CREATE = Command(
         ("nagaya machine create web --disk 20g --cdrom ./installer.iso", "install a system"),
         ("nagaya machine create db --disk ./debian.qcow2,clone --firmware uefi -m 2g", "on top of an image"),
         ("nagaya machine create ci --disk debian,clone --cloud-init", "a cloud image; then nagaya ssh ci"),
+        ("nagaya machine create own --disk debian,clone --firmware direct", "on Nagaya's own VMM, without firmware"),
         ("nagaya machine create old --disk ./appliance.vmdk --compat", "a system without virtio drivers"),
     ),
     instead=instead,

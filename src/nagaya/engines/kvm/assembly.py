@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not
     from nagaya.engines.kvm.cpuid import Leaf
     from nagaya.engines.kvm.pvm import Pvm
     from nagaya.engines.kvm.saved import Saved
+    from nagaya.engines.kvm.serial import Serial
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
     from nagaya.virtio.mmio import MmioTransport
@@ -56,7 +57,9 @@ class Hardware(NamedTuple):
     pit: bool = False
     """The old timer too (8 ms more), for kernels that know neither kvm-clock nor the TSC's frequency."""
     serial_fd: int = -1
-    """Where the early serial port's output goes; -1 = the machine has none."""
+    """Where the serial port's output goes; -1 = the machine has none."""
+    serial_input_fd: int = -1
+    """Where its input comes from: a stream; -1 = from nowhere."""
     quiet: bool = True
     plain: bool = False
     """Nothing but `command_line` on the command line: for a guest that is not Linux."""
@@ -151,17 +154,19 @@ class Parts:
         end: Callable[[Ending], None],
         saved: Saved | None = None,
         shared: bool = True,
+        kvm_fd: int = -1,
     ) -> None:
         """Devices come with the loop of each; `end` hears when the guest ends itself.
 
         With `saved` no kernel is loaded: the machine is as it was then, but for its devices, which `restore_devices` brings
-        there. `shared`: other processes are to be shown the memory.
+        there. `shared`: other processes are to be shown the memory. `kvm_fd`: see `Vm`.
 
         Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
         """
         self.vcpus: list[Vcpu] = []
         self.transports: list[MmioTransport] = []
         self.pvm: Pvm | None = None
+        self.serial: Serial | None = None
         self._interrupts: list[int] = []
         self.bus = Bus()
         if saved is not None:
@@ -170,7 +175,7 @@ class Parts:
         else:
             self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
         try:
-            self.vm = Vm(self.memory)
+            self.vm = Vm(self.memory, kvm_fd=kvm_fd)
         except BaseException:
             self.memory.close()
             raise
@@ -206,7 +211,8 @@ class Parts:
         if hardware.serial_fd >= 0:
             from nagaya.engines.kvm.serial import COM1_GSI, COM1_PORT, PORTS, Serial
 
-            self.bus.add_ports(COM1_PORT, PORTS, Serial(hardware.serial_fd, lambda level: vm.set_line(COM1_GSI, level)))
+            self.serial = Serial(hardware.serial_fd, lambda level: vm.set_line(COM1_GSI, level))
+            self.bus.add_ports(COM1_PORT, PORTS, self.serial)
         places = self._attach(devices) if devices else []
         if saved is not None:
             self._restore(hardware, saved.state)
@@ -352,6 +358,8 @@ class Parts:
 
     def close(self) -> None:
         """Give back everything but devices and loops. No vCPU runs any more."""
+        if self.serial is not None:
+            self.serial.close()
         for transport in self.transports:
             transport.close()
         for vcpu in self.vcpus:

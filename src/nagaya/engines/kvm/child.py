@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.saved import Files
+from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
 from nagaya.static import Any, NamedTuple, NoReturn
 
 BROKEN = 1
+_ORDERLY = ("power-off", "reset", "exit", "stopped")  # kinds of endings that somebody wanted
 _MOST_LINE_BYTES = 1 << 16
 _MOST_FDS = 2
 
@@ -35,6 +37,7 @@ class Plan(NamedTuple):
     kept: tuple[int, ...]
     log: int  # its standard error
     id: int = -1  # user and group to become; -1 = stay who we are
+    reboots: bool = False  # a guest that asks for a reset gets it; otherwise that is the machine's end
 
 
 def start(plan: Plan) -> int:
@@ -48,7 +51,8 @@ def start(plan: Plan) -> int:
 
 
 def _run(plan: Plan, parent: int) -> NoReturn:
-    """In the child; never returns."""
+    """In the child; never returns. Its status says whether the machine ended as machines do."""
+    status = BROKEN
     try:
         os.setpgid(0, 0)
         _keep_only(plan)
@@ -66,9 +70,13 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         _send(plan.control, {"running": True})
         threading.Thread(target=_serve, args=(machine, plan.control), name="control", daemon=True).start()
         ending = machine.wait()
+        while plan.reboots and ending is not None and ending.kind == "reset":
+            machine.reset()
+            ending = machine.wait()
         assert ending is not None
         machine.close()  # the disks are free when the supervisor hears of the end
         _send(plan.control, {"ended": ending.kind, "reason": ending.reason})
+        status = 0 if ending.kind in _ORDERLY else BROKEN
     except NagayaError as error:
         _send(plan.control, {"failed": to_wire(error)})
     except OSError as error:
@@ -78,7 +86,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         _send(plan.control, {"failed": to_wire(LaunchError("the machine's VMM broke"))})
     finally:
         sys.stderr.flush()
-        os._exit(0)  # the kernel takes everything back, and nobody waits for an interpreter's end
+        os._exit(status)  # the kernel takes everything back, and nobody waits for an interpreter's end
 
 
 def _keep_only(plan: Plan) -> None:
@@ -139,7 +147,21 @@ def _counters(machine: Machine) -> dict[str, Any]:
     return {"counters": machine.counters(), "faults": machine.faults(), "processes": machine.processes()}
 
 
-_ANSWERS: dict[str, Callable[[Machine], Any]] = {"pause": _pause, "resume": _resume, "counters": _counters}
+def _press(machine: Machine) -> None:
+    machine.press_power_button()
+
+
+def _end(machine: Machine) -> None:
+    machine.end(Ending("stopped", "the machine was switched off"))
+
+
+_ANSWERS: dict[str, Callable[[Machine], Any]] = {
+    "pause": _pause,
+    "resume": _resume,
+    "counters": _counters,
+    "press": _press,
+    "end": _end,
+}
 
 
 def _lines(fd: int) -> Iterator[tuple[dict[str, Any], list[int]]]:

@@ -8,6 +8,7 @@ with Machine(Hardware(kernel="vmlinux", command_line="console=hvc0"), (console,)
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import TracebackType
@@ -104,6 +105,8 @@ class Machine:
             for loop in self._loops:
                 loop.start()
             self._run(parts)
+            if self.hardware.serial_input_fd >= 0:
+                threading.Thread(target=self._type, name="serial", daemon=True).start()
 
     def _start_apart(self, process: DeviceProcess, parts: Parts) -> None:
         parts.keep_from_children()
@@ -124,11 +127,31 @@ class Machine:
         self._loops = [shared, *own.values()]
         self._loop_of = {device.name: own.get(device.name, shared) for device in self.devices}
 
-    def _assemble(self) -> Parts:
+    def _assemble(self, *, kvm_fd: int = -1) -> Parts:
         devices = tuple((device, self._loop_of[device.name]) for device in self.devices)
         return Parts(
-            self.hardware, devices, software_kvm=self.software_kvm, end=self.end, saved=self._saved, shared=self._shared
-        )
+            self.hardware, devices, software_kvm=self.software_kvm, end=self.end, saved=self._saved, shared=self._shared,
+            kvm_fd=kvm_fd,
+        )  # fmt: skip
+
+    def _type(self) -> None:
+        """What is typed at the far end of the serial line, until that is hung up, to the UART that there is just now."""
+        import select
+
+        poll = select.poll()
+        poll.register(self.hardware.serial_input_fd, select.POLLIN)
+        while poll.poll():
+            try:
+                data = os.read(self.hardware.serial_input_fd, 4096)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            parts = self._parts
+            if parts is not None and parts.serial is not None:
+                parts.serial.type_in(data)
 
     def _run(self, parts: Parts, *, anew: bool = False) -> None:
         with self._state:
@@ -284,8 +307,14 @@ class Machine:
                     raise Conflict("the machine has ended", state="ended", required="running")
             self.end(Ending("reset", "the machine was reset from outside"))
             self.wait()
-            parts.close()
-            self._run(self._assemble(), anew=True)  # when that raises, the machine has ended by its reset
+            kvm_fd = os.dup(parts.vm.kvm_fd)  # we may have no right to open it by now
+            try:
+                parts.close()
+                self._run(
+                    self._assemble(kvm_fd=kvm_fd), anew=True
+                )  # when that raises, the machine has ended by its reset
+            finally:
+                os.close(kvm_fd)
 
     def _require(self, *, paused: bool) -> None:
         if self._ending is not None:

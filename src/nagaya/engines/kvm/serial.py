@@ -1,6 +1,6 @@
 """A 16550A UART, for what a kernel says before it has drivers, and when it panics. After TI's data sheet (SLLS057).
 
-Every byte out is an exit: it is not the console of a running machine.
+Every byte out is an exit: it is the console of those machines alone whose system knows no better one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIFO_BYTES = 16
 
 
 class Serial:
-    """The UART at `COM1_PORT`. Bytes that the guest sends go to `write_fd`; `receive` gives it some.
+    """The UART at `COM1_PORT`. Bytes that the guest sends go to `write_fd`; `receive` and `type_in` give it some.
 
     `set_line(level)` drives its interrupt line.
     """
@@ -36,6 +36,8 @@ class Serial:
         self._write_fd = write_fd
         self._set_line = set_line
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._closed = False
         self._received: deque[int] = deque()
         self._level = 0
         self._emptied = False
@@ -51,11 +53,28 @@ class Serial:
             self._update()
         return len(taken)
 
+    def type_in(self, data: bytes) -> None:
+        """The same, for all of `data`: waits until the guest has taken so much that the rest has room, or for `close`."""
+        while data:
+            data = data[self.receive(data) :]
+            with self._lock:
+                self._room.wait_for(lambda: self._closed or len(self._received) < _FIFO_BYTES)
+                if self._closed:
+                    return
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        with self._lock:
+            self._closed = True
+            self._room.notify_all()
+
     def read_port(self, port: int, size: int) -> int:
         """See `PortDevice`."""
         with self._lock:
             value = self._read(port & 7)
             self._update()
+            if not self._received:
+                self._room.notify_all()
         return value
 
     def write_port(self, port: int, size: int, value: int) -> None:

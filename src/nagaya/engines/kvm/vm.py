@@ -71,9 +71,10 @@ def _explain_rights() -> str:
 class Vm:
     """A KVM virtual machine without vCPUs yet. Raises `Unsupported`, `HostError`; `close` it."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, *, kvm_fd: int = -1) -> None:
+        """`kvm_fd` is /dev/kvm, open, of a process that may not open it any more; it stays the caller's."""
         self.memory = memory
-        self.kvm_fd = open_kvm()
+        self.kvm_fd = open_kvm() if kvm_fd < 0 else os.dup(kvm_fd)
         self.fd = -1
         try:
             self.fd = kvm.ioctl("KVM_CREATE_VM", self.kvm_fd, kvm.KVM_CREATE_VM)

@@ -6,6 +6,7 @@ are taken. A file system that was not unmounted is read as it is: its journal is
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -26,7 +27,8 @@ _KERNEL = re.compile(r"vmlinuz-([A-Za-z0-9._+~-]{1,128})")
 # What distributions call the initramfs of a kernel's version.
 _INITRAMFS = ("initrd.img-{}", "initramfs-{}.img", "initrd-{}")
 _ENTRY = re.compile(rb"/(\d+)/(\d+)/\d+/\d+/([^/\n]+)/(\d*)/")
-_DIRECTORY, _REGULAR = 0o04, 0o10
+_REGULAR = 0o10
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class BootFiles(NamedTuple):
@@ -61,16 +63,20 @@ def find_boot_files(fd: int, size_bytes: int) -> BootFiles:
 
 
 def copy_out(fd: int, partition: Partition, path: str) -> int:
-    """The file at `path` as a memory file, which is the caller's. Raises `IntegrityError`, `Unsupported`, `HostError`."""
+    """The file at `path` as a memory file that nobody can change; it is the caller's.
+
+    Raises `IntegrityError`, `Unsupported`, `HostError`.
+    """
     place, name = os.path.split(path)
     entry = _list(fd, partition, place).get(name)
     if entry is None or entry.kind != _REGULAR or not 0 < entry.size_bytes <= _MOST_BYTES:
         raise IntegrityError(f"'{path}' on the disk is no file that a machine could boot")
-    target = os.memfd_create("boot", os.MFD_CLOEXEC)
+    target = os.memfd_create("boot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         _ask(fd, partition, f"cat {path}", output=target, most_bytes=_MOST_BYTES)
         if os.fstat(target).st_size != entry.size_bytes:
             raise IntegrityError(f"'{path}' cannot be read whole: its file system is damaged")
+        fcntl.fcntl(target, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(target)
         raise
@@ -144,5 +150,6 @@ def find_debugfs() -> str:
         if os.access(f"{place}/{PROGRAM}", os.X_OK):
             return f"{place}/{PROGRAM}"
     raise Unsupported(
-        "taking a kernel out of a disk needs debugfs, and it is not installed", hint="as root: apt-get install e2fsprogs"
+        "taking a kernel out of a disk needs debugfs, and it is not installed",
+        hint="as root: apt-get install e2fsprogs",
     )

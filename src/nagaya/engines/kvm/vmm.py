@@ -1,0 +1,108 @@
+"""A machine's process as its supervisor has it: started, asked, listened to, and reaped."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from contextlib import ExitStack
+
+from nagaya.engines.kvm import child
+from nagaya.engines.vm.console import TextLog
+from nagaya.errors import LaunchError, RemoteError, from_wire
+from nagaya.kernel import unix
+from nagaya.static import Any
+
+STARTED_WITHIN_S = 30.0
+ANSWER_WITHIN_S = 10.0
+
+
+class Vmm:
+    """One run of one machine. What it says on its outputs is kept in `log_path`."""
+
+    def __init__(self, log_path: str, local: ExitStack) -> None:
+        """`local` closes what is the child's once that has been started."""
+        self.pid = self.pidfd = -1
+        self.helpers: list[int] = []  # children of ours beside it
+        self._unread = b""
+        log, self.log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        local.callback(os.close, self.log_end)
+        self.log = TextLog(log, log_path)
+        self._control, self.control_end = unix.socket_pair()
+        local.callback(os.close, self.control_end)
+
+    def start(self, plan: child.Plan) -> None:
+        self.pid = child.start(plan)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def greet(self) -> None:
+        """Until the machine runs. Raises what the child says instead, or `LaunchError` when it says nothing."""
+        try:
+            message = self._hear(STARTED_WITHIN_S)
+        except RemoteError:
+            self.log.drain()
+            raise LaunchError("the machine's VMM ended before the machine ran", log_tail=self.log.tail()) from None
+        if "failed" in message:
+            raise from_wire(message["failed"])
+
+    def ask(self, what: str, *, within_s: float = ANSWER_WITHIN_S) -> dict[str, Any]:
+        """One request, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
+        try:
+            unix.send_with_fds(self._control, json.dumps({"do": what}).encode() + b"\n", ())
+        except OSError:
+            raise RemoteError("the machine's VMM has ended") from None
+        message = self._hear(within_s)
+        if "error" in message:
+            raise from_wire(message["error"])
+        if "done" not in message:
+            raise RemoteError("the machine has just ended")
+        return message["done"] or {}
+
+    def last_words(self) -> str:
+        """Why the machine ended, in a sentence, once it has; "" when its process was killed before it could say so."""
+        try:
+            while True:
+                message = self._hear(0)
+                if "ended" in message:
+                    return str(message.get("reason", ""))
+        except RemoteError:
+            return ""
+
+    def kill(self) -> None:
+        """SIGKILL. What its guest has written is in the host's page cache by then, and stays."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def close(self, *, reap: bool = False) -> None:
+        """Give everything back. `reap`: the boot failed, and the process, should it run, is ours to end."""
+        for pid in (*((self.pid,) if reap and self.pid > 0 else ()), *self.helpers):
+            os.kill(pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
+            os.waitpid(pid, 0)
+        self.log.drain()
+        self.log.close()
+        for fd in (self.pidfd, self._control):
+            if fd >= 0:
+                os.close(fd)
+        self.pid = self.pidfd = self._control = -1
+        self.helpers = []
+
+    def _hear(self, within_s: float) -> dict[str, Any]:
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        deadline_s = time.monotonic() + within_s
+        while b"\n" not in self._unread:
+            left_s = deadline_s - time.monotonic()
+            if not poll.poll(max(0.0, left_s) * 1000):
+                raise RemoteError(f"the machine's VMM did not answer within {within_s:.0f} s")
+            data = os.read(self._control, 1 << 16)
+            if not data:
+                raise RemoteError("the machine's VMM has ended")
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message

@@ -1,0 +1,161 @@
+"""Whole machines without firmware: our own VMM starts the kernel that is on the machine's disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nagaya import Host, Machine
+from nagaya.engines.kvm import vm
+from nagaya.engines.vm.initramfs import make_initramfs
+from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
+from nagaya.kernels import cache
+from nagaya.manager.hardware import DIRECT, DriveOptions, HardwareOptions
+from nagaya.manager.options import CreateOptions
+from nagaya.model.spec import Limits
+from nagaya.storage.disk_images.assemble import plan_table
+from tests.conftest import require_program
+
+WITHIN_S = 150.0
+MIB = 1 << 20
+SIZE = 64 * MIB
+START = MIB
+ROOT = str(uuid.UUID(int=5))
+LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+SOURCE = os.path.join(os.path.dirname(__file__), "direct_init.c")
+COMMON = CreateOptions(image="", network="none", stop_timeout_s=60, limits=Limits(memory_bytes=128 * MIB))
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a partition of ext4, and on it our kernel and direct_init.c."""
+    for program in ("mke2fs", "debugfs", "qemu-img", "cc"):
+        require_program(program)
+    try:
+        os.close(vm.open_kvm())
+        kernel = cache.get_kernel().path
+    except NagayaError as missing:
+        pytest.skip(f"needs /dev/kvm and a kernel: {missing.message}")
+    place = tmp_path_factory.mktemp("direct")
+    tree = place / "tree"
+    (tree / "boot").mkdir(parents=True)
+    (tree / "etc").mkdir()
+    subprocess.run(["cc", "-static", "-O1", "-o", place / "init", SOURCE], check=True)
+    (tree / "boot" / "initrd.img-6.1").write_bytes(make_initramfs(str(place / "init")))
+    (tree / "boot" / "vmlinuz-6.1").write_bytes(Path(kernel).read_bytes())
+    path = place / "disk.raw"
+    path.touch()
+    os.truncate(path, SIZE)
+    command = ["mke2fs", "-q", "-F", "-t", "ext4", "-U", ROOT, "-d", tree, "-E", f"offset={START}", path, "59392k"]
+    subprocess.run(command, check=True, capture_output=True)
+    first, last = plan_table(SIZE // 512, ((START // 512, 59392 * 2, LINUX, ROOT),), str(uuid.UUID(int=9)))
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), first, 0)
+        os.pwrite(file.fileno(), last, SIZE - len(last))
+    return path
+
+
+@pytest.fixture
+def host(nagaya_root: str) -> Iterator[Host]:
+    made = Host(root=nagaya_root)
+    yield made
+    for machine in made.machines.list():
+        machine.remove(force=True)
+
+
+@pytest.fixture
+def make(host: Host, disk: Path) -> Callable[..., Machine]:
+    def create(name: str = "m", **changes: object) -> Machine:
+        options = HardwareOptions(
+            name=name, firmware=DIRECT, drives=(DriveOptions(str(disk), clone=True),), common=COMMON
+        )
+        return host.machines.create_whole(options._replace(**changes))[0]  # type: ignore[arg-type]
+
+    return create
+
+
+def said(machine: Machine) -> str:
+    return b"".join(line.data + (b"" if line.partial else b"\n") for line in machine.logs()).decode(errors="replace")
+
+
+def wait_until(machine: Machine, text: str, times: int = 1) -> None:
+    deadline_s = time.monotonic() + WITHIN_S
+    while said(machine).count(text) < times:
+        assert time.monotonic() < deadline_s and machine.state.phase == "running", (text, said(machine), machine.state)
+        time.sleep(0.1)
+
+
+def ask(machine: Machine, letter: bytes, answer: str, times: int = 1) -> None:
+    with machine.attach() as attachment:
+        attachment.send_stdin(letter)
+        attachment.flush()
+    wait_until(machine, answer, times)
+
+
+@pytest.mark.timeout(600)
+def test_a_whole_life(make: Callable[..., Machine]) -> None:
+    machine = make()
+    assert machine.spec.type == "kvm" and machine.spec.hardware is not None
+    assert [drive.format for drive in machine.spec.hardware.drives] == ["raw"]
+    machine.start()
+    wait_until(machine, "READY")
+    assert f"root=UUID={ROOT} ro console=ttyS0" in said(machine)
+    ask(machine, b"r", "absent")
+    ask(machine, b"w", "stored")
+    reading = machine.stats()
+    assert reading.memory_bytes > MIB and reading.block_write_bytes >= 4096 and reading.block_read_bytes >= 4096
+    machine.pause()
+    before = machine.stats().cpu_ns
+    time.sleep(0.3)
+    assert machine.stats().cpu_ns - before < 150_000_000
+    machine.unpause()
+    with pytest.raises(Unsupported):
+        machine.front.take_picture()
+    ask(machine, b"b", "READY", times=2)  # it restarts itself: the same machine goes on
+    ask(machine, b"r", "found")
+    machine.stop()
+    assert (machine.state.phase, machine.state.exit_code, machine.state.error) == ("exited", 0, "")
+    assert said(machine).rstrip().endswith("BYE")
+
+
+@pytest.mark.timeout(300)
+def test_one_that_is_killed_leaves_its_disk_free(make: Callable[..., Machine]) -> None:
+    machine = make()
+    for _ in range(2):
+        machine.start()
+        machine.kill()
+        assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
+
+
+def test_a_disk_without_a_kernel(make: Callable[..., Machine], host: Host) -> None:
+    host.disks.create("empty", MIB, format="raw")
+    machine = make(drives=(DriveOptions("empty"),))
+    with pytest.raises(NotFound, match="no ext4 file system with a kernel"):
+        machine.start()
+    assert machine.state.phase == "exited"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"type": "emulated"}, UsageError),
+        ({"compat": True}, Unsupported),
+        ({"boot": "cdrom"}, Unsupported),
+        ({"architecture": "aarch64"}, Unsupported),
+        ({"drives": (DriveOptions("qcow2"),)}, Unsupported),
+        ({"drives": (DriveOptions("qcow2", clone=True), DriveOptions(cdrom=True))}, Unsupported),
+        ({"drives": tuple(DriveOptions(size_bytes=MIB) for _ in range(9))}, Unsupported),
+        ({"common": COMMON._replace(network="host")}, Unsupported),
+    ],
+)
+def test_what_it_cannot_be(make: Callable[..., Machine], host: Host, changes: dict, problem: type) -> None:
+    host.disks.create("qcow2", MIB)
+    with pytest.raises(problem):
+        make(**changes)
+    assert host.machines.list() == []
