@@ -18,7 +18,7 @@ import os, sys, socket, threading
 from nagaya.net import attach, addresses, links, firewall
 from nagaya.storage.paths import Paths
 from nagaya.model.spec import MachineSpec, Process
-from nagaya.kernel import namespaces, netlink
+from nagaya.kernel import namespaces, netlink, nftables
 from nagaya.kernel.mount import mount, MS_REC, MS_PRIVATE
 
 root = sys.argv[1]
@@ -76,7 +76,8 @@ paths = Paths(root, f"{root}/run")
 plans = [attach.plan_network(spec, paths) for spec in specs]
 assert [attach.plan_network(spec, paths) for spec in specs] == plans      # twice: nothing more happens
 bridge = plans[0].links[0].bridge
-assert firewall.is_whole(root)
+with nftables.Nftables() as nft:
+    assert firewall.is_whole(root, nft)
 assert open("/proc/sys/net/ipv4/ip_forward").read().strip() == "1"
 
 def machine(plan):
@@ -95,11 +96,13 @@ for plan in plans:
 assert os.waitstatus_to_exitcode(os.waitpid(world_pid, 0)[1]) == 0
 
 assert not attach.remove_idle(paths)                                     # two machines hold addresses
-for machine_id in ids:
-    attach.let_go(paths, machine_id); attach.let_go(paths, machine_id)
-assert attach.remove_idle(paths)
-assert not firewall.is_whole(root)
-assert netlink.count_nft_rules(netlink.NFPROTO_INET, firewall.table_name(root)) is None
+with nftables.Nftables() as nft:
+    for machine_id in ids:
+        attach.let_go(paths, machine_id, nft); attach.let_go(paths, machine_id, nft)
+    assert firewall.has_exactly(root, [], nft)
+    assert attach.remove_idle(paths)
+    assert not firewall.is_whole(root, nft)
+assert nftables.count_rules(nftables.NFPROTO_INET, firewall.table_name(root)) is None
 assert sorted(os.listdir(f"{root}/network")) == []
 print("OK")
 """

@@ -58,6 +58,7 @@ def look_at_facilities(root: str) -> list[Finding]:
         look_at_network(),
         look_at_forwarding(),
         look_at_foreign_firewall(),
+        look_at_damage(root),
         look_at_bridge_filter(),
         look_at_tap(),
         look_at_ports(),
@@ -243,6 +244,24 @@ def look_at_foreign_firewall() -> Finding:
         "machines on bridges reach nothing beyond this host, unless it has rules for them: for iptables and Docker, "
         "iptables -I FORWARD -i nagaya+ -j ACCEPT and the same with -o",
     )  # fmt: skip
+
+
+def look_at_damage(root: str) -> Finding:
+    """What somebody has taken away of the networks that this store's machines use."""
+    from nagaya.net.damage import find
+    from nagaya.storage.paths import find_paths
+
+    topic, how = (
+        "networks in use",
+        "their bridges, name servers and firewall, beside the plans of the machines that run",
+    )
+    try:
+        found = find(find_paths(root))
+    except (NagayaError, OSError) as error:
+        return Finding(topic, LIMITED, f"cannot be looked at: {error}", how, "nagaya network ls may say more")
+    if not found:
+        return Finding(topic, OK, "nothing is missing", how, "")
+    return Finding(topic, LIMITED, "; ".join(found), how, "nagaya network ls makes it again, as does the next start")
 
 
 def find_dropping_chains(text: str) -> list[str]:

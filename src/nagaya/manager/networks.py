@@ -9,7 +9,7 @@ from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, Unsuppo
 from nagaya.kernel.netlink import Netlink
 from nagaya.manager.network_options import check_attachment
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
-from nagaya.net import attach, dns, live, networks, planning, subnets
+from nagaya.net import attach, damage, dns, live, networks, planning, subnets
 from nagaya.net.networks import NetworkRecord
 from nagaya.net.subnets import Subnet
 from nagaya.static import NamedTuple
@@ -82,7 +82,7 @@ class Networks:
 
     def mend(self) -> builtins_list[str]:
         """Make again what somebody damaged of the host's side of networks that are in use; a sentence for each."""
-        return attach.mend(self._paths)
+        return damage.mend(self._paths)
 
     def list(self) -> builtins_list[NetworkRecord]:
         """All that there are; the default one once it has been used. Damaged ones are in `damaged`."""

@@ -87,17 +87,20 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
 def reclaim(paths: Paths, spec: MachineSpec) -> None:
     """Free what a killed supervisor left on the host: processes, cgroups, links, addresses, sockets."""
     from nagaya.engines import engine_of  # lazy: only repairs need an engine outside a supervisor
+    from nagaya.kernel.nftables import Nftables
     from nagaya.net import attach
 
     engine_of(spec).reclaim(spec.id)
     if spec.network not in ("none", "host") and not os.geteuid():
-        attach.let_go(paths, spec.id)
+        with Nftables() as nftables:
+            attach.let_go(paths, spec.id, nftables)
     machines.remove_runtime(paths, spec.id)
 
 
 def remove_damaged(paths: Paths, machine_id: str) -> None:
     """Remove a machine whose record cannot be read, with whatever is left of it. Its volumes are not known, and stay."""
     from nagaya.engines import TYPES, open_engine  # lazy: only for what is broken
+    from nagaya.kernel.nftables import Nftables
     from nagaya.net import attach
 
     command, liveness = machines.command_lock(paths, machine_id), machines.liveness_lock(paths, machine_id)
@@ -111,7 +114,8 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
             open_engine(type_).reclaim(machine_id)
         with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
             if not os.geteuid():
-                attach.let_go(paths, machine_id)
+                with Nftables() as nftables:
+                    attach.let_go(paths, machine_id, nftables)
             names = machines.names_of(paths, machine_id)
             machines.discard(paths, machine_id, "")
             for name in names:

@@ -1,7 +1,7 @@
-"""The host's side of a machine's networks: plan, prepare, plug in and out, let go, mend.
+"""The host's side of a machine's networks: plan, prepare, plug in and out, let go.
 
 What a machine has on the host is written down first (net/live.py), so whoever comes after a kill can take it away, and
-whoever finds the firewall or a name server damaged can make it again.
+whoever finds the firewall or a name server damaged (net/damage.py) can make it again.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 
 from nagaya.errors import Conflict, HostError, NagayaError, NotFound
-from nagaya.kernel.netlink import Netlink, index_of
+from nagaya.kernel.netlink import Netlink
+from nagaya.kernel.nftables import Nftables
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
-from nagaya.net import addresses, dns, firewall, live, networks, planning, programs, rates
+from nagaya.net import addresses, dns, firewall, live, networks, planning, programs, rates, rules
+from nagaya.net.elements import Elements
 from nagaya.net.networks import NetworkRecord
 from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.net.subnets import parse_subnet
-from nagaya.storage import machines
 from nagaya.storage.paths import Paths
 from nagaya.storage.tree import remove_tree
 
@@ -44,7 +45,8 @@ def plan_network(spec: MachineSpec, paths: Paths) -> NetworkPlan:
             live.store(paths, spec.id, plan)
             return _prepare(paths, spec.id, plan)
         except BaseException:
-            _let_go(paths, spec.id, netlink)
+            with Nftables() as nftables:
+                _let_go(paths, spec.id, netlink, nftables)
             raise
 
 
@@ -77,7 +79,7 @@ def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
         if started is not None:
             starting.append(started)
     if bridged:
-        _admit(paths, plan)
+        rules.admit(paths, plan)
     for started in starting:
         problem = dns.finish(started)
         if problem:
@@ -101,43 +103,6 @@ def _tell(paths: Paths, plan: NetworkPlan, served: list[NetworkRecord]) -> Netwo
     )
 
 
-def _admit(paths: Paths, plan: NetworkPlan) -> None:
-    """Let the firewall know of a machine. Damaged tables, or some that know otherwise, are loaded anew for all."""
-    elements: firewall.Elements = []
-    for name in dict.fromkeys(link.network for link in plan.links if link.driver == "bridge"):
-        elements += firewall.network_elements(paths.root, networks.load(paths.root, name))
-    elements += firewall.machine_elements(plan)
-    if not (firewall.is_whole(paths.root) and firewall.add(paths.root, elements)):
-        firewall.rebuild(paths.root, all_elements(paths))
-
-
-def all_elements(paths: Paths) -> firewall.Elements:
-    """What the tables are to have, by the plans of the machines that run."""
-    known = live.load_all(paths)
-    plans = known.values()
-    names = dict.fromkeys(link.network for plan in plans for link in plan.links if link.driver == "bridge")
-    elements: firewall.Elements = []
-    for name in names:
-        try:
-            elements += firewall.network_elements(paths.root, networks.load(paths.root, name))
-        except NagayaError:
-            continue  # its record is gone or damaged: its machines stay cut off from everything
-    for plan in plans:
-        elements += firewall.machine_elements(plan._replace(ports=()))
-    return list(dict.fromkeys(elements + _port_elements(paths, known)))
-
-
-def _port_elements(paths: Paths, plans: dict[str, NetworkPlan]) -> firewall.Elements:
-    """Published ports. One that a killed machine had, whose plan nobody has taken away yet, is its next holder's."""
-    found: dict[tuple[str, str], tuple[str, str, str]] = {}
-    for machine_id, plan in plans.items():
-        for element in firewall.port_elements(plan):
-            key = (element[1], element[2].partition(" : ")[0])
-            if key not in found or machines.is_alive(paths, machine_id):
-                found[key] = element
-    return list(found.values())
-
-
 # -- while it runs
 
 
@@ -158,22 +123,25 @@ def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
         try:
             _refuse_taken_mac(paths, spec.id, link, attachment)
             live.store(paths, spec.id, longer)
-            _prepare(paths, spec.id, longer._replace(links=longer.links[-1:]))
+            target = firewall.port_target(longer)
+            ports = longer.ports if target is longer.links[-1] else ()
+            _prepare(paths, spec.id, longer._replace(links=longer.links[-1:], ports=ports))
         except BaseException:
-            _drop_links(paths, spec.id, plan, (link,), netlink)
+            with Nftables() as nftables:
+                _drop_links(paths, spec.id, plan, (link,), netlink, nftables)
             raise
         return longer.links[-1]
 
 
 def unplug(paths: Paths, machine_id: str, network: str, *, keep_device: bool) -> LinkPlan | None:
     """Cut a machine that runs off a network; the link that it had there. `keep_device`: somebody has it open."""
-    with planning.host_lock(), Netlink() as netlink:
+    with Nftables() as nftables, planning.host_lock(), Netlink() as netlink:
         plan = live.load(paths, machine_id)
         gone = tuple(link for link in plan.links if link.network == network) if plan is not None else ()
         if plan is None or not gone:
             return None
         rest = plan._replace(links=tuple(link for link in plan.links if link not in gone))
-        _drop_links(paths, machine_id, rest, gone, netlink, keep_device=keep_device)
+        _drop_links(paths, machine_id, rest, gone, netlink, nftables, keep_device=keep_device)
         return gone[0]
 
 
@@ -197,16 +165,19 @@ def rename(paths: Paths, spec: MachineSpec) -> None:
 # -- letting go
 
 
-def let_go(paths: Paths, machine_id: str) -> None:
-    """Take away all that a machine has on the host's network. Idempotent; for repairs too."""
+def let_go(paths: Paths, machine_id: str, nftables: Nftables) -> None:
+    """Take away all that a machine has on the host's network. Idempotent; for repairs too.
+
+    `nftables`: see there for what closing it takes, which only who waits for nothing should.
+    """
     with planning.host_lock(), Netlink() as netlink:
-        _let_go(paths, machine_id, netlink)
+        _let_go(paths, machine_id, netlink, nftables)
 
 
-def _let_go(paths: Paths, machine_id: str, netlink: Netlink) -> None:
+def _let_go(paths: Paths, machine_id: str, netlink: Netlink, nftables: Nftables) -> None:
     plan = live.load(paths, machine_id)
     if plan is not None:
-        _drop_links(paths, machine_id, None, plan.links, netlink)
+        _drop_links(paths, machine_id, None, plan.links, netlink, nftables)
         return
     # Its plan went with a reboot, or was never written: what is left is where it always is.
     try:
@@ -223,8 +194,8 @@ def _let_go(paths: Paths, machine_id: str, netlink: Netlink) -> None:
 
 
 def _drop_links(
-    paths: Paths, machine_id: str, rest: NetworkPlan | None, links: tuple[LinkPlan, ...], netlink: Netlink, *,
-    keep_device: bool = False,
+    paths: Paths, machine_id: str, rest: NetworkPlan | None, links: tuple[LinkPlan, ...], netlink: Netlink,
+    nftables: Nftables, *, keep_device: bool = False,
 ) -> None:  # fmt: skip
     """Take links away, and with `rest` keep the others. The record goes last: a kill in between is mended by it."""
     bridged = [link for link in links if link.driver == "bridge"]
@@ -254,23 +225,19 @@ def _drop_links(
         )
         if link.driver == "bridge":
             dns.remove_names(machine_id, link.bridge)
+    for name in dict.fromkeys(link.network for link in bridged):
+        elements += _rest(paths, name)
+    # Ports may lead to another of its links by now.
+    forgotten = not elements or firewall.change(paths.root, nftables, add=ports, remove=elements)
     if rest is None:
         live.remove(paths, machine_id)
     else:
         live.store(paths, machine_id, rest)
-    for name in dict.fromkeys(link.network for link in bridged):
-        elements += _rest(paths, name)
-    if not elements or (
-        firewall.is_whole(paths.root)
-        and firewall.take_out(paths.root, elements)
-        and (not ports or firewall.add(paths.root, ports))  # which lead to another of its links by now
-    ):
-        return
-    if any(plan.links for plan in live.load_all(paths).values()):
-        firewall.rebuild(paths.root, all_elements(paths))
+    if not forgotten:
+        rules.reload(paths)
 
 
-def _rest(paths: Paths, name: str) -> firewall.Elements:
+def _rest(paths: Paths, name: str) -> Elements:
     """Stop the name server of a network that has no machine any more; what the firewall has to forget then."""
     if addresses.has_holders(networks.leases(paths.root, name)):
         return []
@@ -281,57 +248,7 @@ def _rest(paths: Paths, name: str) -> firewall.Elements:
         return []  # there is nothing to tell by; the next rebuild leaves it out
 
 
-# -- mending and removing
-
-
-def mend(paths: Paths) -> list[str]:
-    """Make again what machines that run are missing of the host's side; a sentence for each thing that was missing."""
-    plans = live.load_all(paths)
-    if os.geteuid() or not any(link.driver == "bridge" for plan in plans.values() for link in plan.links):
-        return []
-    said: list[str] = []
-    with planning.host_lock(), Netlink() as netlink:
-        plans = live.load_all(paths)
-        names = dict.fromkeys(link.network for plan in plans.values() for link in plan.links if link.driver == "bridge")
-        for name in names:
-            try:
-                said += _mend_network(paths, name, plans, netlink)
-            except (NagayaError, OSError) as error:
-                said.append(f"network '{name}' cannot be mended: {error}")
-        if names and not firewall.is_whole(paths.root):
-            firewall.rebuild(paths.root, all_elements(paths))
-            said.append("the firewall's tables were damaged, and have been loaded anew")
-    return said
-
-
-def _mend_network(paths: Paths, name: str, plans: dict[str, NetworkPlan], netlink: Netlink) -> list[str]:
-    record = networks.load(paths.root, name)
-    bridge = networks.bridge_name(paths.root, name)
-    links = {id_: link for id_, plan in plans.items() for link in plan.links if link.network == name}
-    first = next(iter(links.values()))
-    said = []
-    found = netlink.find_link(bridge)
-    planning.raise_bridge(record, bridge, first, found, netlink=netlink)
-    if found is None:
-        for link in links.values():
-            port = netlink.find_link(link.host_link)
-            if port is not None:
-                netlink.enslave(port.number, master=index_of(bridge), mtu=link.mtu)
-        said.append(f"the bridge of network '{name}' was gone, and has been made anew")
-    for link in links.values():
-        if link.rate_bits and not rates.is_limited(link.host_link) and netlink.find_link(link.host_link) is not None:
-            rates.limit(link.host_link, link.rate_bits)
-            said.append(f"the rate limit of link '{link.host_link}' was gone, and has been set anew")
-    if not dns.is_running(bridge):
-        try:
-            for machine_id, link in links.items():
-                dns.write_names(machine_id, link)
-            started = dns.start(record, bridge, first.mtu)
-        except FileNotFoundError:
-            return said
-        problem = dns.finish(started) if started is not None else ""
-        said.append(problem or f"the name server of network '{name}' was gone, and has been started anew")
-    return said
+# -- removing
 
 
 def remove_network(paths: Paths, name: str) -> bool:

@@ -91,6 +91,14 @@ def is_running(bridge: str) -> bool:
     return fd >= 0
 
 
+def is_installed() -> bool:
+    try:
+        programs.find(PROGRAM)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def start(record: NetworkRecord, bridge: str, mtu: int) -> programs.Started | None:
     """Start the network's dnsmasq, unless one runs. `finish` tells what came of it. Raises `FileNotFoundError`."""
     if is_running(bridge):

@@ -222,6 +222,13 @@ def raise_bridge(record: NetworkRecord, bridge: str, link: LinkPlan, found: Link
         ) from None
 
 
+def is_raised(record: NetworkRecord, found: Link | None, *, netlink: Netlink) -> bool:
+    """Whether a network's bridge, as it was found, is as `raise_bridge` would leave it, with the host's forwarding."""
+    if found is None or not found.is_up or not _has(netlink, found.number, record):
+        return False
+    return record.internal or (_read(FORWARDING) == "1" and not (record.gateway6 and _read(FORWARDING6) == "0"))
+
+
 def _has(netlink: Netlink, index: int, record: NetworkRecord) -> bool:
     wanted = {record.gateway, record.gateway6 if has_ipv6() else ""} - {""}
     return wanted <= netlink.addresses(index)

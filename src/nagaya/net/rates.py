@@ -8,7 +8,7 @@ have no ingress classifier everywhere, which redirecting to an ifb device or pol
 from __future__ import annotations
 
 from nagaya.errors import LaunchError, Unsupported
-from nagaya.kernel.netlink import NFPROTO_NETDEV, count_nft_rules
+from nagaya.kernel.nftables import NFPROTO_NETDEV, count_rules
 from nagaya.net import programs
 
 LEAST_BURST_BYTES = (
@@ -70,10 +70,10 @@ def limit(link: str, bits: int) -> None:
 
 def is_limited(link: str) -> bool:
     """Whether the half that anybody's `nft flush ruleset` takes away is there."""
-    return bool(count_nft_rules(NFPROTO_NETDEV, link))
+    return bool(count_rules(NFPROTO_NETDEV, link))
 
 
 def lift(link: str) -> None:
     """Take away what the link's end has left."""
-    if count_nft_rules(NFPROTO_NETDEV, link) is not None:
+    if count_rules(NFPROTO_NETDEV, link) is not None:
         programs.run(["nft", "-f", "-"], f"add table netdev {link}\ndelete table netdev {link}\n")

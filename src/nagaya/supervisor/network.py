@@ -11,6 +11,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.supervisor.supervisor import Supervisor
 
+CLOSE_AFTER_S = 0.05
+
 
 def wire_up(machine: Supervisor, stack: ExitStack) -> NetworkPlan:
     """Take the published ports, plan the network, claim its addresses and bring its bridges up. The engine connects the
@@ -28,12 +30,22 @@ def wire_up(machine: Supervisor, stack: ExitStack) -> NetworkPlan:
         spec = spec._replace(ports=machine.published.hold(machine.state.ports))
     plan = attach.plan_network(spec, paths)
     if plan.links and not plan.is_user:
-        stack.callback(attach.let_go, paths, spec.id)
+        stack.callback(_let_go, machine)
     if machine.published is not None:
         if plan.is_user:
             plan = plan._replace(forwards=machine.published.choose_private())
         machine.published.plan = plan
     return plan
+
+
+def _let_go(machine: Supervisor) -> None:
+    """What it was done with is closed a little later: that waits for RCU, and somebody may wait for the machine's end."""
+    from nagaya.kernel.nftables import Nftables
+    from nagaya.net import attach
+
+    nftables = Nftables()
+    machine.loop.after(CLOSE_AFTER_S, nftables.close)
+    attach.let_go(machine.paths, machine.spec.id, nftables)
 
 
 def plug(machine: Supervisor, network: str) -> None:
