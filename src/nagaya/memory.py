@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault, HostError, UsageError
-from nagaya.kernel.files import map_zeros
+from nagaya.kernel.files import map_copy_on_write, map_zeros
 from nagaya.static import NamedTuple
 
 PAGE_BYTES = 4096
@@ -48,8 +48,9 @@ class GuestMemory:
         self.fd = fd
         self.size_bytes = size_bytes
         self.private = private
-        # Asked for now: a process that changes its user may not open it any more.
-        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC) if private else -1
+        self._pagemap = -1
+        if private:
+            self.open_page_map()
         self._map = mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self._anchor = c_char.from_buffer(self._map)
         hva, view = addressof(self._anchor), memoryview(self._map)
@@ -59,6 +60,16 @@ class GuestMemory:
         if size_bytes > low:
             regions.append(Region(HIGH_START_GPA, size_bytes - low, low, hva + low, view[low:]))
         self.regions = tuple(regions)
+        if private:
+            self._map_holes()
+
+    def _map_holes(self) -> None:
+        """Have pages that the file has not got be zeros of our own: a touched hole would become a page of the file first."""
+        end = 0
+        for start, next_ in [*find_data(self.fd, self.size_bytes), (self.size_bytes, 0)]:
+            if start - end >= HUGE_PAGE_BYTES:  # few: a process has room for 65,530 mappings
+                map_zeros(self.regions[0].hva + end, start - end)
+            end = next_
 
     @classmethod
     def allocate(cls, size_bytes: int, *, huge: bool = False) -> GuestMemory:
@@ -95,7 +106,7 @@ class GuestMemory:
         """
         memory = cls.allocate(size_bytes)
         try:
-            for start, end in _data(fd, size_bytes):
+            for start, end in find_data(fd, size_bytes):
                 while start < end:
                     start += os.preadv(fd, [memory._bytes[start : min(end, start + _COPY_BYTES)]], start)
         except OSError as error:
@@ -103,22 +114,27 @@ class GuestMemory:
             raise HostError.from_os(error, "cannot read the saved memory") from None
         return memory
 
-    def write_to(self, fd: int) -> int:
+    def write_to(self, fd: int, look_up: Callable[[], None] = lambda: None) -> int:
         """Write what is in use to the empty file `fd`, and leave holes for the rest; how many bytes that was.
 
-        The guest stands still meanwhile. Raises `OSError`.
+        The guest stands still meanwhile. `look_up` is called now and then, and may raise. Raises `OSError`.
         """
         os.ftruncate(fd, self.size_bytes)
-        return sum(self._write_used(fd, start, end) for start, end in self._used())
+        written = 0
+        for start, end in self.used():
+            for at in range(start, end, _CHUNK_BYTES):
+                look_up()
+                written += self._write_used(fd, at, min(at + _CHUNK_BYTES, end))
+        return written
 
-    def _used(self) -> Iterator[tuple[int, int]]:
+    def used(self) -> Iterator[tuple[int, int]]:
         """Where there may be something but zeros: offsets into the map, of whole pages."""
         if not self.private:
-            yield from _data(self.fd, self.size_bytes)
+            yield from find_data(self.fd, self.size_bytes)
             return
         # What the file has, and what this process has made of it: a copy of its own, or one that is swapped out.
         in_file = bytearray(-(-self.size_bytes // _CHUNK_BYTES))
-        for start, end in _data(self.fd, self.size_bytes):
+        for start, end in find_data(self.fd, self.size_bytes):
             for chunk in range(start // _CHUNK_BYTES, -(-end // _CHUNK_BYTES)):
                 in_file[chunk] = 1
         first = self.regions[0].hva // PAGE_BYTES
@@ -172,6 +188,44 @@ class GuestMemory:
         else:
             self._map.madvise(mmap.MADV_REMOVE, self.hva(gpa, size_bytes) - self.regions[0].hva, size_bytes)
 
+    def open_page_map(self) -> None:
+        """Be able to tell what is in use of memory that is private, or becomes so: whoever changed its ids may not ask. Raises `OSError`."""
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
+        self._pagemap = fd
+
+    def detach(self) -> None:
+        """Go on copy-on-write: from here on `fd` has what the memory was at this moment, and nobody writes to it.
+
+        For memory that no other process has mapped, while nobody uses it. Raises `OSError`.
+        """
+        if not self.private:
+            map_copy_on_write(self.regions[0].hva, self.size_bytes, self.fd)
+            self.private = True
+            self._map_holes()
+
+    def copy(self) -> GuestMemory:
+        """New memory with what this has. Raises `HostError`."""
+        copy = GuestMemory.allocate(self.size_bytes)
+        try:
+            for start, end in self.used():
+                _write(copy.fd, self._bytes[start:end], start)
+        except OSError as error:
+            copy.close()
+            raise HostError.from_os(error, "cannot copy guest memory") from None
+        return copy
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What it holds open."""
+        return (self.fd, self._pagemap) if self._pagemap >= 0 else (self.fd,)
+
+    @property
+    def whole(self) -> memoryview:
+        """All of it, by offsets into the file."""
+        return self._bytes
+
     def keep_from_children(self) -> None:
         """Do not show the memory in processes forked from now on; they can map `fd` themselves."""
         self._map.madvise(mmap.MADV_DONTFORK)
@@ -195,7 +249,7 @@ class GuestMemory:
         self.fd = -1
 
 
-def _data(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+def find_data(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
     """Where a sparse file has something, in whole pages. Raises `OSError`."""
     end = 0
     while end < size_bytes:

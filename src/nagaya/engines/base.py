@@ -98,7 +98,7 @@ class Engine(Protocol):
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
     capabilities: frozenset[
         str
-    ]  # subset of {"pause", "stats", "limits", "memory", "oom", "offline", "init", "plug", "explain"}
+    ]  # subset of {"pause", "stats", "limits", "memory", "save-behind", "oom", "offline", "init", "plug", "explain"}
 
     missing: dict[str, str]  # those of FEATURES that it lacks: why
 
@@ -156,6 +156,36 @@ class Saving(Protocol):
         """Raise what a boot of `spec` from `directory` would, as far as can be told beforehand: a machine may still run
         whose place it is to take. The files' sums have been compared. Changes nothing.
         """
+
+
+class Writing(Protocol):
+    """A save under way, which a child of the machine's writes."""
+
+    fd: int
+    """Readable when it has ended."""
+
+    def finish(self) -> None:
+        """Wait for its end; what it wrote is whole then. Raises `HostError`, `RemoteError` when the writer was killed."""
+
+    def close(self) -> None:
+        """Before `finish`: give it up. May be called twice."""
+
+
+class SavingBehind(Protocol):
+    """With the capability "save-behind": the machine stands for its state alone, and not for the size of its memory."""
+
+    def begin_save(self, directory: str, *, base: str = "") -> Writing:
+        """As `Saving.save`, but the machine may go on when this returns: what it was is written meanwhile.
+
+        With `base`, a directory that was saved of this machine before, what differs from that may be all that is written:
+        `directory` is worth nothing without it then.
+        """
+
+    def find_base(self, directory: str) -> str:
+        """What `directory` is worth nothing without: another such directory, or ""."""
+
+    def fold_base(self, directory: str, target: str) -> None:
+        """Write into the empty `target` what `directory` and its base are together, which takes its place."""
 
 
 class Resizable(Protocol):

@@ -32,3 +32,10 @@ def map_zeros(address: int, size_bytes: int) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
     if _mmap(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != address:
         raise fail("mmap")
+
+
+def map_copy_on_write(address: int, size_bytes: int, fd: int) -> None:
+    """Put the file `fd` in the place of what is mapped at `address`, MAP_PRIVATE. As `map_zeros`."""
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+    if _mmap(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
+        raise fail("mmap")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from nagaya.kernel.libc import SYS_EXECVEAT, SYS_KEYCTL, fail, libc, syscall
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36

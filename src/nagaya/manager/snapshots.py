@@ -6,8 +6,8 @@ import os
 import time
 
 from nagaya import __version__
-from nagaya.engines import engine_of
-from nagaya.errors import Conflict, HostError, IntegrityError, NotFound, Unsupported, UsageError
+from nagaya.engines import engine_of, open_engine
+from nagaya.errors import Conflict, HostError, IntegrityError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, PAUSED, RUNNING, STARTING
@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 MAX_DESCRIPTION = 4096
 
 
+MOST_BASES = 8
+"""Snapshots below one whose memory is a difference to the next: each has to be there, and is looked into at a restore."""
+
+
 class Taken(NamedTuple):
-    """A snapshot that was just made. `paused_ms` is how long the machine stood for it; 0 when it did not run."""
+    """A snapshot that was just made. For how long its CPUs stood, and for how long its programs, which its agent stops before
+    and lets go on after that; 0 when it did not run.
+    """
 
     snapshot: Snapshot
     paused_ms: float
+    stood_ms: float
     warnings: tuple[str, ...]
 
 
@@ -81,8 +88,12 @@ class Snapshots:
 
     # -- making
 
-    def create(self, name: str = "", *, description: str = "", memory: bool | None = None) -> Taken:
+    def create(
+        self, name: str = "", *, description: str = "", memory: bool | None = None, whole: bool = False
+    ) -> Taken:
         """Take one of the machine as it is, running or not.
+
+        Its memory is what differs from the snapshot's that the machine descends from, where the type can, unless `whole`.
 
         `memory`: with what is in its memory; None = if it runs and its type can, else the disks alone, with a warning
         where that is news. Raises `Unsupported` for memory that cannot be saved, `Conflict`, `HostError`; leaves nothing.
@@ -109,9 +120,10 @@ class Snapshots:
             except OSError as error:
                 raise HostError.from_os(error, "cannot make a snapshot") from None
             try:
-                paused_ms = 0.0
+                times = (0.0, 0.0)
+                base = self._find_base() if wants and not whole else ""
                 if alive:
-                    paused_ms, told, wants = self._save(place, wants, explicit=memory is True)
+                    times, told, wants = self._save(place, wants, base, explicit=memory is True)
                     warnings += told
                 else:
                     snapshots.copy_disks(self._directory, place)
@@ -119,7 +131,7 @@ class Snapshots:
                     format=snapshots.FORMAT, id=snapshot_id, name=name, parent=self.current(),
                     created_ns=time.time_ns(), description=description, spec=machine.spec,
                     layers=rootfs.load_record(self._directory, machine.spec), phase=phase, memory=wants,
-                    version=__version__, parts=snapshots.sum_parts(place),
+                    version=__version__, parts=snapshots.sum_parts(place), base=self._base_of(place) if wants else "",
                 )  # fmt: skip
                 made = snapshots.finish(self._directory, place, made)
             except BaseException as error:
@@ -130,13 +142,35 @@ class Snapshots:
                     raise Unsupported("the machine's directories are nested too deeply for a snapshot") from None
                 raise
         machine.record("snapshot", snapshot=name)
-        return Taken(made, paused_ms, tuple(warnings))
+        return Taken(made, *times, tuple(warnings))
 
-    def _save(self, place: str, memory: bool, *, explicit: bool) -> tuple[float, builtins_list[str], bool]:
-        """Have the supervisor do it; (milliseconds of pause, warnings, whether with memory)."""
+    def _find_base(self) -> str:
+        """The directory of the memory that the next snapshot's may be a difference to; "" = none."""
+        current = self.current()
+        if not current or "save-behind" not in engine_of(self._machine.spec).capabilities:
+            return ""
+        try:
+            found = snapshots.load(self._directory, current)
+            deep = len(snapshots.bases(self._directory, found)) + 1 >= MOST_BASES
+        except NagayaError:  # who wants to restore it is told
+            return ""
+        return "" if deep or not found.memory else f"{self.directory(found)}/{snapshots.MEMORY}"
+
+    def _base_of(self, place: str) -> str:
+        """The id of the snapshot that the memory in `place` has come to build on."""
+        engine = engine_of(self._machine.spec)
+        if "save-behind" not in engine.capabilities:
+            return ""
+        base: str = engine.find_base(f"{place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
+        return os.path.basename(os.path.dirname(base))
+
+    def _save(
+        self, place: str, memory: bool, base: str, *, explicit: bool
+    ) -> tuple[tuple[float, float], builtins_list[str], bool]:
+        """Have the supervisor do it; (milliseconds that its CPUs, and that its programs stood; warnings; whether with memory)."""
         warnings: list[str] = []
         try:
-            answer = self._machine.ask("save", place=place, memory=memory)
+            answer = self._machine.ask("save", place=place, memory=memory, base=base)
         except Unsupported as problem:
             if not memory or explicit:
                 raise
@@ -147,8 +181,11 @@ class Snapshots:
             answer = self._machine.ask("save", place=place, memory=False)
         told = answer.get("warnings")
         warnings += [str(line) for line in told] if isinstance(told, list) else []
-        paused = answer.get("paused_ms")
-        return float(paused) if isinstance(paused, (int, float)) else 0.0, warnings, memory
+        paused_ms, stood_ms = (
+            float(told) if isinstance(told := answer.get(key), (int, float)) else 0.0
+            for key in ("paused_ms", "stood_ms")
+        )
+        return (paused_ms, stood_ms), warnings, memory
 
     def _choose_name(self, name: str) -> str:
         taken = {snapshot.name for snapshot in self.list()} | set(snapshots.ids(self._directory))
@@ -176,18 +213,29 @@ class Snapshots:
             snapshots.store(self.directory(snapshot), snapshot._replace(name=new))
 
     def remove(self, name: str) -> str:
-        """Remove it; its children become its parent's. A damaged one goes too. Answers its id."""
+        """Remove it; its children become its parent's, and what they need of its memory theirs. Answers its id.
+
+        A damaged one goes too: those that need its memory are lost then, but for their disks.
+        """
         with self._machine.lock():
-            parent = ""
+            parent, fold = "", None
             try:
                 snapshot = self.get(name)
                 snapshot_id, parent = snapshot.id, snapshot.parent
+                if snapshot.memory:
+                    fold = getattr(open_engine(snapshot.spec.type), "fold_base", None)
             except IntegrityError:
                 snapshot_id = next(one for one in snapshots.ids(self._directory) if one.startswith(name))
             try:
-                snapshots.remove(self._directory, snapshot_id, parent=parent)
+                snapshots.remove(self._directory, snapshot_id, parent=parent, fold=fold)
             except OSError as error:
                 raise HostError.from_os(error, "cannot remove the snapshot") from None
+            except (IntegrityError, Unsupported) as problem:
+                raise Conflict(
+                    f"snapshot '{name}' cannot be removed: others build on its memory, and that cannot be merged into"
+                    f" theirs ({problem.message})",
+                    hint="remove those first: 'nagaya snapshot inspect' names their base", state="needed", required="leaf",
+                ) from None  # fmt: skip
         return snapshot_id
 
     def prune(self, *, keep: int = 0) -> builtins_list[str]:
@@ -266,6 +314,8 @@ class Snapshots:
         if phase == STARTING:
             raise Conflict(f"machine '{machine.name}' is just starting", hint="try again when it runs", state=phase)
         snapshots.verify(place, snapshot)
+        for base in snapshots.bases(self._directory, snapshot) if with_memory else ():
+            snapshots.verify(self.directory(base), base, memory_alone=True)
         engine = engine_of(spec)
         if engine.rootfs_kind == "hardware":
             rootfs.plan_hardware(machine.paths, spec)

@@ -8,6 +8,7 @@
                         programs.json    what the supervisor knew of the programs (supervisor/resuming.py)
     MACHINE/snapshots/current            id of the one that the machine's disks descend from
     MACHINE/snapshots/.tmp-ID  .trash-ID being made, being removed
+    MACHINE/snapshots/.whole-ID          what takes the place of ID, without need of a base that is to be removed
     MACHINE/restore/                     what a restore puts in place: from the moment it has that name it will be
 
 Whoever changes any of it holds the machine's command lock. What a kill has left is finished by `mend`.
@@ -19,6 +20,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 
 from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported
 from nagaya.kernel import reflink
@@ -29,15 +31,16 @@ from nagaya.storage.paths import make_directory
 from nagaya.storage.rootfs import DATA_DISK, Layers, is_own_file
 from nagaya.storage.tree import remove_tree
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "snapshot.json"
 MEMORY = "memory"
 PROGRAMS = "programs.json"
 TREES = ("upper", "copy")  # and `copy.done` beside the latter
 RESTORE = "restore"
 _CURRENT = "current"
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_TEMPORARY, _TRASH, _WHOLE = ".tmp-", ".trash-", ".whole-"
 _COPY_MARK = "copy.done"
+_SECTOR = 512  # what st_blocks counts
 
 
 class Part(NamedTuple):
@@ -64,6 +67,7 @@ class Snapshot(NamedTuple):
     memory: bool
     version: str  # of the Nagaya that made it
     parts: tuple[Part, ...]
+    base: str = ""  # the id of the snapshot that its memory is a difference to
     digest: str = ""
 
     @property
@@ -118,7 +122,11 @@ def load_record(path: str, snapshot_id: str = "") -> Snapshot:
         found = records.from_data(Snapshot, data, what=path)
     except IntegrityError as error:
         raise IntegrityError(f"the record of snapshot {snapshot_id} is damaged: {error.message}", hint=hint) from None
-    if found.digest != _sum(found) or (snapshot_id and found.id != snapshot_id):
+    if (
+        (found.base and not _is_id(found.base))
+        or found.digest != _sum(found)
+        or (snapshot_id and found.id != snapshot_id)
+    ):
         raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
     for part in found.parts:
         if part.name.startswith("/") or ".." in part.name.split("/") or part.kind not in ("file", "tree"):
@@ -239,9 +247,15 @@ def sum_parts(place: str) -> tuple[Part, ...]:
     parts = []
     for name in _list(place):
         kind = "tree" if name in TREES else "file"
-        digest, data_bytes = (digests.digest_tree if kind == "tree" else digests.digest_file)(f"{place}/{name}")
-        parts.append(Part(name, kind, digest, data_bytes))
+        parts.append(_sum_part(place, name, kind))
     return tuple(parts)
+
+
+def _sum_part(place: str, name: str, kind: str) -> Part:
+    if kind == "tree":
+        return Part(name, kind, *digests.digest_tree(f"{place}/{name}"))
+    digest, data_bytes = digests.digest_file(f"{place}/{name}")  # in larger blocks than the file's holes
+    return Part(name, kind, digest, min(data_bytes, os.lstat(f"{place}/{name}").st_blocks * _SECTOR))
 
 
 def _list(place: str) -> list[str]:
@@ -266,15 +280,16 @@ def finish(machine_dir: str, place: str, snapshot: Snapshot) -> Snapshot:
     return snapshot
 
 
-def verify(place: str, snapshot: Snapshot) -> None:
+def verify(place: str, snapshot: Snapshot, *, memory_alone: bool = False) -> None:
     """Compare every part with its sum. Raises `IntegrityError`, `HostError`."""
     hint = "the machine was left as it is; 'nagaya snapshot rm' removes the snapshot"
+    parts = [part for part in snapshot.parts if not memory_alone or part.name.startswith(f"{MEMORY}/")]
     known = {part.name for part in snapshot.parts}
     try:
         strange = set(_list(place)) - known
         if strange:
             raise IntegrityError(f"snapshot '{snapshot.name}' has a part that it should not: {min(strange)}", hint=hint)
-        for part in snapshot.parts:
+        for part in parts:
             sum_ = digests.digest_tree if part.kind == "tree" else digests.digest_file
             if sum_(f"{place}/{part.name}")[0] != part.digest:
                 raise IntegrityError(
@@ -286,20 +301,72 @@ def verify(place: str, snapshot: Snapshot) -> None:
         raise HostError.from_os(error, f"cannot read snapshot '{snapshot.name}'") from None
 
 
+def bases(machine_dir: str, snapshot: Snapshot) -> list[Snapshot]:
+    """The snapshots without which its memory is worth nothing, the nearest first. Raises `IntegrityError`."""
+    found: list[Snapshot] = []
+    while snapshot.base:
+        try:
+            below = load(machine_dir, snapshot.base)
+        except NotFound:
+            raise IntegrityError(
+                f"snapshot '{snapshot.name}' is damaged: the one that its memory builds on, {snapshot.base}, is missing"
+            ) from None
+        if below.id in (one.id for one in found):
+            raise IntegrityError(f"snapshot '{snapshot.name}' is damaged: it builds on itself")
+        found.append(below)
+        snapshot = below
+    return found
+
+
 # -- removing one
 
 
-def remove(machine_dir: str, snapshot_id: str, *, parent: str) -> None:
-    """Remove one, whose children become its `parent`'s. A kill in between leaves a valid tree."""
+def remove(machine_dir: str, snapshot_id: str, *, parent: str, fold: Callable[[str, str], None] | None = None) -> None:
+    """Remove one, whose children become its `parent`'s. A kill in between leaves a valid tree.
+
+    `fold` is the engine's `fold_base`, for snapshots whose memory builds on this one's; without, they are left without it.
+    """
     for other in load_all(machine_dir)[0]:
+        if fold is not None and other.base == snapshot_id:
+            other = _make_whole(machine_dir, other, fold)
         if other.parent == snapshot_id:
             store(directory(machine_dir, other.id), other._replace(parent=parent))
     if load_current(machine_dir) == snapshot_id:
         store_current(machine_dir, parent)
+    _discard(machine_dir, snapshot_id)
+
+
+def _discard(machine_dir: str, snapshot_id: str) -> None:
     trash = f"{machine_dir}/snapshots/{_TRASH}{snapshot_id}"
     remove_tree(trash)
     os.rename(directory(machine_dir, snapshot_id), trash)
     remove_tree(trash)
+
+
+def _make_whole(machine_dir: str, snapshot: Snapshot, fold: Callable[[str, str], None]) -> Snapshot:
+    """Put a snapshot in its own place that does without its base. Until it has its name, `mend` removes it, and then puts it there."""
+    old, place = directory(machine_dir, snapshot.id), f"{machine_dir}/snapshots/{_TEMPORARY}{snapshot.id}"
+    base = load(machine_dir, snapshot.base)
+    remove_tree(place)
+    os.mkdir(place, 0o700)
+    for part in snapshot.parts:
+        if not part.name.startswith(f"{MEMORY}/"):
+            os.link(f"{old}/{part.name}", f"{place}/{part.name}")
+    os.mkdir(f"{place}/{MEMORY}", 0o700)
+    fold(f"{old}/{MEMORY}", f"{place}/{MEMORY}")
+    kept = [part for part in snapshot.parts if not part.name.startswith(f"{MEMORY}/")]
+    made = [_sum_part(place, f"{MEMORY}/{name}", "file") for name in _list(f"{place}/{MEMORY}")]
+    whole = store(place, snapshot._replace(parts=tuple(sorted([*kept, *made])), base=base.base))
+    reflink.sync_file_system(place)
+    os.rename(place, f"{machine_dir}/snapshots/{_WHOLE}{snapshot.id}")
+    _finish_whole(machine_dir, snapshot.id)
+    return whole
+
+
+def _finish_whole(machine_dir: str, snapshot_id: str) -> None:
+    if os.path.lexists(directory(machine_dir, snapshot_id)):
+        _discard(machine_dir, snapshot_id)
+    os.rename(f"{machine_dir}/snapshots/{_WHOLE}{snapshot_id}", directory(machine_dir, snapshot_id))
 
 
 # -- restoring one
@@ -386,7 +453,7 @@ def needs_mending(machine_dir: str) -> bool:
         names = os.listdir(f"{machine_dir}/snapshots")
     except FileNotFoundError:
         return False
-    return any(name.startswith((_TEMPORARY, _TRASH)) for name in names)
+    return any(name.startswith((_TEMPORARY, _TRASH, _WHOLE)) for name in names)
 
 
 def mend(machine_dir: str) -> None:
@@ -399,5 +466,7 @@ def mend(machine_dir: str) -> None:
     except FileNotFoundError:
         return
     for name in names:
-        if name.startswith((_TEMPORARY, _TRASH)) or name.endswith(".tmp"):
+        if name.startswith(_WHOLE):
+            _finish_whole(machine_dir, name.removeprefix(_WHOLE))
+        elif name.startswith((_TEMPORARY, _TRASH)) or name.endswith(".tmp"):
             remove_tree(f"{machine_dir}/snapshots/{name}")

@@ -138,12 +138,15 @@ def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> No
 
     _require(machine, "snapshot")
     machine.refuse_while_saving()
-    place, memory = request.get("place"), bool(request.get("memory"))
+    place, memory, base = request.get("place"), bool(request.get("memory")), request.get("base", "")
     _need(machine, "pause", "be paused, which a snapshot of a running one takes")
     if memory:
         _need(machine, "memory", "have its memory saved")
-    if not isinstance(place, str) or os.path.dirname(place) != f"{machine.paths.machine(machine.spec.id)}/snapshots":
+    below = f"{machine.paths.machine(machine.spec.id)}/snapshots"
+    if not isinstance(place, str) or os.path.dirname(place) != below:
         raise RemoteError("control protocol: a snapshot belongs below its machine's directory")
+    if not isinstance(base, str) or (base and os.path.dirname(os.path.dirname(base)) != below):
+        raise RemoteError("control protocol: a snapshot's base is one of its machine's")
     if machine.booted is None:
         raise Conflict(f"machine '{machine.spec.name}' is just ending", state=machine.state.phase)
     if machine.booted.setup and machine.state.phase == phases.PAUSED:
@@ -153,7 +156,7 @@ def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> No
             state=machine.state.phase,
             required="running",
         )
-    machine.saving = Saving(machine, client, place, memory=memory)
+    machine.saving = Saving(machine, client, place, memory=memory, base=base)
     try:
         machine.saving.begin()
     except BaseException:

@@ -1,6 +1,7 @@
 """Taking a snapshot of a machine that runs: hold the agent, pause, save the memory, copy the disks, go on.
 
-The copying is a child's: the supervisor serves its clients meanwhile, whose requests to the agent wait.
+The copying is a child's: the supervisor serves its clients meanwhile, whose requests to the agent wait. Where the engine can
+write the memory behind the machine's back, that goes on when the machine does; the client is answered at its end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nagaya.supervisor.programs import Programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.engines.base import Writing
     from nagaya.supervisor.client import Client
     from nagaya.supervisor.supervisor import Supervisor
 
@@ -31,16 +33,20 @@ _MOST_TEXT = 4096
 class Saving:
     """One snapshot of `machine` into the directory `place`, for `client`, which is answered at the end."""
 
-    def __init__(self, machine: Supervisor, client: Client, place: str, *, memory: bool) -> None:
+    def __init__(self, machine: Supervisor, client: Client, place: str, *, memory: bool, base: str = "") -> None:
+        """`base` is the memory of an earlier snapshot, to which a difference will do."""
         self.client = client
         self._machine = machine
         self._place = place
         self._memory = memory
+        self._base = base
+        self._writing: Writing | None = None
         self._warnings: list[str] = []
         self._was_paused = machine.state.phase == PAUSED
         self._held = False  # HOLD was sent, and CONTINUE was not
         self._stopped = False  # it was us who paused the machine
-        self._paused_at_ns = 0
+        self._held_at_ns = self._paused_at_ns = 0
+        self._times = {"paused_ms": 0.0, "stood_ms": 0.0}
         self._pid = 0
         self._pidfd = self._said = -1
         self._over = False
@@ -54,6 +60,7 @@ class Saving:
             return
         assert isinstance(machine.programs, Programs)
         self._held = True
+        self._held_at_ns = time.monotonic_ns()
         machine.set_timer("held", HELD_WITHIN_S, self._not_held)
         machine.programs.hold(self._agent_held)
 
@@ -86,12 +93,19 @@ class Saving:
             if self._memory:
                 assert isinstance(machine.programs, Programs)  # whole machines have no memory that could be saved
                 os.mkdir(f"{self._place}/{snapshots.MEMORY}", 0o700)
-                machine.engine.save(f"{self._place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
+                self._save(f"{self._place}/{snapshots.MEMORY}")
                 resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
             self._copy()
         except BaseException:
             self._go_on()
             raise
+
+    def _save(self, directory: str) -> None:
+        engine = self._machine.engine
+        if "save-behind" in engine.capabilities:
+            self._writing = engine.begin_save(directory, base=self._base)  # type: ignore[attr-defined]
+        else:
+            engine.save(directory)  # type: ignore[attr-defined]
 
     def _copy(self) -> None:
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -110,9 +124,23 @@ class Saving:
             self._fail(HostError(f"cannot copy the machine's disks: {complaint}"))
             return
         self._go_on()
+        if self._writing is not None:
+            self._machine.loop.watch(self._writing.fd, self._written)
+        else:
+            self._succeed()
+
+    def _written(self, events: int) -> None:
+        assert self._writing is not None
+        try:
+            self._writing.finish()
+        except NagayaError as problem:
+            self._fail(problem)
+        else:
+            self._succeed()
+
+    def _succeed(self) -> None:
         self._end()
-        paused_ms = (time.monotonic_ns() - self._paused_at_ns) / 1e6
-        self.client.finish(control.reply(paused_ms=round(paused_ms, 1), warnings=self._warnings))
+        self.client.finish(control.reply(**self._times, warnings=self._warnings))
 
     def _reap(self) -> str:
         """The child has ended, or is being killed: what it complained of."""
@@ -136,9 +164,11 @@ class Saving:
         if self._stopped:
             self._stopped = False
             machine.engine.resume()  # type: ignore[attr-defined]
+            self._times["paused_ms"] = round((time.monotonic_ns() - self._paused_at_ns) / 1e6, 1)
         if self._held:
             self._held = False
             assert isinstance(machine.programs, Programs)
+            self._times["stood_ms"] = round((time.monotonic_ns() - self._held_at_ns) / 1e6, 1)
             machine.programs.go_on(time_payload(time.time_ns()))
 
     def _fail(self, problem: NagayaError) -> None:
@@ -167,6 +197,10 @@ class Saving:
         self._over = True
         self._machine.cancel_timer("held")
         self._machine.saving = None
+        if self._writing is not None:
+            self._machine.loop.forget(self._writing.fd)
+            self._writing.close()  # its writer ends, if it has not
+            self._writing = None
 
 
 def _copy_disks(machine_dir: str, place: str, said: int, parent: int) -> NoReturn:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SNAPSHOTS = Layout(
     columns=("Machine", "Name", "Parent", "Created", "State", "Size", "Description"),
     headings={
-        "ID": "SNAPSHOT ID", "Machine": "MACHINE", "Name": "NAME", "Parent": "PARENT", "Created": "CREATED",
+        "ID": "SNAPSHOT ID", "Machine": "MACHINE", "Name": "NAME", "Parent": "PARENT", "Base": "BASE", "Created": "CREATED",
         "CreatedAt": "CREATED AT", "State": "STATE", "Memory": "MEMORY", "Size": "SIZE", "Description": "DESCRIPTION",
         "Current": "CURRENT",
     },
@@ -37,10 +37,17 @@ def create(context: Context, parsed: Parsed) -> int:
     keep = _number(parsed, "keep")
     machine = context.host.machines.get(parsed.words[0])
     name = parsed.words[1] if len(parsed.words) > 1 else ""
-    taken = machine.snapshots.create(name, description=parsed.text("description"), memory=memory)
+    taken = machine.snapshots.create(
+        name, description=parsed.text("description"), memory=memory, whole=parsed.switch("whole")
+    )
     for warning in taken.warnings:
         sys.stderr.write(f"nagaya: warning: {warning}\n")
-    print(taken.snapshot.name)
+    if parsed.switch("json"):
+        print_json(
+            {**record(machine, taken.snapshot), "paused_ms": taken.paused_ms, "programs_stood_ms": taken.stood_ms}
+        )
+    else:
+        print(taken.snapshot.name)
     if keep:
         machine.snapshots.prune(keep=keep)
     return 0
@@ -99,6 +106,7 @@ def row(machine: Machine, snapshot: Snapshot, *, now_ns: int) -> Row:
         Machine=machine.name,
         Name=snapshot.name,
         Parent=parents.get(snapshot.parent, ""),
+        Base=parents.get(snapshot.base, snapshot.base),
         Created=format_age(snapshot.created_ns, now_ns),
         CreatedAt=format_local_time(snapshot.created_ns),
         State=f"{snapshot.phase}, with memory" if snapshot.memory else f"{snapshot.phase}, disks alone",
@@ -117,6 +125,7 @@ def record(machine: Machine, snapshot: Snapshot) -> dict[str, object]:
         "machine": machine.name,
         "machine_id": machine.id,
         "parent": snapshot.parent or None,
+        "base": snapshot.base or None,
         "current": machine.snapshots.current() == snapshot.id,
         "created_at": format_time(snapshot.created_ns),
         "description": snapshot.description,
@@ -243,6 +252,7 @@ CREATE = Command(
     words=(1, 2),
     flags=(
         Flag("-m --description", "What it is of", value="TEXT"), _MEMORY, _NO_MEMORY,
+        Flag("--whole", "All of its memory, and not what differs from the snapshot before"), listing.JSON,
         Flag("--keep", "Afterwards remove all but the newest so many of the machine", value="NUMBER"),
     ),
     about=_ABOUT_CREATE,

@@ -174,6 +174,7 @@ class Parts:
             self.memory = saved.map_memory(shared=shared)
         else:
             self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
+            self.memory.open_page_map()
         try:
             self.vm = Vm(self.memory, kvm_fd=kvm_fd)
         except BaseException:
@@ -350,9 +351,10 @@ class Parts:
         for transport, state in zip(self.transports, states, strict=True):
             transport.restore(state)
 
-    def keep_from_children(self) -> None:
+    def keep_from_children(self, *, memory: bool = True) -> None:
         """Let a process forked from now on have no part in the virtual machine, which would live as long as it does."""
-        self.memory.keep_from_children()
+        if memory:
+            self.memory.keep_from_children()
         for vcpu in self.vcpus:
             vcpu.page.madvise(mmap.MADV_DONTFORK)
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from nagaya.engines.kvm.machine import Machine
-from nagaya.engines.kvm.saved import Files
+from nagaya.engines.kvm.saved import MOST_BASES, Files
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
@@ -26,7 +26,7 @@ from nagaya.static import Any, NamedTuple, NoReturn
 BROKEN = 1
 _ORDERLY = ("power-off", "reset", "exit", "stopped")  # kinds of endings that somebody wanted
 _MOST_LINE_BYTES = 1 << 16
-_MOST_FDS = 2
+_MOST_FDS = 3 + 1 + MOST_BASES
 
 
 class Plan(NamedTuple):
@@ -127,12 +127,17 @@ def _serve(machine: Machine, control: int) -> None:
 
 
 def _save(machine: Machine, request: dict[str, Any], fds: list[int]) -> None:
-    """Into files that the supervisor has made: we have no right to make any."""
-    files = Files(*fds)
+    """Into files that the supervisor has made, and compared with such as it has opened: we have no right to either."""
+    from nagaya.engines.kvm.behind import Order  # lazy: most machines are never saved
+    from nagaya.engines.kvm.saved import unpack
+
+    memory, state, answer, *bases = fds
     try:
-        machine.save_to(files, notes=request["notes"])
+        base = unpack(request["base"], bases) if bases else None
+        machine.save_behind(Order(Files(memory, state), answer, request["notes"], base, request["place"]))
     finally:
-        files.close()
+        for fd in fds:
+            os.close(fd)
 
 
 def _pause(machine: Machine) -> None:

@@ -40,6 +40,7 @@ from nagaya.storage.plan import DiskPlan, RootfsPlan
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.engines.kvm.saved import Saved
+    from nagaya.engines.kvm.writing import Writing
 
 PLATFORM = "linux/amd64"
 STARTED_WITHIN_S = 30.0  # the VMM, not its guest
@@ -56,7 +57,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "offline", "memory"))
+    capabilities = frozenset(("pause", "stats", "offline", "memory", "save-behind"))
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
@@ -180,7 +181,7 @@ class KvmEngine:
         if source.data:
             copy_data_disk(source.data, data)
         initrd = _held(open_initramfs(), local) if source.saved is None else -1
-        memory = source.saved.memory_fd if source.saved is not None else -1
+        memory = source.saved.fds if source.saved is not None else ()
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         links = tuple((self._plug(link, request, local), link) for link in request.network.links)
         self._memory_bytes = rules.memory_bytes(spec)
@@ -195,7 +196,7 @@ class KvmEngine:
         )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=theirs,
-            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, memory, *(fd for fd, _ in links)) if fd >= 0),
+            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
             log=self._log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
@@ -240,15 +241,25 @@ class KvmEngine:
 
     def save(self, directory: str) -> None:
         """See `Saving.save`."""
+        with self.begin_save(directory) as writing:
+            writing.finish()
+
+    def begin_save(self, directory: str, *, base: str = "") -> Writing:
+        """See `SavingBehind.begin_save`."""
+        from nagaya.engines.kvm.writing import Writing  # lazy: most machines are never saved
+
+        return Writing(directory, base, lambda fds, details: self._ask("save", fds=fds, **details))
+
+    def find_base(self, directory: str) -> str:
+        """See `SavingBehind.find_base`."""
+        return saved.find_base(directory)
+
+    def fold_base(self, directory: str, target: str) -> None:
+        """See `SavingBehind.fold_base`."""
         try:
-            files = saved.create(directory)
-            try:
-                self._ask("save", fds=files, notes={})
-            finally:
-                files.close()
-            saved.commit(directory)
+            saved.fold_base(directory, target)
         except OSError as error:
-            raise HostError.from_os(error, "cannot save the machine's memory") from None
+            raise HostError.from_os(error, "cannot merge saved memory") from None
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from nagaya.engines.kvm import layout
@@ -22,6 +24,7 @@ from nagaya.static import Any, Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.engines.kvm.behind import Order
     from nagaya.engines.kvm.saved import Files, Saved
     from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.device import Device
@@ -266,6 +269,30 @@ class Machine:
     def save_to(self, files: Files, *, notes: dict[str, Any] | None = None) -> None:
         """The same, into files that somebody else has made, and will commit."""
         from nagaya.engines.kvm import saved
+
+        with self._standing() as parts:
+            saved.write(files, parts.memory, {**parts.save(self.hardware), "notes": notes or {}})
+
+    def save_behind(self, order: Order) -> None:
+        """The same, but that the machine may go on when this returns: what it was is written meanwhile, and then answered."""
+        from nagaya.engines.kvm import behind
+
+        with self._standing() as parts:
+            state = parts.save(self.hardware)
+            parts.keep_from_children(memory=False)
+            if self._shared:
+                copy = parts.memory.copy()  # other processes work on it, which copying on a write would leave behind
+                try:
+                    behind.start(order, copy, state)
+                finally:
+                    copy.close()
+            else:
+                parts.memory.detach()
+                behind.start(order, parts.memory, state)
+
+    @contextmanager
+    def _standing(self) -> Iterator[Parts]:
+        """Nothing changes meanwhile of a machine that is paused: devices stand between two requests. Raises `Conflict`, `HostError`."""
         from nagaya.virtio.device import as_direct
 
         with self._control:
@@ -275,8 +302,7 @@ class Machine:
             releases = [loop.hold() for loop in self._loops]
             releases += [direct.hold() for device in self.devices if (direct := as_direct(device)) is not None]
             try:
-                state = parts.save(self.hardware)
-                saved.write(files, parts.memory, {**state, "notes": notes or {}})
+                yield parts
             except OSError as error:
                 raise HostError.from_os(error, "cannot save the machine") from None
             finally:
