@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nagaya.errors import HostError, LaunchError, UsageError
-from nagaya.kernels import cache, config, sources
+from nagaya.kernels import cache, config, patches, sources
 from nagaya.kernels.architectures import Architecture, find_architecture
 from nagaya.kernels.cache import Kernel, Record
 from nagaya.static import NamedTuple, Protocol
@@ -94,7 +94,8 @@ def _space_hint(error: OSError, directory: str) -> str:
 def _name(architecture: Architecture, source: sources.Source, wanted: dict[str, str], compiler: str) -> str:
     import hashlib  # lazy: only a build needs it
 
-    text = "\n".join((FORMAT, architecture.flags, source.digest, compiler, config.render(wanted)))
+    added = [patch.digest() for patch in patches.shipped(architecture.name)]
+    text = "\n".join((FORMAT, architecture.flags, source.digest, compiler, config.render(wanted), *added))
     return hashlib.sha256(text.encode()).hexdigest()[: cache.ID_DIGITS]
 
 
@@ -150,6 +151,7 @@ class _Work:
         os.mkdir(self.made)
         try:
             self._unpack()
+            self._patch()
             self._configure()
             self._compile()
             self._strip()
@@ -185,6 +187,15 @@ class _Work:
             raise UsageError(
                 f"{self.source.path} is not a source of Linux", hint="it has to unpack to one directory with a Kbuild"
             )
+
+    def _patch(self) -> None:
+        for patch in patches.shipped(self.architecture.name):
+            if not patch.fits(self.tree):
+                self.progress.step(f"leaving out {patch.name}: it was not written for this Linux")
+                self.wanted = {name: value for name, value in self.wanted.items() if name != patch.symbol}
+                continue
+            self._run(patch.command(self.tree), what="patch")
+            patch.copy_files(self.tree)
 
     def _configure(self) -> None:
         self.progress.step("configuring")

@@ -12,9 +12,9 @@ from nagaya.static import NamedTuple
 
 DIRECTORY = "/usr/src"
 TESTED = (6, 1)  # what the shipped fragment was written for; another one is taken when this one is not there
-PACKAGES = "bc bison flex gcc libelf-dev make xz-utils"
+PACKAGES = "bc bison flex gcc libelf-dev make patch xz-utils"
 _ARCHIVE = re.compile(r"linux-source-(\d+)\.(\d+)\.tar\.xz")
-_TOOLS = {"bc": "bc", "bison": "bison", "flex": "flex", "gcc": "gcc", "make": "make", "xz": "xz-utils",
+_TOOLS = {"bc": "bc", "bison": "bison", "flex": "flex", "gcc": "gcc", "make": "make", "patch": "patch", "xz": "xz-utils",
           "ld": "binutils", "strip": "binutils", "tar": "tar"}  # fmt: skip
 _HEADERS = {"gelf.h": "libelf-dev"}  # the kernel's own objtool reads ELF
 

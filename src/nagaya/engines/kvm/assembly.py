@@ -15,7 +15,7 @@ from nagaya.engines.kvm.power import Power
 from nagaya.engines.kvm.vcpu import Ending, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, IntegrityError, Unsupported, UsageError
-from nagaya.kernels.arguments import plan_arguments
+from nagaya.kernels.arguments import DEPRIVILEGED_START, plan_arguments
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, Literal, NamedTuple
 
@@ -205,7 +205,7 @@ class Parts:
         if software_kvm:
             from nagaya.engines.kvm.pvm import Pvm
 
-            self.pvm = Pvm(vm)
+            self.pvm = Pvm(vm, deprivileged=self._is_deprivileged(hardware, saved))
         if hardware.interrupts:
             vm.create_interrupt_controllers(timer=hardware.pit)
         Power(end).attach(self.bus)
@@ -229,6 +229,16 @@ class Parts:
         if self.pvm is not None and functions:
             self.pvm.run_natively(vm, functions, cpus=hardware.cpus)
         self._create_vcpus(hardware, image.state)
+
+    def _is_deprivileged(self, hardware: Hardware, saved: Saved | None) -> bool:
+        """Whether the kernel can leave privileged mode by itself; so far on one CPU."""
+        if saved is not None:
+            return bool(saved.state["pvm"]["deprivileged"])
+        if hardware.plain or hardware.cpus > 1:
+            return False
+        from nagaya.engines.kvm.boot.symbols import find_functions
+
+        return bool(find_functions(hardware.kernel, (DEPRIVILEGED_START,)))
 
     def _attach(self, devices: tuple[tuple[Device, Loop], ...]) -> list[MmioDevice]:
         from nagaya.engines.kvm.acpi import MmioDevice
@@ -272,7 +282,7 @@ class Parts:
 
     def _find_functions(self, hardware: Hardware) -> dict[str, int]:
         """What `pvm` can do something for, when it is needed and the kernel tells where they are: all of them, or none."""
-        if self.pvm is None or hardware.plain:
+        if self.pvm is None or hardware.plain or self.pvm.deprivileged:
             return {}
         from nagaya.engines.kvm.boot.symbols import find_functions
         from nagaya.engines.kvm.hot import LINUX, NAMES
@@ -284,7 +294,10 @@ class Parts:
         """Ours first: where a kernel takes the last of two, the user's wins. `skips`: some initcalls do nothing anyway."""
         if hardware.plain:
             return hardware.command_line
-        words = plan_arguments(software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet, skips=skips)
+        words = plan_arguments(
+            software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet, skips=skips,
+            deprivileged=self.pvm is not None and self.pvm.deprivileged,
+        )  # fmt: skip
         if not hardware.acpi:
             words.append("acpi=off")
             words += [f"virtio_mmio.device={place.size_bytes}@{place.gpa:#x}:{place.gsi}" for place in places]

@@ -76,7 +76,9 @@ class Pvm:
     port = PORT
     policy = POLICY
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, *, deprivileged: bool = False) -> None:
+        """`deprivileged`: the guest's kernel leaves privileged mode by itself (`nagaya.kernels`), and needs little of this."""
+        self.deprivileged = deprivileged
         self._memory = vm.memory
         self._stub = 0
         self._behind_stub = 0
@@ -88,9 +90,13 @@ class Pvm:
         self.native: Native | None = None
         """While the guest's kernel boots."""
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
-        vm.enable(kvm.KVM_CAP_X86_USER_SPACE_MSR, kvm.KVM_MSR_EXIT_REASON_FILTER)
         self._ticks: dict[int, Ticks] = {}
         self._times: list[ThreadTimes] = []
+        if not deprivileged:
+            self._watch_msrs(vm)
+
+    def _watch_msrs(self, vm: Vm) -> None:
+        vm.enable(kvm.KVM_CAP_X86_USER_SPACE_MSR, kvm.KVM_MSR_EXIT_REASON_FILTER)
         # The filter keeps a pointer to the bitmap only while the request is made.
         denied = c_uint64(0)
         request = kvm.kvm_msr_filter()
@@ -100,6 +106,8 @@ class Pvm:
 
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
+        if self.deprivileged:
+            return
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
         if self.native is not None:
             self.native.prepare(vcpu)
@@ -139,7 +147,7 @@ class Pvm:
 
     def save(self) -> dict[str, Any]:
         """What the guest's memory and its vCPUs' registers do not tell."""
-        return {"stub": self._stub}
+        return {"stub": self._stub, "deprivileged": self.deprivileged}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """After the vCPUs' registers."""
