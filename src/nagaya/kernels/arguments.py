@@ -18,30 +18,27 @@ SOFTWARE_KVM = (
     # String operations by 8 bytes instead of by one, and no instructions that a trip to user space must complete: 0.4 s
     "clearcpuid=erms,fsrm,smap,popcnt",
     "rodata=off",  # no splitting of the kernel's large pages to write-protect its text: 1.8 s
+    # /sys/kernel/slab, /sys/module/*/parameters, /sys/kernel/irq: 5.5 s for files that no program needs.
+    "initcall_blacklist=slab_sysfs_init,param_sysfs_init,irq_sysfs_init",
 )
-# /sys/kernel/slab, /sys/module/*/parameters, /sys/kernel/irq: 5.5 s for files that no program needs. It takes half a second
-# itself, for the names of all initcalls; where the VMM can, it takes these out of the kernel instead.
-SOFTWARE_KVM_SKIP = ("initcall_blacklist=slab_sysfs_init,param_sysfs_init,irq_sysfs_init",)
 DEPRIVILEGED_START = "depriv_start"
 """The function that a kernel has which can run in user mode there, and does when it is told."""
-DEPRIVILEGED = ("depriv", "noxsave", "clearcpuid=erms,fsrm", "rodata=off")
+DEPRIVILEGED = ("depriv", "rodata=off")
 SOFTWARE_KVM_ONE_CPU = ("noreplace-smp",)  # LOCK prefixes stay, instead of being patched away one by one: 2.8 s
 
 
 def plan_arguments(
-    *, software_kvm: bool = False, cpus: int = 1, quiet: bool = True, skips: bool = False, deprivileged: bool = False
+    *, software_kvm: bool = False, cpus: int = 1, quiet: bool = True, deprivileged: bool = False
 ) -> list[str]:
     """What to put before the user's own arguments, which win where the kernel takes the last.
 
-    `skips`: the initcalls of SOFTWARE_KVM_SKIP do nothing, without being told.
+    `deprivileged`: the kernel can run in user mode.
     """
     arguments = [*(QUIET if quiet else ())]
     if deprivileged:
         arguments += DEPRIVILEGED
     elif software_kvm:
         arguments += SOFTWARE_KVM
-        if not skips:
-            arguments += SOFTWARE_KVM_SKIP
         if cpus == 1:
             arguments += SOFTWARE_KVM_ONE_CPU
     return arguments

@@ -219,22 +219,19 @@ class Parts:
             self._restore(hardware, saved.state)
             return
         rsdp_gpa = self._describe(hardware, places)
-        functions = self._find_functions(hardware)
-        command_line = self._command_line(hardware, places, skips=bool(functions))
+        command_line = self._command_line(hardware, places)
         image = load_kernel(
             hardware.kernel, memory=self.memory.regions, command_line=command_line,
             initrd=hardware.initrd, protocol=hardware.protocol, rsdp_gpa=rsdp_gpa, rng_seed=os.urandom(_RNG_SEED_BYTES),
         )  # fmt: skip
         write_image(image, self.memory)
-        if self.pvm is not None and functions:
-            self.pvm.run_natively(vm, functions, cpus=hardware.cpus)
         self._create_vcpus(hardware, image.state)
 
     def _is_deprivileged(self, hardware: Hardware, saved: Saved | None) -> bool:
-        """Whether the kernel can leave privileged mode by itself; so far on one CPU."""
+        """Whether the kernel can leave privileged mode by itself."""
         if saved is not None:
             return bool(saved.state["pvm"]["deprivileged"])
-        if hardware.plain or hardware.cpus > 1:
+        if hardware.plain:
             return False
         from nagaya.engines.kvm.boot.symbols import find_functions
 
@@ -280,22 +277,12 @@ class Parts:
         self.memory.write(tables.rsdp_gpa, tables.content)
         return tables.rsdp_gpa
 
-    def _find_functions(self, hardware: Hardware) -> dict[str, int]:
-        """What `pvm` can do something for, when it is needed and the kernel tells where they are: all of them, or none."""
-        if self.pvm is None or hardware.plain or self.pvm.deprivileged:
-            return {}
-        from nagaya.engines.kvm.boot.symbols import find_functions
-        from nagaya.engines.kvm.hot import LINUX, NAMES
-
-        found = find_functions(hardware.kernel, NAMES)
-        return found if {*LINUX.skip, LINUX.end} <= found.keys() else {}
-
-    def _command_line(self, hardware: Hardware, places: list[MmioDevice], *, skips: bool) -> str:
-        """Ours first: where a kernel takes the last of two, the user's wins. `skips`: some initcalls do nothing anyway."""
+    def _command_line(self, hardware: Hardware, places: list[MmioDevice]) -> str:
+        """Ours first: where a kernel takes the last of two, the user's wins."""
         if hardware.plain:
             return hardware.command_line
         words = plan_arguments(
-            software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet, skips=skips,
+            software_kvm=self.pvm is not None, cpus=hardware.cpus, quiet=hardware.quiet,
             deprivileged=self.pvm is not None and self.pvm.deprivileged,
         )  # fmt: skip
         if not hardware.acpi:
@@ -328,8 +315,6 @@ class Parts:
 
         for vcpu in self.vcpus:
             vcpu.settle(self.bus, self.pvm)
-        if self.pvm is not None:
-            self.pvm.give_up_native(self.vcpus)
         indices = cpu_state.msr_indices(self.vm)
         leaves = self._plan_leaves(hardware)
         return {

@@ -28,8 +28,6 @@ HIGH_RAM_GPA = 0x100000
 VIRTIO_GPA = 0xD000_0000
 VIRTIO_STEP = 0x1000
 """A page for each device."""
-NATIVE_GPA = 0xE000_0000
-"""What `native` keeps beside the guest's memory, on a software KVM."""
 IO_APIC_GPA = 0xFEC0_0000
 LOCAL_APIC_GPA = 0xFEE0_0000
 

@@ -365,7 +365,6 @@ class Machine:
                     "completed-instructions": sum(parts.pvm.completed.values()),
                     "system-calls": parts.pvm.system_calls,
                     "postponed-ticks": parts.pvm.postponed_ticks,
-                    "native-calls": parts.pvm.native.calls if parts.pvm.native is not None else 0,
                 }
             return {"exits": exits, **{item.device.name: item.counters() for item in parts.transports}}
 

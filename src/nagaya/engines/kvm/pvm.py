@@ -7,7 +7,6 @@ to LSTAR without becoming privileged, so that the guest's kernel meets a page fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from ctypes import addressof, c_uint64
 from struct import Struct
 
@@ -64,31 +63,30 @@ POLICY: tuple[Mask, ...] = (
     *(Mask(cpuid.LEAF_XSAVE, register, ALL) for register in (EAX, EBX, ECX, EDX)),
 )
 
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from nagaya.engines.kvm.native import Native
+# A kernel in user mode may use all that the CPU has, but for what takes privileged mode in its switches of programs.
+DEPRIVILEGED_POLICY: tuple[Mask, ...] = (
+    POLICY[0],
+    Mask(cpuid.LEAF_EXTENDED_FEATURES, EBX, 1 << 0 | 1 << 7 | 1 << 10 | 1 << 20),  # fsgsbase, smep, invpcid, smap
+    Mask(cpuid.LEAF_EXTENDED_FEATURES, ECX, 1 << 2 | 1 << 3 | 1 << 4),  # umip, pku, ospke
+)
 
 
 class Pvm:
     """The fix-ups of one machine. Made before its vCPUs; `prepare` each of those before it runs."""
 
     port = PORT
-    policy = POLICY
 
     def __init__(self, vm: Vm, *, deprivileged: bool = False) -> None:
         """`deprivileged`: the guest's kernel leaves privileged mode by itself (`nagaya.kernels`), and needs little of this."""
         self.deprivileged = deprivileged
+        self.policy = DEPRIVILEGED_POLICY if deprivileged else POLICY
         self._memory = vm.memory
         self._stub = 0
-        self._behind_stub = 0
         self._entries: dict[int, tuple[int, int]] = {}
         self._frames: dict[int, tuple[int, memoryview]] = {}
         self.completed: dict[str, int] = {}
         """How often each instruction was completed here, by its opcode."""
         self.system_calls = 0
-        self.native: Native | None = None
-        """While the guest's kernel boots."""
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
         self._ticks: dict[int, Ticks] = {}
         self._times: list[ThreadTimes] = []
@@ -109,8 +107,6 @@ class Pvm:
         if self.deprivileged:
             return
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
-        if self.native is not None:
-            self.native.prepare(vcpu)
         khz = kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ)
         self._times.append(ThreadTimes())
         self._ticks[vcpu.index] = Ticks(khz, self._times[-1])
@@ -130,21 +126,6 @@ class Pvm:
             self._hook(vcpu)  # by now the guest's kernel has its page-fault handler too
         return True
 
-    def run_natively(self, vm: Vm, functions: dict[str, int], *, cpus: int) -> None:
-        """Have `functions` of the kernel, which is in memory and has not begun, run where they are not emulated.
-
-        Raises `OSError`.
-        """
-        from nagaya.engines.kvm.hot import LINUX
-        from nagaya.engines.kvm.native import Native
-
-        self.native = Native(vm, functions, LINUX, port=self.port, cpus=cpus)
-
-    def give_up_native(self, vcpus: Iterable[Vcpu]) -> None:
-        """Nothing of it any more on vCPUs that stand: before they are saved."""
-        if self.native is not None:
-            self.native.give_up(vcpus)
-
     def save(self) -> dict[str, Any]:
         """What the guest's memory and its vCPUs' registers do not tell."""
         return {"stub": self._stub, "deprivileged": self.deprivileged}
@@ -159,8 +140,6 @@ class Pvm:
         """No vCPU runs any more."""
         for times in self._times:
             times.close()
-        if self.native is not None:
-            self.native.close()
 
     @property
     def postponed_ticks(self) -> int:
@@ -190,17 +169,10 @@ class Pvm:
         gate = _GATE.pack(stub & 0xFFFF, selector, stack, kind, stub >> 16 & 0xFFFF, stub >> 32, zero)
         self._memory.write(gate_gpa, gate)
         self._stub = stub
-        self._behind_stub = stub + 2  # where an exit by its `out` finds the vCPU
 
     def called(self, vcpu: Vcpu) -> None:
         """The stub ran: make it a system call if that is what it was. Else the guest's handler is next anyway."""
         page = vcpu.page
-        if (
-            self.native is not None
-            and _U64.unpack_from(page, _RIP_AT)[0] != self._behind_stub
-            and self.native.called(vcpu)
-        ):
-            return
         rsp = _U64.unpack_from(page, _RSP_AT)[0]
         number = rsp // PAGE_BYTES
         # From user mode the CPU takes the kernel's entry stack, which is at one place for each vCPU.

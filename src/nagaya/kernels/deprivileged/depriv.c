@@ -290,6 +290,11 @@ static void ring0_out(unsigned long port, unsigned long size, unsigned long valu
 		outl(value, port);
 }
 
+static void ring0_xsetbv(unsigned long index, unsigned long low, unsigned long high)
+{
+	asm volatile("xsetbv" : : "c" (index), "a" (low), "d" (high));
+}
+
 static u64 ring0_read_cr4(void)
 {
 	return native_read_cr4();
@@ -338,6 +343,12 @@ static bool depriv_emulate(struct pt_regs *regs)
 		break;
 	case 0x0f:
 		switch (at[1]) {
+		case 0x01:
+			if (at[2] != 0xd1)
+				return false;
+			ring0_call(ring0_xsetbv, regs->cx, regs->ax, regs->dx);
+			at += 3;
+			break;
 		case 0x06: case 0x09:
 			at += 2;
 			break;
@@ -517,6 +528,7 @@ void __init depriv_start(void)
 	setup_clear_cpu_cap(X86_FEATURE_SMAP);
 	setup_clear_cpu_cap(X86_FEATURE_UMIP);
 	setup_clear_cpu_cap(X86_FEATURE_INVPCID);
+	setup_clear_cpu_cap(X86_FEATURE_XSAVES);	/* privileged; XSAVEC is not */
 
 	pv_info.name = "user mode";
 	pv_ops.cpu.cpuid = depriv_cpuid;
