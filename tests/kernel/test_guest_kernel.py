@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from nagaya.engines.kvm.boot.symbols import find_functions
+from nagaya.kernels.arguments import DEPRIVILEGED_START
 from tests.conftest import require_program
 
 BOOT_S = 3.0  # the goal is one second on a machine with nothing else to do; the suite's machine has
@@ -69,6 +71,10 @@ def guest(vmlinux: str, initramfs: str, disk: str) -> Guest:
     )
     assert "INIT\n" in text and "--end\n" in text, text
     return read_guest(text.partition("INIT\n")[2])
+
+
+def test_it_can_run_in_user_mode(vmlinux: str) -> None:
+    assert find_functions(vmlinux, (DEPRIVILEGED_START,))
 
 
 def test_it_is_what_qemu_loads(vmlinux: str) -> None:

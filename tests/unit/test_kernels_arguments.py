@@ -1,25 +1,24 @@
-"""What goes onto the guest kernel's command line."""
+"""What is put on a guest kernel's command line, by what runs it."""
 
 from __future__ import annotations
 
-from nagaya.kernels.arguments import SOFTWARE_KVM, SOFTWARE_KVM_ONE_CPU, SOFTWARE_KVM_SKIP, plan_arguments
+from nagaya.kernels.arguments import DEPRIVILEGED, SOFTWARE_KVM, SOFTWARE_KVM_ONE_CPU, plan_arguments
 
 
-def test_hardware_needs_nothing() -> None:
+def test_hardware_gets_nothing_but_quiet() -> None:
+    assert plan_arguments() == ["quiet"]
     assert plan_arguments(quiet=False) == []
-    assert plan_arguments(cpus=4) == ["quiet"]
 
 
-def test_software_kvm() -> None:
-    assert plan_arguments(software_kvm=True) == ["quiet", *SOFTWARE_KVM, *SOFTWARE_KVM_SKIP, *SOFTWARE_KVM_ONE_CPU]
-    assert plan_arguments(software_kvm=True, cpus=2, quiet=False) == [*SOFTWARE_KVM, *SOFTWARE_KVM_SKIP]
+def test_a_software_kvm_gets_what_spares_its_emulator() -> None:
+    assert plan_arguments(software_kvm=True) == ["quiet", *SOFTWARE_KVM, *SOFTWARE_KVM_ONE_CPU]
+    assert plan_arguments(software_kvm=True, cpus=2, quiet=False) == list(SOFTWARE_KVM)
 
 
-def test_a_vmm_that_leaves_initcalls_out_does_not_have_them_looked_up() -> None:
-    assert plan_arguments(software_kvm=True, cpus=2, quiet=False, skips=True) == list(SOFTWARE_KVM)
-    assert plan_arguments(skips=True) == ["quiet"]
+def test_a_kernel_in_user_mode_has_no_emulator_to_spare() -> None:
+    assert plan_arguments(software_kvm=True, deprivileged=True, cpus=2) == ["quiet", *DEPRIVILEGED]
 
 
 def test_each_is_one_word() -> None:
-    words = plan_arguments(software_kvm=True)
+    words = plan_arguments(software_kvm=True) + plan_arguments(deprivileged=True)
     assert [word for word in words if not word or word.split() != [word]] == []

@@ -174,4 +174,4 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Unsupported) as caught:
         sources.require_tools()
-    assert caught.value.hint == "as root: apt-get install bc binutils bison flex gcc make tar xz-utils"
+    assert caught.value.hint == "as root: apt-get install bc binutils bison flex gcc make patch tar xz-utils"
