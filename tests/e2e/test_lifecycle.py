@@ -250,6 +250,15 @@ def test_diff_commit_export(cli: Cli, tmp_path: Path) -> None:
     cli.ok("rmi", "made:1")
 
 
+def test_a_machine_that_was_never_started_has_no_changes(cli: Cli) -> None:
+    cli.ok("create", "--name", "fresh", "--network", "none", "busybox", "true")
+    assert cli.ok("diff", "fresh") == ""
+    cli.ok("commit", "-c", "CMD echo committed", "fresh", "fresh:1")
+    assert cli("run", "--rm", "--network", "none", "fresh:1") == (0, "committed\n", "")
+    cli.ok("rm", "fresh")
+    cli.ok("rmi", "fresh:1")
+
+
 def _names(archive: Path) -> set[str]:
     with tarfile.open(archive) as tar:
         return {name.removeprefix("./") for name in tar.getnames()}

@@ -58,6 +58,18 @@ def test_machines_are_on_the_local_network(wired: Cli, network_namespace: Prefix
     assert "ngy" not in links
 
 
+def test_the_local_network_while_a_container_runs(wired: Cli, outside: Prefix) -> None:
+    wired.ok("network", "create", "-d", "macvlan", "-o", "parent=inner", "--subnet", "198.51.100.0/24", "lan")
+    wired.ok("run", "-d", "--name", "web", "busybox", "sleep", "600")
+    wired.ok("network", "connect", "--ip", "198.51.100.52", "lan", "web")
+    assert answers(outside, "198.51.100.52")
+    wired.ok("network", "disconnect", "lan", "web")
+    assert wired("exec", "web", "ip", "link", "show", "eth1").code != 0
+    assert not answers(outside, "198.51.100.52")
+    wired.ok("network", "connect", "--ip", "198.51.100.53", "lan", "web")
+    assert answers(outside, "198.51.100.53")
+
+
 def test_a_rate_on_the_local_network_is_refused(wired: Cli) -> None:
     wired.ok("network", "create", "-d", "macvlan", "-o", "parent=inner", "--subnet", "198.51.100.0/24", "lan")
     ran = wired("run", "--rm", "--network", "lan", "--net-rate", "1mbit", "busybox", "true")

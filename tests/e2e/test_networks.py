@@ -296,6 +296,29 @@ def test_connect_and_disconnect_while_it_runs(net: Cli) -> None:
     assert member(net, "back", "late")["address"] == "172.30.5.9"
 
 
+def test_what_a_machine_knows_of_its_networks_follows_them(net: Cli) -> None:
+    """/etc/hosts, /etc/resolv.conf and the default routes, while it runs."""
+    net.ok("network", "create", "front", "--subnet", "172.30.6.0/24")
+    start(net, "web")
+    start(net, "db", "--network", "front")
+    first = {name: net.ok("exec", "web", "cat", f"/etc/{name}") for name in ("hosts", "resolv.conf")}
+    net.ok("network", "connect", "--ip", "172.30.6.77", "front", "web")
+    assert "172.30.6.77\t" in net.ok("exec", "web", "cat", "/etc/hosts")
+    assert "search nagaya0.nagaya.internal front.nagaya.internal" in net.ok("exec", "web", "cat", "/etc/resolv.conf")
+    assert can_ping(net, "web", "db")
+    net.ok("network", "disconnect", "front", "web")
+    assert {name: net.ok("exec", "web", "cat", f"/etc/{name}") for name in first} == first
+    net.ok("network", "connect", "--ip", "172.30.6.77", "front", "web")
+    net.ok("network", "disconnect", "nagaya0", "web")  # with its name server and its default routes
+    assert net.ok("exec", "web", "cat", "/etc/resolv.conf").endswith("nameserver 172.30.6.1\n")
+    assert can_ping(net, "web", "db") and can_ping(net, "web", "198.51.100.2")
+    assert "default via fd" in net.ok("exec", "web", "ip", "-6", "route")
+    net.ok("exec", "web", "sh", "-c", "echo '# mine' >> /etc/hosts")
+    own = net.ok("exec", "web", "cat", "/etc/hosts")
+    net.ok("network", "connect", "nagaya0", "web")
+    assert net.ok("exec", "web", "cat", "/etc/hosts") == own, "what the machine has changed is its own"
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -213,6 +213,37 @@ def _exchange_datagrams(network_namespace: Prefix, outside: Prefix) -> None:
         assert run_in(prefix, "/usr/bin/python3", "-c", script) == "ping\n", (prefix, address)
 
 
+ASK = """
+import socket, sys, time
+s = socket.socket(type=socket.SOCK_DGRAM); s.bind(("", 7000)); s.settimeout(0.2)
+deadline = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < deadline:
+    try:
+        s.sendto(b"who", (sys.argv[2], 5353)); print(s.recv(100).decode()); break
+    except OSError: time.sleep(0.1)
+"""
+
+
+def test_datagrams_from_one_port_follow_the_machine(wired: Cli, outside: Prefix) -> None:
+    """A client that goes on asking from its port, as a flow of which connection tracking knows where it goes."""
+
+    def ask(within_s: float) -> str:
+        return run_in(outside, "/usr/bin/python3", "-c", ASK, str(within_s), HOST4)
+
+    assert ask(0.5) == ""  # nobody is there; from now on connection tracking knows of it
+    for name in ("one", "two"):
+        machine = wired.ok("run", "-d", "--name", name, "-p", "0.0.0.0:5353:53/udp", "busybox", "sleep", "600").strip()
+        pid = wired.json("inspect", machine)[0]["state"]["pid"]
+        answer = f"import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53))\nwhile True: s.sendto(b'{name}', s.recvfrom(100)[1])"
+        server = subprocess.Popen(["nsenter", "-t", str(pid), "-n", "/usr/bin/python3", "-c", answer])
+        try:
+            assert ask(20) == f"{name}\n"
+        finally:
+            server.kill()
+            server.wait()
+        wired.ok("rm", "-f", machine)
+
+
 def test_ports_follow_the_machine_to_another_network(wired: Cli, network_namespace: Prefix, outside: Prefix) -> None:
     for name in ("first", "second"):
         wired.ok("network", "create", name)

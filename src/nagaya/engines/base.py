@@ -199,7 +199,10 @@ class Pluggable(Protocol):
         """Connect the machine to what the host has prepared. Raises `HostError`; it has no such link then."""
 
     def unplug(self, link: LinkPlan) -> None:
-        """The host has taken the link away."""
+        """The host has taken its end of the link away. Raises `HostError`."""
+
+    def route(self, link: LinkPlan) -> None:
+        """A link that the machine has is the way out from now on. Raises `HostError`."""
 
 
 class OomAware(Protocol):

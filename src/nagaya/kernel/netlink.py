@@ -323,13 +323,13 @@ class Netlink:
         except FileExistsError:
             return
 
-    def addresses(self, index: int) -> set[str]:
-        """An interface's addresses, of both families."""
+    def addresses(self, index: int = 0) -> set[str]:
+        """An interface's addresses, of both families; 0 = of all interfaces."""
         found = set()
         for data in self.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, 0), "list addresses"):
             family, _, _, _, link = _IFADDR.unpack_from(data)
             raw = attributes(data, _IFADDR.size).get(IFA_ADDRESS)
-            if link == index and raw is not None:
+            if index in (0, link) and raw is not None:
                 found.add(_socket.inet_ntop(family, raw))
         return found
 

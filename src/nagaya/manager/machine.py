@@ -466,8 +466,9 @@ class Machine:
     @contextmanager
     def _changes(self) -> Iterator[str]:
         """A directory with what it has changed of its image, as overlayfs keeps it. A virtual machine's is a copy."""
-        if not self._has_disk():
-            yield f"{self.directory}/upper"
+        upper, has_disk = f"{self.directory}/upper", self._has_disk()
+        if not has_disk and os.path.isdir(upper):
+            yield upper
             return
         from nagaya.manager.copying import copy_changes
         from nagaya.storage.tree import remove_tree
@@ -476,7 +477,8 @@ class Machine:
         try:
             remove_tree(place)
             os.mkdir(place, 0o700)
-            copy_changes(self, place)
+            if has_disk:  # else it was never started, and nothing has changed
+                copy_changes(self, place)
             yield place
         finally:
             remove_tree(place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from nagaya.errors import Conflict, HostError, NagayaError, NotFound
+from nagaya.kernel.inet import UDP
 from nagaya.kernel.netlink import Netlink
 from nagaya.kernel.nftables import Nftables
 from nagaya.model.spec import DEFAULT_NETWORK, Attachment, MachineSpec
@@ -66,30 +67,36 @@ def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
     """Firewall and names of a plan that has been stored; the plan with what the machine has to know of them."""
     warnings: list[str] = []
     starting: list[programs.Started] = []
-    served: list[NetworkRecord] = []
-    bridged = [(link, networks.load(paths.root, link.network)) for link in plan.links if link.driver == "bridge"]
-    for link, record in bridged:
+    bridged = [link for link in plan.links if link.driver == "bridge"]
+    for link in bridged:
         try:
             dns.write_names(machine_id, link)
-            started = dns.start(record, link.bridge, link.mtu)
+            started = dns.start(networks.load(paths.root, link.network), link.bridge, link.mtu)
         except FileNotFoundError:
             warnings.append(f"{NO_NAMES} on network '{link.network}': dnsmasq is not installed (dnsmasq-base)")
             continue
-        served.append(record)
         if started is not None:
             starting.append(started)
     if bridged:
         rules.admit(paths, plan)
+        if any(port.protocol == UDP for port in plan.ports):
+            from nagaya.net import flows  # lazy: few publish such ports
+
+            flows.forget_strays(plan)
     for started in starting:
         problem = dns.finish(started)
         if problem:
             warnings.append(f"{NO_NAMES}: {problem.removeprefix('dnsmasq: ')}")
-            served = []
-    return _tell(paths, plan._replace(warnings=tuple(warnings)), served)
+    return _tell(paths, plan._replace(warnings=tuple(warnings)))
 
 
-def _tell(paths: Paths, plan: NetworkPlan, served: list[NetworkRecord]) -> NetworkPlan:
+def _tell(paths: Paths, plan: NetworkPlan) -> NetworkPlan:
     """Who answers a machine's questions: one of its networks that leads out, which asks the others' name servers."""
+    served = [
+        networks.load(paths.root, link.network)
+        for link in plan.links
+        if link.driver == "bridge" and dns.is_running(link.bridge)
+    ]
     if not served:
         return plan
     first = next((record for record in served if not record.internal), served[0])
@@ -104,6 +111,12 @@ def _tell(paths: Paths, plan: NetworkPlan, served: list[NetworkRecord]) -> Netwo
 
 
 # -- while it runs
+
+
+def describe(paths: Paths, machine_id: str) -> NetworkPlan | None:
+    """The plan of a machine that runs as it is by now, with what the machine has to know."""
+    plan = live.load(paths, machine_id)
+    return _tell(paths, plan) if plan is not None else None
 
 
 def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
@@ -140,7 +153,8 @@ def unplug(paths: Paths, machine_id: str, network: str, *, keep_device: bool) ->
         gone = tuple(link for link in plan.links if link.network == network) if plan is not None else ()
         if plan is None or not gone:
             return None
-        rest = plan._replace(links=tuple(link for link in plan.links if link not in gone))
+        links = [link for link in plan.links if link not in gone]
+        rest = plan._replace(links=planning.with_gateways(paths.root, links))
         _drop_links(paths, machine_id, rest, gone, netlink, nftables, keep_device=keep_device)
         return gone[0]
 
@@ -235,6 +249,10 @@ def _drop_links(
         live.store(paths, machine_id, rest)
     if not forgotten:
         rules.reload(paths)
+    if before is not None and any(port.protocol == UDP for port in before.ports):
+        from nagaya.net import flows  # lazy: few publish such ports
+
+        flows.forget_led(before, rest)
 
 
 def _rest(paths: Paths, name: str) -> Elements:

@@ -50,6 +50,16 @@ def configure_link(netlink: Netlink, link: LinkPlan) -> None:
             netlink.add_default_route(gateway)
 
 
+def add_default_routes(netlink: Netlink, link: LinkPlan) -> None:
+    """By a link that is up, where the machine has no other."""
+    for gateway in (link.gateway, link.gateway6):
+        try:
+            if gateway:
+                netlink.add_default_route(gateway)
+        except FileExistsError:
+            continue
+
+
 def link_bytes(names: tuple[str, ...]) -> tuple[int, int]:
     """(sent, received) by host links; -1 where none of them is there."""
     with Netlink() as netlink:

@@ -146,6 +146,19 @@ def without_second_gateways(links: list[LinkPlan]) -> tuple[LinkPlan, ...]:
     return tuple(kept)
 
 
+def with_gateways(root: str, links: list[LinkPlan]) -> tuple[LinkPlan, ...]:
+    """Links that are left when another one has gone, which may have had the default routes: the next ones have them now."""
+    found = []
+    for link in links:
+        record = networks.load(root, link.network)
+        if not record.internal:
+            link = link._replace(
+                gateway=record.gateway if link.address else "", gateway6=record.gateway6 if link.address6 else ""
+            )
+        found.append(link)
+    return without_second_gateways(found)
+
+
 def load_or_make(root: str, name: str, *, netlink: Netlink) -> NetworkRecord:
     """A network's record; the default network's is made when it is first needed."""
     try:

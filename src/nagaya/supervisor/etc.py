@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import os
+
 from nagaya.model.spec import MachineSpec
 from nagaya.net import names
 from nagaya.net.plan import NetworkPlan
 from nagaya.storage.paths import make_directory
 from nagaya.storage.records import write_file
 
+MOST_BYTES = 1 << 20
+
 
 def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[tuple[str, str], ...]:
     """Write them below `directory`; answers (path inside, host file) pairs."""
     make_directory(directory, 0o755)
+    contents = plan_etc(spec, network)
+    for name, text in contents.items():
+        write_file(f"{directory}/{name}", text.encode(), mode=0o644)
+    return tuple((f"/etc/{name}", f"{directory}/{name}") for name in contents)
+
+
+def rewrite_etc(directory: str, spec: MachineSpec, before: NetworkPlan, after: NetworkPlan) -> None:
+    """The same for a machine that runs with them: in place, for what it has bound is the file. What it has changed stays."""
+    new = plan_etc(spec, after)
+    for name, old in plan_etc(spec, before).items():
+        if name not in new or old == new[name]:
+            continue
+        with open(f"{directory}/{name}", "r+", encoding="utf-8", errors="replace", opener=_open_own) as file:
+            if file.read(MOST_BYTES) == old:
+                file.seek(0)
+                file.write(new[name])
+                file.truncate()
+
+
+def _open_own(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def plan_etc(spec: MachineSpec, network: NetworkPlan) -> dict[str, str]:
+    """What is in them, by their names in /etc."""
     contents = {
         "hosts": names.hosts(spec.hostname, network.addresses, (*network.hosts, *spec.extra_hosts)),
         "hostname": spec.hostname + "\n",
@@ -21,9 +50,7 @@ def write_etc(directory: str, spec: MachineSpec, network: NetworkPlan) -> tuple[
         contents["resolv.conf"] = names.resolv_conf(
             _host_resolv_conf(), dns, own_namespace=network.kind != "host", search=network.search
         )
-    for name, text in contents.items():
-        write_file(f"{directory}/{name}", text.encode(), mode=0o644)
-    return tuple((f"/etc/{name}", f"{directory}/{name}") for name in contents)
+    return contents
 
 
 def read_host_nameservers() -> tuple[str, ...]:

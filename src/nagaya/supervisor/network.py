@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from nagaya.errors import Conflict, Unsupported
 from nagaya.net.plan import NetworkPlan
+from nagaya.supervisor.etc import rewrite_etc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,30 +61,41 @@ def plug(machine: Supervisor, network: str) -> None:
     attachment = next((one for one in planning.attachments(machine.spec) if one.network == network), None)
     if attachment is None:
         raise Conflict(f"the record of machine '{machine.spec.name}' does not name the network '{network}'")
+    before = attach.describe(machine.paths, machine.spec.id)
     link = attach.plug(machine.paths, machine.spec, attachment)
     try:
         machine.engine.plug(link)  # type: ignore[attr-defined]
     except BaseException:
         attach.unplug(machine.paths, machine.spec.id, network, keep_device=False)
         raise
-    _lead_ports(machine)
+    _tell(machine, before)
 
 
 def unplug(machine: Supervisor, network: str) -> None:
     """Cut a machine that runs off a network. A virtual machine keeps the card, whose cable is pulled out."""
     from nagaya.net import attach
 
-    link = attach.unplug(machine.paths, machine.spec.id, network, keep_device="plug" not in machine.engine.capabilities)
-    if link is not None and "plug" in machine.engine.capabilities:
+    pluggable = "plug" in machine.engine.capabilities
+    before = attach.describe(machine.paths, machine.spec.id)
+    link = attach.unplug(machine.paths, machine.spec.id, network, keep_device=not pluggable)
+    if link is not None and pluggable:
         machine.engine.unplug(link)  # type: ignore[attr-defined]
-    _lead_ports(machine)
+    _tell(machine, before)
 
 
-def _lead_ports(machine: Supervisor) -> None:
-    """The machine's links have changed: its published ports lead to the first that it has now."""
-    from nagaya.net import live
+def _tell(machine: Supervisor, before: NetworkPlan | None) -> None:
+    """The machine's links have changed: its default routes and the files of its /etc, and where its ports lead."""
+    from nagaya.net import attach
 
-    plan = live.load(machine.paths, machine.spec.id)
-    if plan is not None and machine.published is not None:
+    plan = attach.describe(machine.paths, machine.spec.id)
+    if plan is None or before is None:
+        return
+    if machine.published is not None:
         machine.published.plan = plan
         machine.published.lead()
+    if "plug" in machine.engine.capabilities:
+        for link in plan.links:
+            if link in before.links or link.name not in {one.name for one in before.links}:
+                continue  # nothing is new about it, or it was set up whole
+            machine.engine.route(link)  # type: ignore[attr-defined]
+        rewrite_etc(f"{machine.paths.machine(machine.spec.id)}/etc", machine.spec, before, plan)

@@ -216,8 +216,18 @@ class ContainerEngine:
         self._links = (*self._links, link.host_link)
 
     def unplug(self, link: LinkPlan) -> None:
-        """See `Pluggable.unplug`: of a pair both ends go."""
+        """See `Pluggable.unplug`: of a pair both ends have gone, and of what hangs on a link of the host's none."""
         self._links = tuple(name for name in self._links if name != link.host_link)
+        if link.driver == "macvlan":
+            from nagaya.engines.container.plugging import unplug  # lazy: as above
+
+            unplug(link, self._pidfd)
+
+    def route(self, link: LinkPlan) -> None:
+        """See `Pluggable.route`."""
+        from nagaya.engines.container.plugging import route  # lazy: as above
+
+        route(link, self._pidfd)
 
     def set_limits(self, limits: Limits) -> None:
         assert self._cgroup is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from nagaya.errors import HostError
 from nagaya.kernel.namespaces import CLONE_NEWNET, setns
@@ -17,7 +18,7 @@ def plug(link: LinkPlan, pid: int, pidfd: int) -> None:
         with Netlink() as netlink:
             links.connect_link(netlink, link, pid)
             try:
-                _configure(link, pidfd)
+                _inside(pidfd, lambda inside: links.configure_link(inside, link))
             except OSError:
                 netlink.delete_link(link.host_link)
                 raise
@@ -25,8 +26,24 @@ def plug(link: LinkPlan, pid: int, pidfd: int) -> None:
         raise HostError.from_os(error, f"cannot connect the machine to the network '{link.network}'") from None
 
 
-def _configure(link: LinkPlan, pidfd: int) -> None:
-    """In a child, for a process cannot be in two network namespaces. Raises the `OSError` that it had."""
+def unplug(link: LinkPlan, pidfd: int) -> None:
+    """Delete a link that is inside alone. Raises `HostError`."""
+    try:
+        _inside(pidfd, lambda inside: inside.delete_link(link.name))
+    except OSError as error:
+        raise HostError.from_os(error, f"cannot cut the machine off the network '{link.network}'") from None
+
+
+def route(link: LinkPlan, pidfd: int) -> None:
+    """Make a link's gateways the machine's default routes, where it has none. Raises `HostError`."""
+    try:
+        _inside(pidfd, lambda inside: links.add_default_routes(inside, link))
+    except OSError as error:
+        raise HostError.from_os(error, "cannot set the machine's default route") from None
+
+
+def _inside(pidfd: int, change: Callable[[Netlink], object]) -> None:
+    """Do something in the machine's network namespace, in a child, for a process cannot be in two. Raises its `OSError`."""
     told, telling = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
@@ -34,7 +51,7 @@ def _configure(link: LinkPlan, pidfd: int) -> None:
         try:
             setns(pidfd, CLONE_NEWNET)
             with Netlink() as netlink:
-                links.configure_link(netlink, link)
+                change(netlink)
         except OSError as error:
             number = error.errno or 5
             os.write(telling, f"{error.strerror}".encode())
