@@ -27,7 +27,7 @@ class Patch(NamedTuple):
     def command(self, tree: str) -> list[str]:
         """The patch(1) that puts the hooks in."""
         hooks = os.path.join(self.directory, _HOOKS)
-        return ["patch", "-d", tree, "-p1", "--force", "--no-backup-if-mismatch", "-i", hooks]
+        return ["patch", "-d", tree, "-p1", "--force", "--fuzz=0", "--no-backup-if-mismatch", "-i", hooks]
 
     def copy_files(self, tree: str) -> None:
         """Put the files there. Raises `OSError`."""
