@@ -192,15 +192,10 @@ class DirectEngine:
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
-        from nagaya.kernel.process import read_usage  # lazy: only who asks
-
-        vmm = self._vmm
-        if vmm is None:
+        if self._vmm is None:
             raise RemoteError("the machine has ended")
-        answer = vmm.ask("counters")
-        cpu_ns, resident_bytes = read_usage(vmm.pid)
-        cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *vmm.helpers))
-        disks = [answer["counters"].get(name, {}) for name in self._drives]
+        counters, cpu_ns, resident_bytes = self._vmm.read_usage()
+        disks = [counters.get(name, {}) for name in self._drives]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
             block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),

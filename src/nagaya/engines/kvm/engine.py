@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import signal
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -16,9 +13,9 @@ from nagaya.engines.kvm.assembly import Hardware
 from nagaya.engines.kvm.known import HARDWARE, PVM, find_kvm
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
+from nagaya.engines.kvm.vmm import Vmm
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
-from nagaya.engines.vm.child import end
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
@@ -26,7 +23,7 @@ from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import Shares, start_shares
-from nagaya.errors import HostError, IntegrityError, LaunchError, NotFound, RemoteError, Unsupported, from_wire
+from nagaya.errors import HostError, IntegrityError, NotFound, RemoteError, Unsupported
 from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
@@ -43,11 +40,8 @@ if TYPE_CHECKING:
     from nagaya.engines.kvm.writing import Writing
 
 PLATFORM = "linux/amd64"
-STARTED_WITHIN_S = 30.0  # the VMM, not its guest
 PROGRAM_WITHIN_S = 120.0  # a software KVM boots a kernel in 10 to 20 s
 END_WITHIN_S = 30.0
-ANSWER_WITHIN_S = 10.0
-SAVED_WITHIN_S = 300.0  # a full memory onto a slow disk
 ENTROPY_BYTES = 64
 _POWER_OFF = "port"  # without ACPI: a kernel that is ours needs none, and reading its tables takes time
 
@@ -61,16 +55,10 @@ class KvmEngine:
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
-        self._pid = -1
-        self._pidfd = -1
-        self._control = -1
-        self._unread = b""
+        self._vmm: Vmm | None = None
         self._memory_bytes = 0
         self._links: tuple[str, ...] = ()
         self._console: TextLog | None = None
-        self._log: TextLog | None = None
-        self._log_end = -1
-        self._helpers: list[int] = []  # children of ours beside the VMM
 
     # -- before a boot
 
@@ -129,12 +117,13 @@ class KvmEngine:
     def _boot(self, request: BootRequest, source: Source, stack: ExitStack) -> Booted:
         spec = request.spec
         with ExitStack() as failed:
-            failed.callback(self._abandon)
+            failed.callback(self._close, reap=True)
             with ExitStack() as local:
                 agent, theirs = _connect(local)
                 failed.callback(os.close, agent)
-                shares = self._share(request, local)
-                plan = self._plan(request, source, theirs, shares, local)
+                vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local)
+                shares = _share(request, vmm, local)
+                plan = self._plan(request, source, vmm, theirs, shares, local)
                 if source.hello:
                     os.write(theirs, source.hello)  # said when the template was made: it will not say so again
                 setup = plan_setup(
@@ -142,38 +131,25 @@ class KvmEngine:
                     virtiofs_tags=shares.tags if shares is not None else (),
                 )  # fmt: skip
                 payload = setup_payload(setup)
-                self._pid = child.start(plan)
-                self._pidfd = os.pidfd_open(self._pid)
+                vmm.start(plan)
             # The child's ends are the child's alone now: each of us hears when the other ends.
-            self._greet()
+            vmm.greet()
             failed.pop_all()
-        stack.callback(self._cleanup)
+        stack.callback(self._close)
         return Booted(
-            pid=self._pid, pidfd=os.dup(self._pidfd), agent=agent, policy=rules.plan_policy(spec),
-            warnings=tuple(rules.check_spec(spec)), helpers=tuple(self._helpers), setup=payload,
+            pid=vmm.pid, pidfd=os.dup(vmm.pidfd), agent=agent, policy=rules.plan_policy(spec),
+            warnings=tuple(rules.check_spec(spec)), helpers=tuple(vmm.helpers), setup=payload,
             copies=plan_copies(request.mounts) if shares is None and not request.saved else (), origin=source.origin,
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip
 
-    def _share(self, request: BootRequest, local: ExitStack) -> Shares | None:
-        """The VMM's log, and a virtiofsd for the machine's mounts, which writes to it too."""
-        log, self._log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        local.callback(os.close, self._log_end)
-        self._log = TextLog(log, f"{request.runtime_dir}/vmm.log")
-        shares = start_shares(request.mounts, request.runtime_dir, self._log_end, local)
-        if shares is not None:
-            self._helpers.append(shares.pid)
-        return shares
-
     def _plan(
-        self, request: BootRequest, source: Source, agent: int, shares: Shares | None, local: ExitStack
+        self, request: BootRequest, source: Source, vmm: Vmm, agent: int, shares: Shares | None, local: ExitStack
     ) -> child.Plan:
         """Open what the machine is made of; what the child makes of it."""
         spec, disks = request.spec, request.rootfs
         assert isinstance(disks, DiskPlan)  # our `rootfs_kind`
-        control, theirs = _connect(local, blocking=True)
-        self._control = control
         console, console_end = _connect(local)
         self._console = TextLog(console, f"{request.runtime_dir}/console.log")
         daemon = shares.socket if shares is not None else -1
@@ -183,7 +159,7 @@ class KvmEngine:
         initrd = _held(open_initramfs(), local) if source.saved is None else -1
         memory = source.saved.fds if source.saved is not None else ()
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
-        links = tuple((self._plug(link, request, local), link) for link in request.network.links)
+        links = tuple((self._plug(link, request, vmm, local), link) for link in request.network.links)
         self._memory_bytes = rules.memory_bytes(spec)
         hardware = Hardware(
             kernel=spec.kernel or cache.get_kernel().path, initrd=f"/proc/self/fd/{initrd}" if initrd >= 0 else None,
@@ -195,30 +171,19 @@ class KvmEngine:
             saved=source.saved,
         )  # fmt: skip
         return child.Plan(
-            assemble=assemble, control=theirs,
+            assemble=assemble, control=vmm.control_end,
             kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
-            log=self._log_end,
+            log=vmm.log_end,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
         )  # fmt: skip
 
-    def _plug(self, plan: LinkPlan, request: BootRequest, local: ExitStack) -> int:
+    def _plug(self, plan: LinkPlan, request: BootRequest, vmm: Vmm, local: ExitStack) -> int:
         """What a network card of the machine's is plugged into."""
         if plan.driver == "user":
-            link = start_passt(plan, request.network, request.spec.id, self._log_end, local)
-            self._helpers.append(link.pid)
+            link = start_passt(plan, request.network, request.spec.id, vmm.log_end, local)
+            vmm.helpers.append(link.pid)
             return link.socket
         return _held(tap.open_link(plan), local)
-
-    def _greet(self) -> None:
-        """Until the machine runs. Raises what the child says instead, or `LaunchError` when it says nothing."""
-        try:
-            message = self._hear(STARTED_WITHIN_S)
-        except RemoteError:
-            assert self._log is not None
-            self._log.drain()
-            raise LaunchError("the machine's VMM ended before the machine ran", log_tail=self._log.tail()) from None
-        if "failed" in message:
-            raise from_wire(message["failed"])
 
     # -- while it runs
 
@@ -263,13 +228,7 @@ class KvmEngine:
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
-        from nagaya.kernel.process import read_usage  # lazy: only who asks
-
-        answer = self._ask("counters")
-        counters = answer["counters"]
-        cpu_ns, resident_bytes = read_usage(self._pid)
-        # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
-        cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self._helpers))
+        counters, cpu_ns, resident_bytes = self._running().read_usage()
         disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
@@ -288,15 +247,13 @@ class KvmEngine:
                 self.kill()
 
     def _logs(self) -> list[TextLog]:
-        return [source for source in (self._console, self._log) if source is not None]
+        log = self._vmm.log if self._vmm is not None else None
+        return [source for source in (self._console, log) if source is not None]
 
     def kill(self) -> None:
-        """SIGKILL to the VMM. What its guest has written is in the host's page cache by then, and stays."""
-        if self._pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+        """Pull the machine's plug."""
+        if self._vmm is not None:
+            self._vmm.kill()
 
     def start_applet(
         self,
@@ -318,63 +275,40 @@ class KvmEngine:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it: nothing is left."""
 
     def _ask(self, what: str, *, fds: tuple[int, ...] = (), **details: object) -> dict[str, Any]:
-        """One request to the child, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
-        try:
-            unix.send_with_fds(self._control, json.dumps({"do": what, **details}).encode() + b"\n", fds)
-        except OSError:
-            raise RemoteError("the machine's VMM has ended") from None
-        message = self._hear(SAVED_WITHIN_S if fds else ANSWER_WITHIN_S)
-        if "error" in message:
-            raise from_wire(message["error"])
-        if "done" not in message:
-            raise RemoteError("the machine has just ended")
-        return message["done"] or {}
+        return self._running().ask(what, fds=fds, **details)
 
-    def _hear(self, within_s: float) -> dict[str, Any]:
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        deadline_s = time.monotonic() + within_s
-        while b"\n" not in self._unread:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not poll.poll(left_s * 1000):
-                raise RemoteError(f"the machine's VMM did not answer within {within_s:.0f} s")
-            data = os.read(self._control, 1 << 16)
-            if not data:
-                raise RemoteError("the machine's VMM has ended")
-            self._unread += data
-        line, _, self._unread = self._unread.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
+    def _running(self) -> Vmm:
+        if self._vmm is None:
+            raise RemoteError("the machine's VMM has ended")
+        return self._vmm
 
     # -- after it
 
-    def _abandon(self) -> None:
-        """A boot that failed: nothing runs on."""
-        if self._pid > 0:
-            end(self._pid)
-        self._cleanup()
-
-    def _cleanup(self) -> None:
-        for source in self._logs():
-            source.drain()
-            source.close()
-        self._console = self._log = None
-        for fd in (self._pidfd, self._control):
-            if fd >= 0:
-                os.close(fd)
-        self._pid = self._pidfd = self._control = -1
-        self._unread = b""
-        for pid in self._helpers:  # each has ended when the VMM had, for nobody speaks with it any more
-            end(pid)
-        self._helpers = []
+    def _close(self, *, reap: bool = False) -> None:
+        """`reap`: a boot failed, and nothing is to run on."""
+        console, self._console = self._console, None
+        if console is not None:
+            console.drain()
+            console.close()
+        vmm, self._vmm = self._vmm, None
+        if vmm is not None:
+            vmm.close(reap=reap)
 
 
-def _connect(local: ExitStack, *, blocking: bool = False) -> tuple[int, int]:
+def _share(request: BootRequest, vmm: Vmm, local: ExitStack) -> Shares | None:
+    """A virtiofsd for the machine's mounts, which writes to the VMM's log too."""
+    shares = start_shares(request.mounts, request.runtime_dir, vmm.log_end, local)
+    if shares is not None:
+        vmm.helpers.append(shares.pid)
+    return shares
+
+
+def _connect(local: ExitStack) -> tuple[int, int]:
     """A stream socket to the child: (our end, the child's, which is closed here by `local`)."""
     ours, theirs = unix.socket_pair()
     local.callback(os.close, theirs)
-    os.set_blocking(ours, blocking)
-    os.set_blocking(theirs, blocking)
+    os.set_blocking(ours, False)
+    os.set_blocking(theirs, False)
     return ours, theirs
 
 

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 
 from nagaya.engines.kvm import child
+from nagaya.engines.vm.child import end
 from nagaya.engines.vm.console import TextLog
 from nagaya.errors import LaunchError, RemoteError, from_wire
 from nagaya.kernel import unix
@@ -17,6 +18,7 @@ from nagaya.static import Any
 
 STARTED_WITHIN_S = 30.0
 ANSWER_WITHIN_S = 10.0
+SAVED_WITHIN_S = 300.0  # a full memory onto a slow disk
 
 
 class Vmm:
@@ -47,13 +49,13 @@ class Vmm:
         if "failed" in message:
             raise from_wire(message["failed"])
 
-    def ask(self, what: str, *, within_s: float = ANSWER_WITHIN_S) -> dict[str, Any]:
+    def ask(self, what: str, *, fds: tuple[int, ...] = (), **details: object) -> dict[str, Any]:
         """One request, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
         try:
-            unix.send_with_fds(self._control, json.dumps({"do": what}).encode() + b"\n", ())
+            unix.send_with_fds(self._control, json.dumps({"do": what, **details}).encode() + b"\n", fds)
         except OSError:
             raise RemoteError("the machine's VMM has ended") from None
-        message = self._hear(within_s)
+        message = self._hear(SAVED_WITHIN_S if fds else ANSWER_WITHIN_S)
         if "error" in message:
             raise from_wire(message["error"])
         if "done" not in message:
@@ -78,11 +80,22 @@ class Vmm:
             except ProcessLookupError:
                 return
 
+    def read_usage(self) -> tuple[dict[str, dict[str, int]], int, int]:
+        """(what its devices count, CPU time in ns of all its processes, resident bytes of the first)."""
+        from nagaya.kernel.process import read_usage  # lazy: only who asks
+
+        answer = self.ask("counters")
+        cpu_ns, resident_bytes = read_usage(self.pid)
+        # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
+        cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self.helpers))
+        return answer["counters"], cpu_ns, resident_bytes
+
     def close(self, *, reap: bool = False) -> None:
         """Give everything back. `reap`: the boot failed, and the process, should it run, is ours to end."""
-        for pid in (*((self.pid,) if reap and self.pid > 0 else ()), *self.helpers):
-            os.kill(pid, signal.SIGKILL)  # our child, and not reaped: the pid is still its own
-            os.waitpid(pid, 0)
+        if reap and self.pid > 0:
+            end(self.pid)
+        for pid in self.helpers:  # each has ended when the VMM had, for nobody speaks with it any more
+            end(pid)
         self.log.drain()
         self.log.close()
         for fd in (self.pidfd, self._control):
