@@ -14,7 +14,7 @@ from nagaya import CreateOptions, Host, Machine
 from nagaya.errors import NagayaError
 from nagaya.manager.attachment import Attachment
 from tests.conformance.table import Table
-from tests.conformance.types import HERE, PATIENCE_S, TYPES, Reports, choose, describe_run, find_obstacle
+from tests.conformance.types import HERE, PATIENCE_S, TYPES, Reports, describe_run, find_obstacle, mark
 
 REPORTS = Reports()
 TABLE = Table()
@@ -22,17 +22,8 @@ RECORD = os.environ.get("NAGAYA_CONFORMANCE_RECORD", "")
 BUSYBOX = "/bin/busybox"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "core: run by default even where a type takes ten seconds to boot")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if str(item.path).startswith(HERE)]
-    _, left = choose(ours)
-    if left:
-        config.hook.pytest_deselected(items=left)
-        out = set(left)
-        items[:] = [item for item in items if item not in out]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark([item for item in items if str(item.path).startswith(HERE)])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -29,7 +29,6 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> N
         time.sleep(0.01)
 
 
-@pytest.mark.core
 def test_phases(create: Start) -> None:
     machine = create("sh", "-c", "trap 'exit 4' TERM; echo ready; while true; do sleep 0.05; done")
     assert machine.state.phase == "created"
@@ -79,7 +78,6 @@ def test_wait_sees_the_end(start: Start) -> None:
     assert machine.wait() == 12
 
 
-@pytest.mark.core
 def test_pause_freezes_and_kill_reaches_the_frozen(start: Start) -> None:
     machine = start("sh", "-c", "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done")
     _wait_for(lambda: len(list(machine.logs())) > 3)
@@ -153,7 +151,6 @@ def test_names(host: Host, create: Start) -> None:
         host.machines.get("third")
 
 
-@pytest.mark.core
 def test_data_outlives_a_restart_and_diff_names_it(start: Start) -> None:
     machine = start("sleep", "600")
     machine.run(["sh", "-c", "echo kept > /root/file; rm /etc/group; echo x >> /etc/passwd"])
@@ -279,7 +276,6 @@ def test_copying_both_ways(create: Start, tmp_path: Path, running: bool) -> None
         machine.copy_in(str(tree), "/no/such/place")
 
 
-@pytest.mark.core
 def test_tar_streams(start: Start, tmp_path: Path) -> None:
     machine = start("sleep", "600")
     buffer = io.BytesIO()
@@ -361,7 +357,6 @@ def test_a_killed_supervisor_of_a_paused_machine_leaves_nothing_frozen(start: St
     _wait_for(lambda: not os.path.exists(f"/proc/{init}") or _is_zombie(init))
 
 
-@pytest.mark.core
 def test_a_killed_init_is_told(start: Start) -> None:
     machine = start("sleep", "600")
     os.kill(machine.state.pid, 9)

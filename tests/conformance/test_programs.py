@@ -49,12 +49,10 @@ def test_what_cannot_be_executed(create: Start, argv: tuple[str, ...], status: i
     assert machine.state.exit_code == status
 
 
-@pytest.mark.core
 def test_streams_are_kept_apart(run: Run) -> None:
     assert run("sh", "-c", "echo out; echo err >&2") == (0, b"out\n", b"err\n")
 
 
-@pytest.mark.core
 def test_input_reaches_the_program_and_ends(run: Run) -> None:
     data = os.urandom(3 << 20)
     assert run("cat", input_=data) == (0, data, b"")
@@ -95,7 +93,6 @@ def test_user(run: Run, user: str, expected: str) -> None:
     assert ("/home/ann" in out.decode()) == (user.startswith("ann") or user == "1000")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("user", ["nobody-here", "ann:nogroup-here"])
 def test_unknown_user(create: Start, user: str) -> None:
     with pytest.raises(LaunchError, match="there is no"):
@@ -149,7 +146,6 @@ def test_a_slow_reader_slows_the_program_and_loses_nothing(create: Start) -> Non
     assert got == b"".join(b"%d\n" % number for number in range(1, 400001))
 
 
-@pytest.mark.core
 def test_exec_runs_beside_the_main_program(start: Start) -> None:
     machine = start("sleep", "600", env=("A=1",), workdir="/tmp")
     assert machine.run(["sh", "-c", "cat; echo $A; pwd; exit 3"], stdin=b"in\n") == (3, b"in\n1\n/tmp\n", b"")
@@ -163,7 +159,6 @@ def test_exec_runs_beside_the_main_program(start: Start) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.core
 def test_many_programs_at_once(start: Start) -> None:
     machine = start("sleep", "600")
     attachments = [

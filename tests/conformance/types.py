@@ -1,7 +1,6 @@
 """Which types the suite runs, which cases on each, and what became of each.
 
-NAGAYA_CONFORMANCE names the types ("container,emulated", "all"). Without it all three run; where KVM is a software one, on
-which a boot takes ten seconds and more, `kvm` then runs the cases marked `core` alone.
+NAGAYA_CONFORMANCE names the types ("container,emulated"). Without it all three run.
 NAGAYA_CONFORMANCE_RECORD names a file that outcomes are appended to (`table.py`).
 """
 
@@ -16,14 +15,13 @@ import pytest
 
 from nagaya.engines import TYPES as ALL
 from nagaya.engines import open_engine
-from nagaya.engines.kvm.known import HARDWARE, find_kvm
+from nagaya.engines.kvm.known import find_kvm
 from nagaya.errors import NagayaError
 from tests.conformance.table import Outcome
 
 CHOSEN = os.environ.get("NAGAYA_CONFORMANCE", "")
 TYPES = ALL if CHOSEN in ("", "all") else tuple(CHOSEN.split(","))
-PATIENCE_S = 300.0  # for what has to come in the end: a busy host starves a kernel whose instructions are emulated
-KVM_TIMEOUT_S = 3600  # of a case with several boots on a software KVM
+PATIENCE_S = 300.0  # for what has to come in the end, on a busy host
 PROPERTY = "conformance"
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -38,30 +36,12 @@ def find_obstacle(type_: str) -> str:
     return ""
 
 
-def is_slow(type_: str) -> bool:
-    """Whether a boot of this type takes so long that only the core cases run by default."""
-    if CHOSEN or type_ != "kvm":
-        return False
-    try:
-        return find_kvm().kind != HARDWARE
-    except NagayaError:
-        return False  # then every case is skipped, with that reason
-
-
-def choose(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
-    """(those to run, those that a slow type leaves out); marks each with its case and type."""
-    kept, left = [], []
+def mark(items: list[pytest.Item]) -> None:
+    """Note at each its case and type."""
     for item in items:
         type_ = type_of(item)
-        if type_ == "kvm":
-            item.add_marker(pytest.mark.timeout(KVM_TIMEOUT_S))
-        if type_ and is_slow(type_) and item.get_closest_marker("core") is None:
-            left.append(item)
-            continue
         if type_:
             item.user_properties.append((PROPERTY, (case_of(item, type_), type_)))
-        kept.append(item)
-    return kept, left
 
 
 def type_of(item: pytest.Item) -> str:

@@ -188,7 +188,7 @@ static void depriv_write_cr3(unsigned long cr3)
 	if (__va(cr3 & PAGE_MASK) != swapper_pg_dir && system_state >= SYSTEM_SCHEDULING)
 		user = page_private(page);
 	this_cpu_write(depriv_cpu.kernel_cr3, cr3);
-	this_cpu_write(depriv_cpu.user_cr3, user ? __pa(user) : cr3);
+	this_cpu_write(depriv_cpu.user_cr3, user ? __pa(user) | DEPRIV_USER_CR3 : cr3);
 	depriv_load_cr3(cr3);
 }
 

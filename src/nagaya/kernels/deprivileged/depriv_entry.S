@@ -41,6 +41,13 @@
 	iretq
 .endm
 
+/* A far jump gives a program the kernel's code segment, but not its page tables. Changes RAX. */
+.macro OR_USER target:req
+	movq	%cr3, %rax
+	testb	$DEPRIV_USER_CR3, %al
+	jnz	\target
+.endm
+
 /* ---- ring 0 ---- */
 
 	.text
@@ -69,16 +76,18 @@ SYM_CODE_END(depriv_stubs)
 
 /* vector, error code, RIP, CS, RFLAGS, RSP, SS */
 SYM_CODE_START_LOCAL(ring0_exception)
-	cmpl	$DEPRIV_CS, 24(%rsp)
-	je	1f
-	testb	$3, 24(%rsp)
-	jz	ring0_own_fault
-	swapgs
 	pushq	%rax
+	cmpl	$DEPRIV_CS, 32(%rsp)
+	je	1f
+	testb	$3, 32(%rsp)
+	jz	3f
+2:	swapgs
 	movq	KERNEL_CR3, %rax
 	movq	%rax, %cr3
 	LEAVE	from_user $0x202
-1:	pushq	%rax
+3:	popq	%rax
+	jmp	ring0_own_fault
+1:	OR_USER	2b
 	movzbl	VIF, %eax
 	movb	$0, VIF
 	pushq	%rax
@@ -99,6 +108,7 @@ SYM_CODE_START_LOCAL(ring0_page_fault)
 	LEAVE	from_user $0x202
 1:	cmpl	$DEPRIV_CS, 32(%rsp)
 	jne	3f
+	OR_USER	2b
 	movq	%cr2, %rax
 	movq	%rax, CR2
 	movzbl	VIF, %eax
@@ -113,28 +123,27 @@ SYM_CODE_END(ring0_page_fault)
 
 /* vector, RIP, CS, RFLAGS, RSP, SS, on a stack of its own. */
 SYM_CODE_START_LOCAL(ring0_interrupt)
-	cmpl	$DEPRIV_CS, 16(%rsp)
-	je	1f
-	testb	$3, 16(%rsp)
-	jz	3f
-	swapgs
 	pushq	%rax
+	cmpl	$DEPRIV_CS, 24(%rsp)
+	je	1f
+	testb	$3, 24(%rsp)
+	jz	3f
+4:	swapgs
 	movq	KERNEL_CR3, %rax
 	movq	%rax, %cr3
 	LEAVE	interrupt_from_user $0x2
-1:	cmpb	$0, VIF
+1:	OR_USER	4b
+	cmpb	$0, VIF
 	je	2f
-	pushq	%rax
 	LEAVE	interrupt_from_kernel $0x2
-2:	pushq	%rax
-	movb	8(%rsp), %al
+2:	movb	8(%rsp), %al
 	movb	%al, PENDING
 	popq	%rax
 	addq	$8, %rsp
 	andl	$~X86_EFLAGS_IF, 16(%rsp)
 	iretq
 3:	/* From ring0_halt. */
-	movb	(%rsp), %al
+	movb	8(%rsp), %al
 	movb	%al, PENDING
 	movq	CALL_FRAME, %rsp
 	andl	$~X86_EFLAGS_IF, 16(%rsp)
