@@ -110,6 +110,94 @@ def test_dhcp_gives_what_the_store_has_given(net: Cli) -> None:
     assert net.ok("exec", "asker", "cat", "/tmp/lease").split() == [f"{mine['address']}/16", *[found["gateway"]] * 2]
 
 
+SOLICIT = """
+import socket, struct, sys, time
+mac, wanted = bytes.fromhex(sys.argv[1].replace(":", "")), socket.inet_pton(socket.AF_INET6, sys.argv[2])
+option = lambda number, value: struct.pack(">HH", number, len(value)) + value
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:  # RFC 8415
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    client.bind(("::", 546))
+    client.settimeout(1)
+    message = struct.pack(">I", 1 << 24 | 77) + option(1, b"\\0\\3\\0\\1" + mac) + option(3, bytes(4) + bytes(8))
+    for _ in range(15):
+        client.sendto(message, ("ff02::1:2", 547, 0, socket.if_nametoindex("eth0")))
+        try: answer = client.recv(2048)
+        except TimeoutError: continue
+        sys.exit(0 if answer[0] == 2 and option(5, wanted)[:2] + struct.pack(">H", 24) + wanted in answer else repr(answer))
+sys.exit("no answer")
+"""
+
+
+def test_a_system_that_sets_itself_up_has_ipv6(net: Cli) -> None:
+    """Router advertisements reach none but those; DHCPv6 gives what the store has given."""
+    start(net, "plain")
+    start(net, "asker")
+    (found,) = net.json("network", "inspect", "nagaya0")
+    mine = {name: member(net, "nagaya0", name) for name in ("plain", "asker")}
+    table = found["bridge"].replace("-", "_")
+    outside(net, "nft", f'add element bridge {table} advised {{ "{mine["asker"]["link"]}" }}')  # as a whole machine's
+    pids = {machine["name"]: machine["pid"] for machine in net.machines()}
+    enter = {name: ["nsenter", f"--net=/proc/{pid}/ns/net"] for name, pid in pids.items()}
+    for name in mine:  # forget what was set up from outside
+        script = (
+            "echo 2 > /proc/sys/net/ipv6/conf/eth0/accept_ra; ip -6 address flush dev eth0 scope global; "
+            "ip -6 route flush default; ip link set eth0 down; ip link set eth0 up"
+        )
+        subprocess.run([*enter[name], "sh", "-ec", script], check=True)
+    deadline = time.monotonic() + 30
+    while "default via fe80" not in (routes := net.ok("exec", "asker", "ip", "-6", "route")):
+        assert time.monotonic() < deadline, routes
+        time.sleep(0.1)
+    assert "default" not in net.ok("exec", "plain", "ip", "-6", "route")
+    assert "inet6 fd" not in net.ok("exec", "asker", "ip", "address"), "no address but by DHCPv6"
+    asks = [*enter["asker"], "python3", "-c", SOLICIT, mine["asker"]["mac"], mine["asker"]["address6"]]
+    done = subprocess.run(asks, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+ANSWER = """
+import socket, struct, sys
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("198.51.100.2", 53))
+print(flush=True)
+while True:
+    question, client = server.recvfrom(512)
+    kind = question[-4:-2]  # RFC 1035, 4.1.2: of the one question that there is
+    answers = b"\\xc0\\x0c\\0\\1\\0\\1" + struct.pack(">IH", 60, 4) + bytes([192, 0, 2, 80]) if kind == b"\\0\\1" else b""
+    end = question.index(b"\\0", 12) + 5
+    head = question[:2] + b"\\x81\\x80" + struct.pack(">HHHH", 1, bool(answers), 0, 0)
+    server.sendto(head + question[12:end] + answers, client)
+"""
+
+
+def test_name_servers_of_one_s_own_beside_the_names(net: Cli, network_namespace: tuple[str, ...]) -> None:
+    """--dns: the server's answers are had, those of the network's machines too, and another machine has nothing of it."""
+    place = network_namespace[1].replace("-in-", "-out-")
+    upstream = subprocess.Popen(["nsenter", place, "python3", "-c", ANSWER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert upstream.stdout is not None and upstream.stdout.readline() == "\n"
+        start(net, "own", "--dns", "198.51.100.2")
+        start(net, "web", "-p", "198.51.100.1:53:53/udp")  # a name server, which takes nobody's questions
+        assert "192.0.2.80" in net("exec", "own", "nslookup", "somewhere.example").out
+        assert can_ping(net, "own", "web") and can_ping(net, "own", "host.nagaya.internal")
+        assert can_ping(net, "web", "own")
+        assert "192.0.2.80" not in net("exec", "web", "nslookup", "somewhere.example").out
+        (found,) = net.json("network", "inspect", "nagaya0")
+        (pid_file,) = (name for name in os.listdir(f"/run/nagaya-names/{found['bridge']}") if name.startswith("pid-"))
+        os.kill(int(open(f"/run/nagaya-names/{found['bridge']}/{pid_file}").read()), signal.SIGKILL)
+        assert "name server of network 'nagaya0' was gone" in net("network", "ls").err
+        assert "192.0.2.80" in net("exec", "own", "nslookup", "somewhere.example").out
+        net.ok("rm", "-f", "web")
+        assert net("exec", "own", "nslookup", "web").code != 0
+        net.ok("rm", "-f", "own")
+        assert not os.path.exists(f"/run/nagaya-names/{found['bridge']}")
+    finally:
+        upstream.kill()
+        upstream.wait()
+        if upstream.stdout is not None:
+            upstream.stdout.close()
+
+
 def test_a_machine_on_two_networks_finds_names_on_both_and_a_rename_is_told(net: Cli) -> None:
     net.ok("network", "create", "front")
     net.ok("network", "create", "back", "--internal")

@@ -36,7 +36,8 @@ wanted = [
     ("inet", "trusted4", '"br-1" . 10.64.0.2'), ("inet", "trusted6", '"br-1" . fd00::2'),
     ("inet", "ports4", "tcp . 192.0.2.1 . 80 : 10.64.0.2 . 8080"), ("inet", "ports6", "udp . 2001:db8::1 . 53 : fd00::2 . 5353"),
     ("inet", "anyports4", "udp . 53 : 10.64.0.2 . 5353"), ("inet", "anyports6", "tcp . 80 : fd00::2 . 65535"),
-    ("bridge", "ports", '"ngy0123456789f"'), ("bridge", "macs", '"ngy0" . 02:00:00:00:00:ff'),
+    ("inet", "resolvers4", '"br-1" . 10.64.0.2 : 10.64.0.1 . 20000'), ("inet", "resolvers6", '"br-1" . fd00::2 : fd00::1 . 29999'),
+    ("bridge", "ports", '"ngy0123456789f"'), ("bridge", "advised", '"ngy0"'), ("bridge", "macs", '"ngy0" . 02:00:00:00:00:ff'),
     ("bridge", "senders4", '"ngy0" . 02:00:00:00:00:ff . 10.64.0.2'),
     ("bridge", "senders6", '"ngy0" . 02:00:00:00:00:ff . fe80::ff:fe00:ff'),
     ("bridge", "owned6", '"ngy0" . 0xfe800000000000000000000000ff00ff'),
@@ -70,7 +71,7 @@ with Nftables() as nft:
     for family, name in elements.SETS:                    # a flushed set does not go unnoticed
         firewall.rebuild(root, wanted)
         assert firewall.is_whole(root, nft)
-        kind = "map" if "ports" in name and family == "inet" else "set"
+        kind = "map" if elements.SETS[family, name].data else "set"
         subprocess.run(["nft", "flush", kind, family, table, name], check=True)
         assert not firewall.is_whole(root, nft), name
         assert not firewall.change(root, nft, add=wanted), name
@@ -93,4 +94,4 @@ def test_elements_by_netlink_are_those_that_nft_makes() -> None:
         pytest.skip("needs nft")
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == 16
+    assert json.loads(done.stdout) == 19

@@ -203,11 +203,11 @@ def test_the_firewall_names_only_its_own_tables() -> None:
     heads = [line.removesuffix(" {").split()[-1] for line in text.splitlines() if "table " in line]
     assert set(heads) == {name}
     assert text.count("{{") == text.count("}}") == 0
-    assert firewall.rules_of(firewall._INET) == 24 and firewall.rules_of(firewall._BRIDGE) == 11
+    assert firewall.rules_of(firewall._INET) == 28 and firewall.rules_of(firewall._BRIDGE) == 12
 
 
 def test_elements_of_a_machine() -> None:
-    found = firewall.machine_elements(NetworkPlan("links", (LINK, LinkPlan("user")), allow_host=True))
+    found = firewall.machine_elements("/r", NetworkPlan("links", (LINK, LinkPlan("user")), allow_host=True))
     assert ("bridge", "senders4", '"ngy0" . 02:00:00:00:00:01 . 10.64.0.2') in found
     assert ("bridge", "senders6", '"ngy0" . 02:00:00:00:00:01 . fe80::ff:fe00:1') in found
     assert ("bridge", "owned6", '"ngy0" . 0xfd000000000000000000000000000002') in found
@@ -254,7 +254,16 @@ def test_dnsmasq_s_command_line() -> None:
     assert {"--host-record=host.nagaya.internal,10.64.0.1,fd00::1", "--dhcp-option=option:router,10.64.0.1"} <= set(
         argv
     )
+    assert {"--dhcp-range=fd00::,static,64,1h", "--enable-ra", "--ra-param=br,mtu:1400,600,1800"} <= set(argv)
+    further = dns.further_arguments(record, "br", ("192.0.2.53",))
+    assert {f"--port={dns.port_of(('192.0.2.53',))}", "--server=192.0.2.53", "--no-resolv"} <= set(further)
+    assert not any(word.startswith(("--dhcp", "--enable-ra")) for word in further)
+    assert dns.port_of(()) == 0 and 20000 <= dns.port_of(("192.0.2.53",)) < 30000
     closed = dns.arguments(record._replace(internal=True), "br", 1400, resolvers=("9.9.9.9",))
+    assert "--ra-param=br,mtu:1400,600,0" in closed
+    for other in (record._replace(subnet6="fd00::/48"), record._replace(subnet6="", gateway6="")):
+        assert "--enable-ra" not in dns.arguments(other, "br", 1400, resolvers=())
+    assert "--enable-ra" not in dns.arguments(record, "br", 1279, resolvers=())
     assert "--no-resolv" in closed and "--dhcp-option=option:router" in closed  # none
     assert not any(word.startswith("--server=") for word in closed)
     assert not any(

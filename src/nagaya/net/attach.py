@@ -71,12 +71,12 @@ def _prepare(paths: Paths, machine_id: str, plan: NetworkPlan) -> NetworkPlan:
     for link in bridged:
         try:
             dns.write_names(machine_id, link)
-            started = dns.start(networks.load(paths.root, link.network), link.bridge, link.mtu)
+            record = networks.load(paths.root, link.network)
+            both = (dns.start(record, link.bridge, link.mtu), dns.start_further(record, link.bridge, link.dns))
+            starting += [started for started in both if started is not None]
         except FileNotFoundError:
             warnings.append(f"{NO_NAMES} on network '{link.network}': dnsmasq is not installed (dnsmasq-base)")
             continue
-        if started is not None:
-            starting.append(started)
     if bridged:
         rules.admit(paths, plan)
         if any(port.protocol == UDP for port in plan.ports):
@@ -95,7 +95,7 @@ def _tell(paths: Paths, plan: NetworkPlan) -> NetworkPlan:
     served = [
         networks.load(paths.root, link.network)
         for link in plan.links
-        if link.driver == "bridge" and dns.is_running(link.bridge)
+        if link.driver == "bridge" and dns.is_running(link.bridge, dns.port_of(link.dns))
     ]
     if not served:
         return plan
@@ -224,6 +224,7 @@ def _drop_links(
         raise HostError.from_os(error, "cannot delete a link of the machine") from None
     trusted = rest is not None and rest.allow_host
     elements = [element for link in bridged for element in firewall.link_elements(link, trusted=True)]
+    elements += [element for link in bridged for element in firewall.resolver_elements(paths.root, link)]
     for link in bridged:
         if link.rate_bits:
             rates.lift(link.host_link)

@@ -87,7 +87,10 @@ def _find_in_network(
         if link.rate_bits and not rates.is_limited(link.host_link) and netlink.find_link(link.host_link) is not None:
             limit = partial(rates.limit, link.host_link, link.rate_bits)
             yield Damage(f"the rate limit of link '{link.host_link}' was gone", "has been set anew", limit)
-    if not dns.is_running(bridge) and dns.is_installed():
+    if not dns.is_installed():
+        return
+    asked = dict.fromkeys(link.dns for link in links.values())
+    if not dns.is_running(bridge) or not all(dns.is_running(bridge, dns.port_of(servers)) for servers in asked):
         yield Damage(
             f"the name server of network '{record.name}' was gone", "has been started anew",
             partial(_serve_names, record, bridge, links),
@@ -97,7 +100,8 @@ def _find_in_network(
 def _serve_names(record: NetworkRecord, bridge: str, links: dict[str, LinkPlan]) -> None:
     for machine_id, link in links.items():
         dns.write_names(machine_id, link)
-    started = dns.start(record, bridge, next(iter(links.values())).mtu)
-    problem = dns.finish(started) if started is not None else ""
-    if problem:
-        raise LaunchError(problem)
+    starting = [dns.start(record, bridge, next(iter(links.values())).mtu)]
+    starting += [dns.start_further(record, bridge, servers) for servers in {link.dns for link in links.values()}]
+    problems = [problem for started in starting if started is not None and (problem := dns.finish(started))]
+    if problems:
+        raise LaunchError(problems[0])

@@ -4,8 +4,10 @@ Nobody watches it: who starts a machine, or looks at networks, starts it again i
 /run/nagaya-names/BRIDGE, where the user that it becomes can read them; it sees changes by inotify.
 
     pid                  its own; believed only of a process that has our arguments and sees our network
+    pid-PORT             of a further one, which asks the servers that machines were given by --dns; the firewall leads
+                         these machines' questions there
     hosts/ID             names of a machine, as in /etc/hosts
-    dhcp/ID              "MAC,ADDRESS,name" of a machine, for one that asks by DHCP
+    dhcp/ID              "MAC,ADDRESS,[ADDRESS6],name" of a machine, for one that asks by DHCP
     servers              who answers for the domains of other networks, for machines that are on these too
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 
 from nagaya.net import programs
 from nagaya.net.names import FALLBACK_DNS, has_nameserver
@@ -27,6 +30,11 @@ DIRECTORY = "/run/nagaya-names"  # not below /run/nagaya, which is closed to the
 DOMAIN = "nagaya.internal"
 HOST_NAME = f"host.{DOMAIN}"
 USER = "nobody"
+LEAST_MTU6 = 1280  # RFC 8200, 5
+LEAST_PREFIX6 = 64  # of dnsmasq's
+ADVERTISE_S = 600
+ROUTER_LIFETIME_S = 1800
+FIRST_PORT, PORTS = 20000, 10000  # below those that the kernel gives to clients
 
 
 def directory(bridge: str) -> str:
@@ -40,14 +48,9 @@ def domain(network: str) -> str:
 
 def arguments(record: NetworkRecord, bridge: str, mtu: int, *, resolvers: tuple[str, ...]) -> list[str]:
     """dnsmasq's command line. `resolvers` replace the host's own; an internal network has none at all."""
-    place = directory(bridge)
     argv = [
-        PROGRAM, "--conf-file=/dev/null", f"--user={USER}", f"--pid-file={place}/pid",
-        f"--interface={bridge}", "--except-interface=lo", "--bind-interfaces",
-        f"--servers-file={place}/servers", f"--local=/{domain(record.name)}/",
-        "--no-hosts", f"--hostsdir={place}/hosts", f"--dhcp-hostsdir={place}/dhcp",
-        "--domain-needed", "--bogus-priv", "--cache-size=1000", "--leasefile-ro", "--quiet-dhcp",
-        f"--host-record={HOST_NAME},{','.join(filter(None, (record.gateway, record.gateway6)))}",
+        *_common_arguments(record, bridge, 0), "--dhcp-ignore=tag:!known", f"--dhcp-hostsdir={directory(bridge)}/dhcp",
+        "--leasefile-ro", "--quiet-dhcp",
     ]  # fmt: skip
     if record.internal or resolvers:
         argv += ["--no-resolv", *(f"--server={server}" for server in resolvers if not record.internal)]
@@ -55,16 +58,51 @@ def arguments(record: NetworkRecord, bridge: str, mtu: int, *, resolvers: tuple[
         subnet = parse_subnet(record.subnet)
         mask = format_address((1 << 32) - subnet.size, 4)
         argv += [
-            f"--dhcp-range={subnet.address(0)},static,{mask},1h", "--dhcp-ignore=tag:!known", "--dhcp-authoritative",
+            f"--dhcp-range={subnet.address(0)},static,{mask},1h", "--dhcp-authoritative",
             f"--dhcp-option=option:mtu,{mtu}", f"--dhcp-option=option:dns-server,{record.gateway}",
             "--dhcp-option=option:router" + ("" if record.internal else f",{record.gateway}"),
+        ]  # fmt: skip
+    if record.gateway6 and mtu >= LEAST_MTU6 and parse_subnet(record.subnet6).prefix >= LEAST_PREFIX6:
+        # "static" has the advertisements say that addresses come by DHCPv6: the firewall knows of no other ones.
+        subnet = parse_subnet(record.subnet6)
+        argv += [
+            f"--dhcp-range={subnet.address(0)},static,{subnet.prefix},1h", "--enable-ra",
+            f"--ra-param={bridge},mtu:{mtu},{ADVERTISE_S},{0 if record.internal else ROUTER_LIFETIME_S}",
+            f"--dhcp-option=option6:dns-server,[{record.gateway6}]",
         ]  # fmt: skip
     return argv
 
 
-def find(bridge: str) -> int:
+def further_arguments(record: NetworkRecord, bridge: str, servers: tuple[str, ...]) -> list[str]:
+    """The command line of one that knows the same names, and asks other servers for all others."""
+    asked = (f"--server={server}" for server in servers)
+    return [*_common_arguments(record, bridge, port_of(servers)), "--no-resolv", *asked]
+
+
+def _common_arguments(record: NetworkRecord, bridge: str, port: int) -> list[str]:
+    place = directory(bridge)
+    return [
+        PROGRAM, "--conf-file=/dev/null", f"--user={USER}", f"--pid-file={_pid_file(bridge, port)}",
+        *((f"--port={port}",) if port else ()),
+        f"--interface={bridge}", "--except-interface=lo", "--bind-interfaces",
+        f"--servers-file={place}/servers", f"--local=/{domain(record.name)}/",
+        "--no-hosts", f"--hostsdir={place}/hosts", "--domain-needed", "--bogus-priv", "--cache-size=1000",
+        f"--host-record={HOST_NAME},{','.join(filter(None, (record.gateway, record.gateway6)))}",
+    ]  # fmt: skip
+
+
+def port_of(servers: tuple[str, ...]) -> int:
+    """Where the one that asks these servers listens; 0 = for none, so at the port that everybody asks."""
+    return FIRST_PORT + zlib.crc32(" ".join(servers).encode()) % PORTS if servers else 0
+
+
+def _pid_file(bridge: str, port: int) -> str:
+    return f"{directory(bridge)}/pid-{port}" if port else f"{directory(bridge)}/pid"
+
+
+def find(bridge: str, port: int = 0) -> int:
     """A pidfd of the network's dnsmasq, or -1 when none runs."""
-    path = f"{directory(bridge)}/pid"
+    path = _pid_file(bridge, port)
     try:
         with open(path, encoding="ascii") as file:
             pid = int(file.read())
@@ -84,8 +122,18 @@ def find(bridge: str) -> int:
     return -1
 
 
-def is_running(bridge: str) -> bool:
-    fd = find(bridge)
+def _find_all(bridge: str) -> list[int]:
+    """Pidfds of all that the network has."""
+    try:
+        names = os.listdir(directory(bridge))
+    except FileNotFoundError:
+        return []
+    ports = [int(word) for name in names if name.startswith("pid-") and (word := name[4:]).isdecimal()]
+    return [fd for port in (0, *ports) if (fd := find(bridge, port)) >= 0]
+
+
+def is_running(bridge: str, port: int = 0) -> bool:
+    fd = find(bridge, port)
     if fd >= 0:
         os.close(fd)
     return fd >= 0
@@ -106,6 +154,14 @@ def start(record: NetworkRecord, bridge: str, mtu: int) -> programs.Started | No
     make_directories(bridge)
     resolvers = () if has_nameserver(_host_resolv_conf()) else FALLBACK_DNS
     return programs.start(arguments(record, bridge, mtu, resolvers=resolvers))
+
+
+def start_further(record: NetworkRecord, bridge: str, servers: tuple[str, ...]) -> programs.Started | None:
+    """The same for the one that asks `servers`."""
+    if not servers or is_running(bridge, port_of(servers)):
+        return None
+    make_directories(bridge)
+    return programs.start(further_arguments(record, bridge, servers))
 
 
 def finish(started: programs.Started) -> str:
@@ -135,8 +191,7 @@ def add_servers(bridge: str, others: list[tuple[str, str]]) -> None:
 
 def _hang_up(bridge: str) -> None:
     """Have dnsmasq read again what it does not watch."""
-    fd = find(bridge)
-    if fd >= 0:
+    for fd in _find_all(bridge):
         _signal(fd, signal.SIGHUP)
 
 
@@ -147,8 +202,9 @@ def write_names(machine_id: str, link: LinkPlan) -> None:
     names = " ".join((*link.names, *(f"{name}.{domain(link.network)}" for name in link.names)))
     lines = [f"{address} {names}\n" for address in (link.address, link.address6) if address]
     _write(place, "hosts", machine_id, "".join(lines))
-    if link.address:
-        _write(place, "dhcp", machine_id, f"{link.mac},{link.address},{machine_id[:12]}\n")
+    own = [link.address] if link.address else []
+    own += [f"[{link.address6}]"] if link.address6 else []
+    _write(place, "dhcp", machine_id, ",".join((link.mac, *own, machine_id[:12])) + "\n")
 
 
 def _write(place: str, name: str, machine_id: str, text: str) -> None:
@@ -183,8 +239,7 @@ def machines_of(bridge: str) -> set[str]:
 
 def stop(bridge: str) -> None:
     """End the network's dnsmasq and remove its files."""
-    fd = find(bridge)
-    if fd >= 0:
+    for fd in _find_all(bridge):
         _signal(fd, signal.SIGTERM)
     remove_tree(directory(bridge))
 

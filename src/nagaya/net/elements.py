@@ -33,11 +33,14 @@ SETS = {
     ("inet", "ports6"): Shape(("inet_proto", "ipv6_addr", "inet_service"), _LED6),
     ("inet", "anyports4"): Shape(("inet_proto", "inet_service"), _LED4),
     ("inet", "anyports6"): Shape(("inet_proto", "inet_service"), _LED6),
+    ("inet", "resolvers4"): Shape(("ifname", "ipv4_addr"), _LED4),
+    ("inet", "resolvers6"): Shape(("ifname", "ipv6_addr"), _LED6),
     ("bridge", "ports"): Shape(("ifname",)),
     ("bridge", "macs"): Shape(("ifname", "ether_addr")),
     ("bridge", "senders4"): Shape(("ifname", "ether_addr", "ipv4_addr")),
     ("bridge", "senders6"): Shape(("ifname", "ether_addr", "ipv6_addr")),
     ("bridge", "owned6"): Shape(("ifname", TARGET)),
+    ("bridge", "advised"): Shape(("ifname",)),
 }
 
 # One in each set that means nothing, and whose being there says that nobody has flushed the set. No link has such a name

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 
-from nagaya.errors import LaunchError, Unsupported
+from nagaya.errors import LaunchError, NagayaError, Unsupported
 from nagaya.kernel.nftables import NFPROTO_BRIDGE, NFPROTO_INET, Nftables
-from nagaya.net import elements, programs
+from nagaya.net import dns, elements, programs
 from nagaya.net.elements import Elements
-from nagaya.net.networks import NetworkRecord, bridge_name
+from nagaya.net.networks import NetworkRecord, bridge_name, load
 from nagaya.net.plan import WILDCARDS, LinkPlan, NetworkPlan, is_loopback
 from nagaya.net.subnets import format_address, parse_address
 
 _INET = """table inet {table} {{
 {sets}	chain prerouting {{
 		type nat hook prerouting priority dstnat; policy accept;
+		iifname . ip daddr @gateways4 meta l4proto {{ tcp, udp }} th dport 53 dnat ip to iifname . ip saddr map @resolvers4
+		iifname . ip6 daddr @gateways6 meta l4proto {{ tcp, udp }} th dport 53 dnat ip6 to iifname . ip6 saddr map @resolvers6
 		dnat ip to meta l4proto . ip daddr . th dport map @ports4
 		dnat ip6 to meta l4proto . ip6 daddr . th dport map @ports6
 		fib daddr type local dnat ip to meta l4proto . th dport map @anyports4
@@ -40,8 +42,10 @@ _INET = """table inet {table} {{
 		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit }} accept
 		icmpv6 type {{ mld-listener-query, mld-listener-report, mld2-listener-report }} accept
 		udp sport 68 udp dport 67 accept
+		ip6 saddr fe80::/10 udp sport 546 udp dport 547 accept
 		iifname . ip daddr @gateways4 meta l4proto {{ tcp, udp }} th dport 53 accept
 		iifname . ip6 daddr @gateways6 meta l4proto {{ tcp, udp }} th dport 53 accept
+		ct status dnat meta l4proto {{ tcp, udp }} th dport {first}-{last} accept
 		iifname . ip daddr @gateways4 icmp type echo-request accept
 		iifname . ip6 daddr @gateways6 icmpv6 type echo-request accept
 		iifname . ip saddr @trusted4 accept
@@ -55,7 +59,8 @@ _INET = """table inet {table} {{
 	}}
 }}
 """
-# By every machine's own link: who it says it is. In the bridge's first hook, so also on the way to its neighbours.
+# By every machine's own link: who it says it is. In the bridge's first hook, so also on the way to its neighbours. And the
+# host's router advertisements go to those alone that set themselves up: what we have set up needs no second default route.
 _BRIDGE = """table bridge {table} {{
 {sets}	chain prerouting {{
 		type filter hook prerouting priority filter; policy accept;
@@ -70,6 +75,10 @@ _BRIDGE = """table bridge {table} {{
 		ether type ip6 iifname . ether saddr . ip6 saddr @senders6 accept
 		ether type ip6 ip6 saddr :: icmpv6 type {{ nd-neighbor-solicit, mld-listener-report, mld2-listener-report }} accept
 		drop
+	}}
+	chain output {{
+		type filter hook output priority filter; policy accept;
+		icmpv6 type nd-router-advert oifname != @advised drop
 	}}
 }}
 """
@@ -90,7 +99,9 @@ def tables(root: str) -> str:
     table = table_name(root)
     return (
         f"add table inet {table}\ndelete table inet {table}\nadd table bridge {table}\ndelete table bridge {table}\n"
-        + _INET.format(table=table, sets=elements.declare("inet"))
+        + _INET.format(
+            table=table, sets=elements.declare("inet"), first=dns.FIRST_PORT, last=dns.FIRST_PORT + dns.PORTS - 1
+        )
         + _BRIDGE.format(table=table, sets=elements.declare("bridge"))
         + elements.additions(table, elements.marks())
     )
@@ -111,12 +122,12 @@ def network_elements(root: str, record: NetworkRecord) -> Elements:
     return found
 
 
-def machine_elements(plan: NetworkPlan) -> Elements:
+def machine_elements(root: str, plan: NetworkPlan) -> Elements:
     """What the tables have of a machine."""
     found: Elements = []
     for link in plan.links:
         if link.driver == "bridge":
-            found += link_elements(link, trusted=plan.allow_host)
+            found += link_elements(link, trusted=plan.allow_host) + resolver_elements(root, link)
     return found + port_elements(plan)
 
 
@@ -151,6 +162,8 @@ def link_elements(link: LinkPlan, *, trusted: bool) -> Elements:
     port = f'"{link.host_link}"'
     local = link_local(link.mac)
     found = [("bridge", "ports", port), ("bridge", "macs", f"{port} . {link.mac}")]
+    if link.sets_itself_up:
+        found.append(("bridge", "advised", port))
     if link.address:
         found.append(("bridge", "senders4", f"{port} . {link.mac} . {link.address}"))
         if trusted:
@@ -161,6 +174,22 @@ def link_elements(link: LinkPlan, *, trusted: bool) -> Elements:
             found.append(("bridge", "owned6", f"{port} . {parse_address(address, 6):#034x}"))
     if link.address6 and trusted:
         found.append(("inet", "trusted6", f'"{link.bridge}" . {link.address6}'))
+    return found
+
+
+def resolver_elements(root: str, link: LinkPlan) -> Elements:
+    """Where the questions of a machine are led that has name servers of its own choice."""
+    if not link.dns:
+        return []
+    try:
+        record = load(root, link.network)
+    except NagayaError:
+        return []  # it is gone or damaged
+    found: Elements = []
+    for version, gateway, address in ((4, record.gateway, link.address), (6, record.gateway6, link.address6)):
+        if gateway and address:
+            key = f'"{link.bridge}" . {address}'
+            found.append(("inet", f"resolvers{version}", f"{key} : {gateway} . {dns.port_of(link.dns)}"))
     return found
 
 

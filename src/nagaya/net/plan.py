@@ -28,6 +28,10 @@ class LinkPlan(NamedTuple):
     gateway6: str = ""
     rate_bits: int = 0  # bits per second in each direction; 0 = no limit
     names: tuple[str, ...] = ()  # that others on the network find it by
+    dns: tuple[str, ...] = ()  # who is asked for all other names, in place of the host's servers
+    sets_itself_up: bool = (
+        False  # by DHCP and router advertisements: a system of its own is inside, and nothing of ours
+    )
 
 
 class NetworkPlan(NamedTuple):

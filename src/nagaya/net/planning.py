@@ -108,7 +108,8 @@ def plan_link(root: str, spec: MachineSpec, attachment: Attachment, number: int,
         driver=record.driver, network=record.name, bridge=bridge if record.driver == "bridge" else record.parent,
         host_link=host_link(machine_id, number), name=f"eth{number}",
         mac=attachment.mac or mac_address(machine_id, number), mtu=record.mtu or way_out_mtu(netlink),
-        names=names_of(spec, attachment), rate_bits=spec.net_rate_bits,
+        names=names_of(spec, attachment), rate_bits=spec.net_rate_bits, sets_itself_up=spec.hardware is not None,
+        dns=() if record.internal or record.driver != "bridge" else spec.dns,
     )  # fmt: skip
     if record.driver == "macvlan" and spec.net_rate_bits:
         raise Unsupported(

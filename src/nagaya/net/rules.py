@@ -16,7 +16,7 @@ def admit(paths: Paths, plan: NetworkPlan) -> None:
     elements: Elements = []
     for name in dict.fromkeys(link.network for link in plan.links if link.driver == "bridge"):
         elements += firewall.network_elements(paths.root, networks.load(paths.root, name))
-    elements += firewall.machine_elements(plan)
+    elements += firewall.machine_elements(paths.root, plan)
     with Nftables() as nftables:
         done = firewall.change(paths.root, nftables, add=elements)
     if not done:
@@ -48,7 +48,7 @@ def all_elements(paths: Paths) -> Elements:
         except NagayaError:
             continue  # its record is gone or damaged: its machines stay cut off from everything
     for plan in plans:
-        elements += firewall.machine_elements(plan._replace(ports=()))
+        elements += firewall.machine_elements(paths.root, plan._replace(ports=()))
     return list(dict.fromkeys(elements + _port_elements(paths, known)))
 
 

@@ -46,7 +46,8 @@ def plan_etc(spec: MachineSpec, network: NetworkPlan) -> dict[str, str]:
         "hostname": spec.hostname + "\n",
     }
     if network.kind != "none":
-        dns = spec.dns or network.nameservers
+        # Those of our networks ask the machine's own servers in its place, beside that they know its neighbours' names.
+        dns = (spec.dns or network.nameservers) if network.is_user else (network.nameservers or spec.dns)
         contents["resolv.conf"] = names.resolv_conf(
             _host_resolv_conf(), dns, own_namespace=network.kind != "host", search=network.search
         )
