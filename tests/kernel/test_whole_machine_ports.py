@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nagaya import Host
 from nagaya.engines.kvm import vm
 from nagaya.errors import NagayaError
 from nagaya.kernels import cache
-from nagaya.manager.hardware import DIRECT, DriveOptions, HardwareOptions
-from nagaya.manager.options import CreateOptions
-from nagaya.model.spec import Limits, PortMapping
 from nagaya.storage.disk_images.assemble import plan_table
-from tests.conftest import require_program
+from tests.conftest import remove_all, require_program
+from tests.e2e.command import Cli
 
 AT_MOST_S = 300.0  # a software KVM on a busy host
 MIB = 1 << 20
@@ -84,39 +80,48 @@ def _pack(root: Path) -> bytes:
 
 
 @pytest.fixture
-def host(nagaya_root: str) -> Iterator[Host]:
-    made = Host(root=nagaya_root)
+def cli(nagaya_root: str, network_namespace: tuple[str, ...]) -> Iterator[Cli]:
+    require_program("curl")
+    made = Cli(nagaya_root, prefix=network_namespace)
     yield made
-    for machine in made.machines.list():
-        machine.remove(force=True)
-    made.networks.prune()
+    remove_all(made)  # while its network namespace is there
+    made("network", "prune", "-f")
 
 
 @pytest.mark.timeout(2 * AT_MOST_S)
 @pytest.mark.parametrize("network", ["bridge", "user"])
-def test_a_port_leads_into_a_whole_machine(host: Host, disk: Path, network: str) -> None:
+def test_a_port_leads_into_a_whole_machine(cli: Cli, disk: Path, network: str) -> None:
     require_program("dnsmasq" if network == "bridge" else "passt")
-    common = CreateOptions(
-        image="", network=network, ports=(PortMapping("", 0, 80),), stop_timeout_s=1,
-        limits=Limits(memory_bytes=128 * MIB),
-    )  # fmt: skip
-    drives = (DriveOptions(str(disk), clone=True),)
-    machine, _ = host.machines.create_whole(HardwareOptions(name="m", firmware=DIRECT, drives=drives, common=common))
-    machine.start()
-    (port,) = machine.settled().ports
-    assert _fetch(f"http://127.0.0.1:{port.host_port}/") == f"{machine.settled().address}\n"
-    machine.stop()
-    with pytest.raises(OSError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port.host_port}/", timeout=2)
+    flags = (
+        "--firmware",
+        "direct",
+        "--disk",
+        f"{disk},clone",
+        "-m",
+        "128m",
+        "--stop-timeout",
+        "1",
+        "--network",
+        network,
+    )
+    cli.ok("machine", "create", "m", *flags, "-p", "80")
+    cli.ok("start", "m")
+    (port,) = cli.json("port", "m", "--json")
+    url = f"http://127.0.0.1:{port['host_port']}/"
+    assert _fetch(cli, url) == cli.json("inspect", "m")[0]["state"]["address"]
+    cli.ok("stop", "m")
+    assert _ask(cli, url) == ""
 
 
-def _fetch(url: str) -> str:
+def _ask(cli: Cli, url: str) -> str:
+    asks = [*cli.prefix, "curl", "-s", "-m", "20", url]
+    return subprocess.run(asks, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _fetch(cli: Cli, url: str) -> str:
+    """What it serves, once its system is up."""
     deadline = time.monotonic() + AT_MOST_S
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=20) as answer:
-                return bytes(answer.read()).decode()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+    while not (found := _ask(cli, url)):
+        assert time.monotonic() < deadline, "nobody answers"
+        time.sleep(0.2)
+    return found
