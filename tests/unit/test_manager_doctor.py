@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from nagaya.engines.kvm import probe
+from nagaya.engines.kvm import probe, speed
 from nagaya.engines.qemu import engine
 from nagaya.engines.qemu.boards import Board
 from nagaya.errors import Unsupported
 from nagaya.manager import doctor
 
 
-@pytest.mark.parametrize(("kind", "status"), [(probe.HARDWARE, doctor.OK), (probe.PVM, doctor.LIMITED)])
-def test_a_kvm(monkeypatch: pytest.MonkeyPatch, kind: str, status: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "well", "status"),
+    [(probe.HARDWARE, True, doctor.OK), (probe.PVM, False, doctor.LIMITED), (probe.PVM, True, doctor.OK)],
+)
+def test_a_kvm(monkeypatch: pytest.MonkeyPatch, kind: str, well: bool, status: str) -> None:
     monkeypatch.setattr(probe, "probe_kvm", lambda: probe.Finding(kind, "tried"))
+    monkeypatch.setattr(speed, "runs_well", lambda: well)
     found = doctor.look_at_kvm()
     assert (found.status, found.how) == (status, "tried")
 

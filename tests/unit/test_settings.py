@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from nagaya import engines
 from nagaya.cli.commands.run import RUN
 from nagaya.cli.create_flags import read_options
 from nagaya.cli.flags import parse
-from nagaya.engines.kvm import known
+from nagaya.engines.kvm import known, speed
 from nagaya.errors import Unsupported, UsageError
 from nagaya.kernels import cache
 from nagaya.manager import settings
@@ -122,6 +123,9 @@ def test_no_file_costs_no_import() -> None:
 # -- auto, which is what nobody's word means
 
 
+KERNEL = SimpleNamespace(path="/built")
+
+
 class Emulated:
     """An engine that says what it lacks."""
 
@@ -135,16 +139,17 @@ class Emulated:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What the host has: a built kernel, which KVM ("" = none), what QEMU lacks, whether we are root."""
+    """What the host has: a built kernel, which KVM ("" = none), what QEMU lacks, whether we are root, a kernel for PVM."""
 
-    def have(*, kernel: bool = True, kvm: str = "", lacks: str = "", root: bool = True) -> None:
+    def have(*, kernel: bool = True, kvm: str = "", lacks: str = "", root: bool = True, own: bool = False) -> None:
         def probe() -> known.Finding:
             if not kvm:
                 raise Unsupported("there is no /dev/kvm")
             return known.make_finding(kvm)
 
-        monkeypatch.setattr(cache, "find_kernel", lambda architecture="": object() if kernel else None)
-        monkeypatch.setattr(known, "find_kvm", probe)
+        monkeypatch.setattr(cache, "find_kernel", lambda architecture="": KERNEL if kernel else None)
+        monkeypatch.setattr(speed, "find_kvm", probe)
+        monkeypatch.setattr(speed, "can_leave_privileged_mode", lambda path: own and path in ("/built", "/named"))
         monkeypatch.setattr(engines, "open_engine", lambda type_: Emulated(lacks))
         monkeypatch.setattr("os.geteuid", lambda: 0 if root else 1000)
 
@@ -155,6 +160,13 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_auto_is_kvm_where_the_cpu_runs_guests_itself(host: Callable[..., None], root: bool) -> None:
     host(kvm=known.HARDWARE, root=root)
     assert settings.choose_type("") == settings.choose_type("auto") == ("kvm", "")
+
+
+@pytest.mark.parametrize("kernel", ["", "/named"])
+def test_auto_is_kvm_where_the_kernel_is_made_for_its_emulation(host: Callable[..., None], kernel: str) -> None:
+    host(kvm=known.PVM, own=True)
+    assert settings.choose_type("", kernel=kernel) == ("kvm", "")
+    assert settings.choose_type("", kernel="/other") == ("emulated", "")
 
 
 @pytest.mark.parametrize("kvm", ["", known.PVM])

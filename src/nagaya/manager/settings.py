@@ -97,7 +97,7 @@ def _first_choice(wanted: str) -> tuple[str, str]:
 
 
 def _find_best(kernel: str) -> Choice:
-    """`kvm` where the host's CPU does the work, else `emulated`: a software KVM boots a kernel more slowly than QEMU.
+    """`kvm` where the CPU does the work, else `emulated`: a software KVM boots most kernels more slowly than QEMU.
 
     Root can do without a kernel or QEMU: a container is the thinner wall, so it is said that it was taken.
     """
@@ -106,10 +106,10 @@ def _find_best(kernel: str) -> Choice:
 
     if not kernel and find_kernel() is None:
         return _settle_for_container("no guest kernel has been built (once: 'nagaya kernel build')")
-    from nagaya.engines.kvm.known import HARDWARE, find_kvm
+    from nagaya.engines.kvm.speed import runs_well
 
     try:
-        if find_kvm().kind == HARDWARE:
+        if runs_well(kernel):
             return Choice("kvm")
     except NagayaError:
         pass

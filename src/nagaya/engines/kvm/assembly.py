@@ -15,7 +15,7 @@ from nagaya.engines.kvm.power import Power
 from nagaya.engines.kvm.vcpu import Ending, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, IntegrityError, Unsupported, UsageError
-from nagaya.kernels.arguments import DEPRIVILEGED_START, plan_arguments
+from nagaya.kernels.arguments import plan_arguments
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, Literal, NamedTuple
 
@@ -233,9 +233,9 @@ class Parts:
             return bool(saved.state["pvm"]["deprivileged"])
         if hardware.plain:
             return False
-        from nagaya.engines.kvm.boot.symbols import find_functions
+        from nagaya.engines.kvm.speed import can_leave_privileged_mode
 
-        return bool(find_functions(hardware.kernel, (DEPRIVILEGED_START,)))
+        return can_leave_privileged_mode(hardware.kernel)
 
     def _attach(self, devices: tuple[tuple[Device, Loop], ...]) -> list[MmioDevice]:
         from nagaya.engines.kvm.acpi import MmioDevice

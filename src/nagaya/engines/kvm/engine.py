@@ -10,7 +10,7 @@ from functools import partial
 from nagaya.engines.base import Booted, BootRequest, Stats
 from nagaya.engines.kvm import child, saved
 from nagaya.engines.kvm.assembly import Hardware
-from nagaya.engines.kvm.known import HARDWARE, PVM, find_kvm
+from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
 from nagaya.engines.kvm.vmm import Vmm
@@ -79,9 +79,9 @@ class KvmEngine:
 
     def find_slowness(self) -> str:
         """See `Engine.find_slowness`."""
-        if find_kvm().kind == HARDWARE:
-            return ""
-        return "this host's KVM is a software one, on which kernels run many times slower"
+        from nagaya.engines.kvm.speed import runs_well
+
+        return "" if runs_well() else "this host's KVM is a software one, and the guest kernel is not made for it"
 
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
