@@ -101,7 +101,7 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "Take, list, restore and remove snapshots of machines",
         {
             "create": "snapshot:CREATE", "ls": "snapshot:LS", "tree": "snapshot:TREE", "inspect": "snapshot:INSPECT",
-            "restore": "snapshot:RESTORE", "rename": "snapshot:RENAME", "rm": "snapshot:RM", "prune": "snapshot:PRUNE",
+            "restore": "snapshot:RESTORE", "save": "snapshot:SAVE", "rename": "snapshot:RENAME", "rm": "snapshot:RM", "prune": "snapshot:PRUNE",
         },
     ),
     "network": (
@@ -147,6 +147,7 @@ GROUP_SUMMARIES = {
     "snapshot tree": "Show which snapshot came from which",
     "snapshot inspect": "Show everything about snapshots",
     "snapshot restore": "Make a machine what it was at a snapshot",
+    "snapshot save": "Write a snapshot to a file that another host can open",
     "snapshot rename": "Give a snapshot another name",
     "snapshot rm": "Remove snapshots",
     "snapshot prune": "Remove old snapshots",

@@ -10,7 +10,7 @@ from nagaya.errors import Conflict, HostError, NagayaError, Unsupported, UsageEr
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, PAUSED, RUNNING, STARTING, MachineState, require
-from nagaya.storage import machines, records, rootfs, snapshots
+from nagaya.storage import machines, rootfs, snapshots
 from nagaya.storage.tree import remove_tree
 
 TYPE_CHECKING = False
@@ -64,7 +64,7 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
                 remove_tree(place)
         except BaseException as error:
             for machine in made:
-                _undo(machine)
+                undo(machine)
             if isinstance(error, OSError):
                 raise HostError.from_os(error, f"cannot fork machine '{source.name}'") from None
             raise
@@ -83,10 +83,10 @@ def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: b
     machine_id = os.urandom(16).hex()
     directory = source.paths.machine(machine_id)
     lock = all_.make_directory(machine_id)
-    spec = _forked_spec(source.spec, machine_id, name)
+    spec = forked_spec(source.spec, machine_id, name)
     try:
         spec = all_.claim_name(spec)
-        records.store(f"{directory}/rootfs.json", records.load(f"{source.directory}/rootfs.json", rootfs.Layers))
+        rootfs.copy_layers(source.directory, directory)
         snapshots.copy_disks(place, directory)
         machines.store_spec(source.paths, spec)
         machines.store_state(source.paths, machine_id, MachineState(phase=STARTING if starting else CREATED))
@@ -100,7 +100,7 @@ def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: b
     return made
 
 
-def _forked_spec(spec: MachineSpec, machine_id: str, name: str) -> MachineSpec:
+def forked_spec(spec: MachineSpec, machine_id: str, name: str) -> MachineSpec:
     """The same machine under another name. What only one machine can have, an address or a port, is the host's to choose."""
     named_by_id = spec.hostname == spec.id[:SHORT_ID]
     return spec._replace(
@@ -114,7 +114,8 @@ def _forked_spec(spec: MachineSpec, machine_id: str, name: str) -> MachineSpec:
     )
 
 
-def _undo(machine: Machine) -> None:
+def undo(machine: Machine) -> None:
+    """Remove a machine that did not come to run."""
     machine.let_go()
     try:
         machine.remove(force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, IntegrityError, NotFound
@@ -32,7 +33,7 @@ class Machines:
     """The machines below one store."""
 
     def __init__(self, paths: Paths, store: Store) -> None:
-        self._paths = paths
+        self.paths = paths
         self._store = store  # not its images: most commands never touch those, and importing them costs
 
     def create(self, options: CreateOptions, *, progress: Progress | None = None, starting: bool = False) -> Machine:
@@ -45,10 +46,10 @@ class Machines:
         if options.attachments:
             from nagaya.manager.networks import check_attachments  # lazy: most machines have the default network
 
-            check_attachments(self._paths, options.attachments)
+            check_attachments(self.paths, options.attachments)
         if options.name:
             check_name(options.name)
-            self._refuse_taken(options.name)
+            self.refuse_taken(options.name)
         type_ = choose_type(options.type, platform=options.platform, kernel=options.kernel).type
         engine = open_engine(type_)
         engine.check_host(kernel=options.kernel)
@@ -65,8 +66,8 @@ class Machines:
             if self._store.images.find(image.id) is None:
                 raise Conflict(f"image '{options.image}' has just been removed", hint="try again")
             spec, lock = self._make(options, image, type_, root_image, starting=starting)
-        events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
-        machine = Machine(self._paths, spec, store=self._store)
+        events.record(self.paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
+        machine = Machine(self.paths, spec, store=self._store)
         if starting:
             machine.hold(lock)
         else:
@@ -80,24 +81,24 @@ class Machines:
 
         if options.name:
             check_name(options.name)
-            self._refuse_taken(options.name)
+            self.refuse_taken(options.name)
         architecture = hardware.find_architecture(options.architecture)
         runner = hardware.choose_runner(options.type, architecture, options.firmware)
         machine_id = os.urandom(16).hex()
-        spec = hardware.plan_whole_machine(options, Disks(self._paths.root), runner=runner, machine_id=machine_id)
+        spec = hardware.plan_whole_machine(options, Disks(self.paths.root), runner=runner, machine_id=machine_id)
         lock = self.make_directory(machine_id)
         try:
             spec = self.claim_name(spec)
-            hardware.make_own_files(self._paths, spec, options)
-            machines.store_spec(self._paths, spec)
-            machines.store_state(self._paths, machine_id, MachineState(phase=CREATED))
+            hardware.make_own_files(self.paths, spec, options)
+            machines.store_spec(self.paths, spec)
+            machines.store_state(self.paths, machine_id, MachineState(phase=CREATED))
         except BaseException:
-            machines.discard(self._paths, machine_id, spec.name)
+            machines.discard(self.paths, machine_id, spec.name)
             raise
         finally:
             lock.release()
-        events.record(self._paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
-        return Machine(self._paths, spec, store=self._store), runner.note
+        events.record(self.paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
+        return Machine(self.paths, spec, store=self._store), runner.note
 
     def _make(
         self, options: CreateOptions, image: Image, type_: str, root_image: str, *, starting: bool
@@ -110,48 +111,57 @@ class Machines:
         try:
             spec = self.claim_name(spec)
             spec = spec._replace(mounts=name_volumes(spec.mounts))
-            rootfs.store_layers(self._paths.machine(machine_id), lower, root_image=root_image)
+            rootfs.store_layers(self.paths.machine(machine_id), lower, root_image=root_image)
             if root_image:
-                rootfs.make_data_disk(self._paths.machine(machine_id), spec)
-            machines.store_spec(self._paths, spec)
-            self._make_volumes(spec, lower)  # the record, which names them, is there: a kill leaves none behind
+                rootfs.make_data_disk(self.paths.machine(machine_id), spec)
+            machines.store_spec(self.paths, spec)
+            self.make_volumes(spec, lower)  # the record, which names them, is there: a kill leaves none behind
             state = MachineState(phase=STARTING if starting else CREATED)
-            machines.store_state(self._paths, machine_id, state)
+            machines.store_state(self.paths, machine_id, state)
         except BaseException:
-            rootfs.remove_anonymous_volumes(self._paths, spec)
-            machines.discard(self._paths, machine_id, spec.name)
+            rootfs.remove_anonymous_volumes(self.paths, spec)
+            machines.discard(self.paths, machine_id, spec.name)
             lock.release()
             raise
         return spec, lock
 
     def get(self, name: str) -> Machine:
         """By name, id, or a prefix of an id that only one machine has."""
-        machine_id = machines.find_by_name(self._paths, name) or self._find_by_id(name)
+        machine_id = machines.find_by_name(self.paths, name) or self._find_by_id(name)
         try:
-            spec = machines.load_spec(self._paths, machine_id)
+            spec = machines.load_spec(self.paths, machine_id)
         except FileNotFoundError:
             raise self._unknown(name) from None
-        return Machine(self._paths, spec, store=self._store)
+        return Machine(self.paths, spec, store=self._store)
 
     def list(self) -> list[Machine]:
         """All machines, newest first; those with a damaged record are in `damaged`. Repairs what a kill left half done."""
-        repair.sweep(self._paths)
+        repair.sweep(self.paths)
         found = []
-        for machine_id in machines.ids(self._paths):
+        for machine_id in machines.ids(self.paths):
             try:
-                spec = machines.load_spec(self._paths, machine_id)
+                spec = machines.load_spec(self.paths, machine_id)
             except (FileNotFoundError, IntegrityError):
                 continue
-            if repair.settle(self._paths, spec) is not None:
-                found.append(Machine(self._paths, spec, store=self._store))
+            if repair.settle(self.paths, spec) is not None:
+                found.append(Machine(self.paths, spec, store=self._store))
         return sorted(found, key=lambda machine: machine.spec.created_ns, reverse=True)
+
+    def restore(self, path: str, *, name: str = "", report: Callable[[int, int], None] | None = None) -> Machine:
+        """A new machine of what `machine.snapshots.save` has written to the file `path`; it runs if its memory is there.
+
+        See `exporting.load`.
+        """
+        from nagaya.manager import exporting  # lazy: rare
+
+        return exporting.load(self, self._store, path, name=name, report=report or exporting.silent)
 
     def damaged(self) -> builtins_list[IntegrityError]:
         """What is wrong with each machine whose record cannot be read."""
         found = []
-        for machine_id in machines.ids(self._paths):
+        for machine_id in machines.ids(self.paths):
             try:
-                machines.load_spec(self._paths, machine_id)
+                machines.load_spec(self.paths, machine_id)
             except FileNotFoundError:
                 continue
             except IntegrityError as problem:
@@ -160,8 +170,8 @@ class Machines:
 
     def remove_damaged(self, name: str) -> None:
         """Remove a machine that `get` finds damaged: end it, and free what it holds but its volumes."""
-        machine_id = machines.find_by_name(self._paths, name) or self._find_by_id(name)
-        repair.remove_damaged(self._paths, machine_id)
+        machine_id = machines.find_by_name(self.paths, name) or self._find_by_id(name)
+        repair.remove_damaged(self.paths, machine_id)
 
     def prune(self) -> builtins_list[str]:
         """Remove all machines that do not run, and the default network if none is left; answers the machines' ids."""
@@ -173,29 +183,29 @@ class Machines:
                     removed.append(machine.id)
             except (NotFound, Conflict):
                 continue  # somebody removed or started it meanwhile
-        if os.path.isdir(f"{self._paths.root}/network") and not os.geteuid():
+        if os.path.isdir(f"{self.paths.root}/network") and not os.geteuid():
             from nagaya.net import attach  # lazy: few commands touch the network
 
-            attach.remove_idle(self._paths)
+            attach.remove_idle(self.paths)
         return removed
 
     def image_ids(self) -> frozenset[str]:
         """Images that a machine needs. Raises `IntegrityError` when one does not tell."""
         used: set[str] = set()
-        for machine_id in machines.ids(self._paths):
+        for machine_id in machines.ids(self.paths):
             try:
-                used.add(machines.load_spec(self._paths, machine_id).image_id)
+                used.add(machines.load_spec(self.paths, machine_id).image_id)
             except FileNotFoundError:
                 continue
         return frozenset(used)
 
     def volume_names(self) -> frozenset[str]:
         """Volumes that a machine uses. Raises `IntegrityError` when one does not tell."""
-        return machines.volumes_in_use(self._paths)
+        return machines.volumes_in_use(self.paths)
 
     def disk_paths(self) -> frozenset[str]:
         """Disks of whole machines, other than those that are removed with them. Raises `IntegrityError` as above."""
-        return machines.disks_in_use(self._paths)
+        return machines.disks_in_use(self.paths)
 
     # -- inside
 
@@ -205,7 +215,7 @@ class Machines:
         digits = "0123456789abcdef"
         if len(text) < SHORTEST_PREFIX or any(letter not in digits for letter in text):
             raise self._unknown(text)
-        found = [machine_id for machine_id in machines.ids(self._paths) if machine_id.startswith(text)]
+        found = [machine_id for machine_id in machines.ids(self.paths) if machine_id.startswith(text)]
         if len(found) > 1:
             raise Conflict(f"'{text}' is the beginning of {len(found)} machines' ids", hint="give more digits")
         if not found:
@@ -215,49 +225,50 @@ class Machines:
     def _unknown(self, name: str) -> NotFound:
         return NotFound(f"there is no machine '{name}'", hint="'nagaya ps -a' lists them all")
 
-    def _refuse_taken(self, name: str) -> None:
+    def refuse_taken(self, name: str) -> None:
         """A taken name is known before an image is pulled for nothing. The claim itself comes later, and decides."""
-        owner = machines.find_by_name(self._paths, name)
+        owner = machines.find_by_name(self.paths, name)
         if owner:
-            repair.sweep(self._paths)  # its creator, or its remover, may have been killed half-way
-            owner = machines.find_by_name(self._paths, name)
+            repair.sweep(self.paths)  # its creator, or its remover, may have been killed half-way
+            owner = machines.find_by_name(self.paths, name)
         if owner:
             spec = self._spec_or_none(owner)
-            if spec is not None and repair.settle(self._paths, spec) is None:
+            if spec is not None and repair.settle(self.paths, spec) is None:
                 return
             raise machines.name_taken(name, owner)
 
     def _spec_or_none(self, machine_id: str) -> MachineSpec | None:
         try:
-            return machines.load_spec(self._paths, machine_id)
+            return machines.load_spec(self.paths, machine_id)
         except (FileNotFoundError, IntegrityError):
             return None
 
     def make_directory(self, machine_id: str) -> FileLock:
         """The new machine's directory with its command lock held: one step for `repair.sweep`, by `create.lock`."""
-        make_directory(self._paths.machines)
-        with FileLock(f"{self._paths.root}/create.lock"):
-            os.mkdir(self._paths.machine(machine_id), 0o700)
-            lock = machines.command_lock(self._paths, machine_id)
+        make_directory(self.paths.machines)
+        with FileLock(f"{self.paths.root}/create.lock"):
+            os.mkdir(self.paths.machine(machine_id), 0o700)
+            lock = machines.command_lock(self.paths, machine_id)
             lock.acquire()
         return lock
 
     def claim_name(self, spec: MachineSpec) -> MachineSpec:
         """Claim the name in `spec` for it, or a made-up one; answers the record with that. Raises `Conflict`."""
         if spec.name:
-            machines.claim_name(self._paths, spec.name, spec.id)
+            machines.claim_name(self.paths, spec.name, spec.id)
             return spec
         for attempt in range(64):
             name = generate_name(attempt)
             try:
-                machines.claim_name(self._paths, name, spec.id)
+                machines.claim_name(self.paths, name, spec.id)
             except Conflict:
                 continue
             return spec._replace(name=name)
         raise Conflict("no free machine name was found", hint="give one with --name")
 
-    def _make_volumes(self, spec: MachineSpec, lower: tuple[str, ...]) -> None:
+    def make_volumes(self, spec: MachineSpec, lower: tuple[str, ...]) -> None:
+        """Those that it names and that are not there."""
         if any(mount.kind == "volume" for mount in spec.mounts):
-            from nagaya.manager.volumes import make_volumes  # lazy: most machines have none
+            from nagaya.manager import volumes  # lazy: most machines have none
 
-            make_volumes(self._paths, spec.mounts, lower)
+            volumes.make_volumes(self.paths, spec.mounts, lower)

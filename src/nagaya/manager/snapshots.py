@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from nagaya import __version__
 from nagaya.engines import engine_of, open_engine
@@ -283,6 +284,14 @@ class Snapshots:
         finally:
             lock.release()
         return snapshot
+
+    def save(
+        self, name: str, path: str, *, image: bool = True, report: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Write one to the file `path`, which another host can open: `Machines.restore`. See `exporting.save`."""
+        from nagaya.manager import exporting  # lazy: rare
+
+        exporting.save(self._machine, name, path, image=image, report=report or exporting.silent)
 
     def _find_to_restore(self, name: str) -> Snapshot:
         if name:

@@ -12,6 +12,8 @@ from nagaya.storage.paths import Paths
 from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
 DATA_DISK = "data.img"
+OWN_ROOT = "root.img"
+"""The root image of a machine that came with it from elsewhere."""
 FIRMWARE_STATE = "uefi-variables.fd"
 
 
@@ -24,6 +26,15 @@ class Layers(NamedTuple):
 
 def store_layers(directory: str, lower: tuple[str, ...], *, root_image: str = "") -> None:
     records.store(f"{directory}/rootfs.json", Layers(lower, root_image))
+
+
+def copy_layers(source: str, directory: str) -> None:
+    """Give the machine in `directory` the same root as that in `source`. Raises `OSError`."""
+    layers = records.load(f"{source}/rootfs.json", Layers)
+    if layers.root_image == f"{source}/{OWN_ROOT}":
+        os.link(layers.root_image, f"{directory}/{OWN_ROOT}")
+        layers = layers._replace(root_image=f"{directory}/{OWN_ROOT}")
+    records.store(f"{directory}/rootfs.json", layers)
 
 
 def make_data_disk(directory: str, spec: MachineSpec) -> None:

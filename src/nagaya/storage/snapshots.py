@@ -122,16 +122,20 @@ def load_record(path: str, snapshot_id: str = "") -> Snapshot:
         found = records.from_data(Snapshot, data, what=path)
     except IntegrityError as error:
         raise IntegrityError(f"the record of snapshot {snapshot_id} is damaged: {error.message}", hint=hint) from None
-    if (
-        (found.base and not _is_id(found.base))
-        or found.digest != _sum(found)
-        or (snapshot_id and found.id != snapshot_id)
-    ):
+    if snapshot_id and found.id != snapshot_id:
+        raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
+    check(found)
+    return found
+
+
+def check(found: Snapshot) -> None:
+    """Raise `IntegrityError` for a record that is not as it was written."""
+    hint = "it cannot be restored; 'nagaya snapshot rm' removes it"
+    if (found.base and not _is_id(found.base)) or not _is_id(found.id) or found.digest != _sum(found):
         raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
     for part in found.parts:
         if part.name.startswith("/") or ".." in part.name.split("/") or part.kind not in ("file", "tree"):
             raise IntegrityError(f"the record of snapshot {found.name} names a part '{part.name}'", hint=hint)
-    return found
 
 
 def store(place: str, snapshot: Snapshot) -> Snapshot:
@@ -370,6 +374,16 @@ def _finish_whole(machine_dir: str, snapshot_id: str) -> None:
 
 
 # -- restoring one
+
+
+def is_of_another(place: str, machine_dir: str, machine_id: str) -> bool:
+    """Whether what is saved in `place` was another machine until now: a fork's original, or one of another store."""
+    if os.path.dirname(os.path.dirname(place)) != machine_dir:
+        return True
+    try:
+        return load_record(f"{place}/{RECORD}").spec.id != machine_id
+    except NotFound:
+        return False
 
 
 def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: MachineSpec) -> str:

@@ -161,6 +161,8 @@ class Supervisor:
 
     def _resume(self, booted: Booted, saved: str, programs: SavedPrograms) -> None:
         """Go on with programs that run already: tell the agent who the machine is by now, and when."""
+        from nagaya.storage import snapshots  # lazy: only who goes on from one
+
         assert isinstance(self.programs, Programs)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         try:
@@ -180,7 +182,7 @@ class Supervisor:
 
         self.programs.on_continued = continued
         payload = with_time(booted.setup, time.time_ns())
-        if os.path.dirname(os.path.dirname(saved)) != self._directory:  # a fork: it was another machine until now
+        if snapshots.is_of_another(saved, self._directory, self.spec.id):
             payload = with_machine_id(payload, self.spec.id)
         self.programs.go_on(payload)
 

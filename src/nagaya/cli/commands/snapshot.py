@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nagaya.cli import listing
 from nagaya.cli.commands.prune import confirmed
@@ -12,6 +14,7 @@ from nagaya.cli.each import each_name
 from nagaya.cli.flags import MANY, Command, Flag, Parsed
 from nagaya.cli.human import format_age, format_local_time, format_size, format_time
 from nagaya.cli.listing import Layout, print_json
+from nagaya.cli.progress import open_progress
 from nagaya.cli.template_functions import Row
 from nagaya.errors import EXIT_FAILURE, UsageError
 
@@ -193,9 +196,50 @@ def inspect(context: Context, parsed: Parsed) -> int:
     return status
 
 
+def save(context: Context, parsed: Parsed) -> int:
+    """Write a snapshot to a file."""
+    machine = context.host.machines.get(parsed.words[0])
+    path = parsed.words[2]
+    if path == "-" and sys.stdout.isatty():
+        raise UsageError("a snapshot is no text for a terminal", hint="name a file, or send it into another program")
+    with _moving(parsed, "saving") as report:
+        machine.snapshots.save(parsed.words[1], path, image=not parsed.switch("no-image"), report=report)
+    return 0
+
+
+@contextmanager
+def _moving(parsed: Parsed, label: str) -> Iterator[Callable[[int, int], None]]:
+    begun = False
+    with open_progress(quiet=parsed.switch("quiet"), eager=True) as progress:
+
+        def report(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                progress.start("snapshot", label, total)
+                begun = True
+            progress.advance("snapshot", min(done, total))
+
+        yield report
+        if begun:
+            progress.finish("snapshot")
+
+
 def restore(context: Context, parsed: Parsed) -> int:
-    """Make the machine what it was, and print the snapshot's name."""
+    """Make the machine what it was, and print the snapshot's name; or make one of a file."""
     memory = _memory(parsed)
+    path = parsed.text("from")
+    if path:
+        if len(parsed.words) > 1 or memory is not None:
+            raise UsageError(
+                "a machine that is made of a file has its name, and what the file has",
+                hint="nagaya snapshot restore --from FILE [NAME]",
+            )
+        with _moving(parsed, "restoring") as report:
+            made = context.host.machines.restore(path, name="".join(parsed.words), report=report)
+        print(made.name)
+        return 0
+    if not parsed.words:
+        raise UsageError("which machine?", hint="nagaya snapshot restore MACHINE, or --from FILE")
     machine = context.host.machines.get(parsed.words[0])
     name = parsed.words[1] if len(parsed.words) > 1 else ""
     print(machine.snapshots.restore(name, memory=memory).name)
@@ -281,19 +325,39 @@ INSPECT = Command(
     ),
     examples=(("nagaya snapshot inspect web clean", ""),),
 )  # fmt: skip
+_QUIET = Flag("-q --quiet", "Show no progress")
+SAVE = Command(
+    save,
+    usage="MACHINE SNAPSHOT FILE",
+    words=(3, 3),
+    flags=(
+        Flag("--no-image", "Without what the machine's root is made of: for a host that has the same image"),
+        _QUIET,
+    ),
+    about="All of it is in the file: memory, state and disk, with that of the snapshots that it builds on. Volumes and "
+    "directories of the host are not. '-' is standard output. 'snapshot restore --from' makes a machine of it.",
+    examples=(
+        ("nagaya snapshot save web clean web.snapshot", ""),
+        ("nagaya snapshot save web clean - | zstd > web.snapshot.zst", ""),
+    ),
+)
 RESTORE = Command(
     restore,
-    usage="MACHINE [SNAPSHOT]",
-    words=(1, 2),
+    usage="MACHINE [SNAPSHOT] | --from FILE [NAME]",
+    words=(0, 2),
     flags=(
+        Flag("--from", "Make a new machine of what 'snapshot save' has written", value="FILE"), _QUIET,
         Flag("--memory", "Go on from its memory: refused when that was not saved"),
         Flag("--no-memory", "From its disks alone: what runs is started anew"),
     ),
     about="In place: what the machine is now is lost, unless there is a snapshot of it. All is checked and copied before the "
     "machine is ended. Without a name: the snapshot that the machine descends from. With its memory the machine runs on "
     "afterwards; without, it is started anew if it runs, and else stays off.",
-    examples=(("nagaya snapshot restore web clean", ""), ("nagaya snapshot restore --no-memory web", "")),
-)  # fmt: skip
+    examples=(
+        ("nagaya snapshot restore web clean", ""), ("nagaya snapshot restore --no-memory web", ""),
+        ("nagaya snapshot restore --from web.snapshot web2", "a new machine"),
+    ),
+)  # fmt: skip  # fmt: skip
 RENAME = Command(
     rename, usage="MACHINE SNAPSHOT NAME", words=(3, 3), examples=(("nagaya snapshot rename web snap1 clean", ""),)
 )
