@@ -153,6 +153,17 @@ def fsmount(fd: int, attributes: int = 0) -> int:
     return syscall("fsmount", SYS_FSMOUNT, ctypes.c_int(fd), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attributes))
 
 
+def make_memory_directory() -> int:
+    """A directory in a tmpfs that is mounted nowhere: it goes with the last descriptor of anything in it. Raises `OSError`."""
+    context = fsopen("tmpfs")
+    try:
+        fsconfig_string(context, "mode", "0700")
+        fsconfig_create(context)
+        return fsmount(context, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC)
+    finally:
+        os.close(context)
+
+
 def open_in_root(root: int, path: str, flags: int, *, mode: int = 0, follow: bool = True) -> int:
     """Open `path` as if directory descriptor `root` were /: neither "..", nor absolute links, lead out of it.
 

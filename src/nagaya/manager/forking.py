@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError, NagayaError, Unsupported, UsageError
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
-from nagaya.model.state import ALIVE, CREATED, PAUSED, RUNNING, STARTING, MachineState, require
+from nagaya.model.state import ALIVE, CREATED, FORK, PAUSED, RUNNING, STARTING, MachineState, require
 from nagaya.storage import machines, rootfs, snapshots
 from nagaya.storage.tree import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.manager.attachment import Connection
     from nagaya.manager.machine import Machine
     from nagaya.manager.machines import Machines
 
 MOST = 1000
 SHORT_ID = 12
+_FIRST = MachineState(phase=STARTING, origin=FORK)
+_LEAST_AT_ONCE = 4
 
 
 def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_only: bool = False) -> list[Machine]:
@@ -53,13 +58,14 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
         try:
             _, place = snapshots.begin(source.directory)
             try:
-                if phase in ALIVE:
-                    source.ask("save", place=place, memory=not disk_only)
-                else:
-                    snapshots.copy_disks(source.directory, place)
-                made.extend(_make(source, all_, place, one, starting=phase in ALIVE) for one in names)
-                for machine in made if phase in ALIVE else ():
-                    machine.go(saved="" if disk_only else place)
+                with _memory_of(source, place) if not disk_only else nullcontext():
+                    if phase in ALIVE:
+                        source.ask("save", place=place, memory=not disk_only)
+                    else:
+                        snapshots.copy_disks(source.directory, place)
+                    made.extend(_make(source, all_, place, one, starting=phase in ALIVE) for one in names)
+                    if phase in ALIVE:
+                        _start(made, "" if disk_only else place)
             finally:
                 remove_tree(place)
         except BaseException as error:
@@ -76,6 +82,47 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
     return made
 
 
+@contextmanager
+def _memory_of(source: Machine, place: str) -> Iterator[None]:
+    """Have what is saved of its memory in this host's, whence the forks map it; on the disk where that is not to be had."""
+    from nagaya.kernel.mount import make_memory_directory
+
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit_bytes = source.spec.limits.memory_bytes
+    try:
+        fd = make_memory_directory() if limit_bytes <= free_bytes // 2 else -1
+    except OSError:  # a plain user, or an old kernel
+        fd = -1
+    try:
+        if fd >= 0:
+            os.symlink(f"/proc/{os.getpid()}/fd/{fd}", f"{place}/{snapshots.MEMORY}")
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _start(made: list[Machine], saved: str) -> None:
+    """Start all of them, some at a time: each takes a while in which it waits, and all at once would wait too long."""
+    at_once = max(_LEAST_AT_ONCE, 2 * (os.cpu_count() or 1))
+    under_way: list[tuple[Machine, Connection]] = []
+    try:
+        for machine in made:
+            if len(under_way) >= at_once:
+                _await(*under_way.pop(0))
+            under_way.append((machine, machine.begin(saved=saved)))
+        while under_way:
+            _await(*under_way.pop(0))
+    finally:
+        for _, connection in under_way:
+            connection.close()
+
+
+def _await(machine: Machine, connection: Connection) -> None:
+    machine.await_start(connection)
+    connection.close()
+
+
 def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: bool) -> Machine:
     """One machine on disk, with its command lock held. Leaves nothing when it raises."""
     from nagaya.manager.machine import Machine as Handle
@@ -89,7 +136,7 @@ def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: b
         rootfs.copy_layers(source.directory, directory)
         snapshots.copy_disks(place, directory)
         machines.store_spec(source.paths, spec)
-        machines.store_state(source.paths, machine_id, MachineState(phase=STARTING if starting else CREATED))
+        machines.store_state(source.paths, machine_id, _FIRST if starting else MachineState(phase=CREATED))
     except BaseException:
         machines.discard(source.paths, machine_id, spec.name)
         lock.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nagaya.engines.base import Stats
@@ -113,25 +113,39 @@ class Machine:
         progress: Progress | None = None,
     ) -> Attachment | None:
         """`start`; with the directory of a snapshot in `saved` from its memory, which the caller has checked."""
+        connection = self.begin(attach=attach, rows=rows, columns=columns, saved=saved)
+        answer = self.await_start(connection, Copies(progress).take if progress is not None else None)
+        warnings = tuple(str(warning) for warning in _list(answer.get("warnings")))
+        if attach:
+            return Attachment(connection, warnings=warnings)
+        connection.close()
+        return None
+
+    def begin(self, *, attach: bool = False, rows: int = 0, columns: int = 0, saved: str = "") -> Connection:
+        """The first half of `go`: its supervisor is there, and at work. `await_start` is to follow."""
         fresh, self._held = self._held, None
         lock = fresh or self.lock()
         try:
             if fresh is None:
                 require("start", self.settled().phase, self.name)
             fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns), saved=saved)
-            connection = Connection(fd)
-            try:
-                answer = connection.answer(Copies(progress).take if progress is not None else None)
-            except BaseException:
-                connection.close()
-                raise
-        finally:
+        except BaseException:
             lock.release()
-        warnings = tuple(str(warning) for warning in _list(answer.get("warnings")))
-        if attach:
-            return Attachment(connection, warnings=warnings)
-        connection.close()
-        return None
+            raise
+        self._held = lock
+        return Connection(fd)
+
+    def await_start(
+        self, connection: Connection, take: Callable[[dict[str, object]], None] | None = None
+    ) -> dict[str, object]:
+        """Until it runs: what its supervisor says. Raises why it does not; the connection is closed then."""
+        try:
+            return connection.answer(take)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self.let_go()
 
     def stop(self, *, timeout_s: float | None = None) -> None:
         """Send its stop signal, kill it after `timeout_s`, and wait until nothing of it runs. Fine when it has ended."""

@@ -71,4 +71,12 @@ class MachineState(NamedTuple):
     address: str = ""
     ports: tuple[PortMapping, ...] = ()  # as published at the last start: with the ports that the host chose
     warnings: tuple[str, ...] = ()
-    origin: str = ""  # how it came to run: "boot", "template", "saved"; "" = there is one way only
+    origin: str = ""  # how it came to run: "boot", "template", "saved"; "" = there is one way only; FORK: not yet
+
+
+FORK = "fork"
+
+
+def is_unborn(state: MachineState) -> bool:
+    """Whether it is a fork that never came to run: of a command that was cut off, none such is left."""
+    return state.origin == FORK and not state.started_ns

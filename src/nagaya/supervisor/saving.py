@@ -92,7 +92,7 @@ class Saving:
         try:
             if self._memory:
                 assert isinstance(machine.programs, Programs)  # whole machines have no memory that could be saved
-                os.mkdir(f"{self._place}/{snapshots.MEMORY}", 0o700)
+                os.makedirs(f"{self._place}/{snapshots.MEMORY}", 0o700, exist_ok=True)  # a fork's is somewhere else
                 self._save(f"{self._place}/{snapshots.MEMORY}")
                 resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
             self._copy()
@@ -108,12 +108,16 @@ class Saving:
             engine.save(directory)  # type: ignore[attr-defined]
 
     def _copy(self) -> None:
+        machine_dir = os.path.dirname(os.path.dirname(self._place))
+        if snapshots.copy_quickly(machine_dir, self._place):
+            self._copied_well()
+            return
         read, write = os.pipe2(os.O_CLOEXEC)
         self._said = read
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
-            _copy_disks(os.path.dirname(os.path.dirname(self._place)), self._place, write, parent)
+            _copy_disks(machine_dir, self._place, write, parent)
         os.close(write)
         self._pidfd = os.pidfd_open(self._pid)
         self._machine.loop.watch(self._pidfd, self._copied)
@@ -123,6 +127,9 @@ class Saving:
         if complaint:
             self._fail(HostError(f"cannot copy the machine's disks: {complaint}"))
             return
+        self._copied_well()
+
+    def _copied_well(self) -> None:
         self._go_on()
         if self._writing is not None:
             self._machine.loop.watch(self._writing.fd, self._written)

@@ -15,7 +15,7 @@ from nagaya.engines.base import Booted, BootRequest
 from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
 from nagaya.model.spec import MachineSpec
-from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING
+from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING, is_unborn
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import control
 from nagaya.protocol.setup import with_machine_id, with_time
@@ -452,7 +452,7 @@ class Supervisor:
             self.loop.forget(self._listener)
             os.close(self._listener)
             self._listener = -1
-        if self.spec.auto_remove and not self.keep:
+        if (self.spec.auto_remove and not self.keep) or is_unborn(self.state):
             rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge of them
             machines.discard(self.paths, self.spec.id, self.spec.name)
             self.record("destroy")
