@@ -140,6 +140,7 @@ def test_kills_leave_the_machine_running_and_no_half(cli: Cli) -> None:
         command.send_signal(signal.SIGKILL)
         command.wait(20)
         goes_on(cli, "m")
+        assert cli.machines()[0]["state"] == "running"  # and the next command mends
         assert state_of(cli, "m")["pid"] == pid
         left = os.listdir(machine_dir(cli, "m") / "snapshots")
         assert not [name for name in left if name.startswith(".")], left

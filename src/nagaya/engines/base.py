@@ -158,6 +158,13 @@ class Saving(Protocol):
         """
 
 
+class Preloading(Protocol):
+    """An engine that many machines at a time are started with, by one process."""
+
+    def preload(self) -> None:
+        """Import what each start would import."""
+
+
 class Writing(Protocol):
     """A save under way, which a child of the machine's writes."""
 

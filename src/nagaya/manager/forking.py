@@ -14,6 +14,7 @@ from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, FORK, PAUSED, RUNNING, STARTING, MachineState, require
 from nagaya.storage import machines, rootfs, snapshots
 from nagaya.storage.tree import remove_tree
+from nagaya.supervisor import launch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _memory_of(source: Machine, place: str) -> Iterator[None]:
 
 def _start(made: list[Machine], saved: str) -> None:
     """Start all of them, some at a time: each takes a while in which it waits, and all at once would wait too long."""
+    if len(made) > 1 and launch.will_fork():
+        _preload(made[0].spec.type)
     at_once = max(_LEAST_AT_ONCE, 2 * (os.cpu_count() or 1))
     under_way: list[tuple[Machine, Connection]] = []
     try:
@@ -116,6 +119,16 @@ def _start(made: list[Machine], saved: str) -> None:
     finally:
         for _, connection in under_way:
             connection.close()
+
+
+def _preload(type_: str) -> None:
+    """Import here, once, what each supervisor would import by itself: it is a fork of this process."""
+    from nagaya.supervisor import entry, resuming, supervisor
+
+    del entry, resuming, supervisor
+    preload = getattr(open_engine(type_), "preload", None)
+    if preload is not None:
+        preload()
 
 
 def _await(machine: Machine, connection: Connection) -> None:

@@ -26,6 +26,11 @@ def allow_fork() -> None:
     _may_fork = True
 
 
+def will_fork() -> bool:
+    """Whether supervisors will be forks of this process: what it has imported by then, they need not."""
+    return _may_fork and not _has_threads()
+
+
 def launch(
     paths: Paths, machine_id: str, *, command: FileLock, attach: bool, size: tuple[int, int], saved: str = ""
 ) -> int:
@@ -35,7 +40,7 @@ def launch(
     """
     ours, theirs = unix.socket_pair()
     try:
-        if _may_fork and not _has_threads():
+        if will_fork():
             _fork(paths, machine_id, ours, theirs, command.fd, attach=attach, size=size, saved=saved)
         else:
             _execute(paths, machine_id, theirs, command.fd, attach=attach, size=size, saved=saved)

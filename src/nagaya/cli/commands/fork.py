@@ -5,6 +5,7 @@ from __future__ import annotations
 from nagaya.cli.context import Context
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.errors import UsageError
+from nagaya.supervisor.launch import allow_fork
 
 
 def fork(context: Context, parsed: Parsed) -> int:
@@ -12,6 +13,7 @@ def fork(context: Context, parsed: Parsed) -> int:
     text = parsed.text("number", "1")
     if not (text.isascii() and text.isdigit()):
         raise UsageError(f"--number: '{text}' is no number", hint="for example -n 10")
+    allow_fork()
     machine = context.host.machines.get(parsed.words[0])
     for made in machine.fork(int(text[:9]), name=parsed.text("name"), disk_only=parsed.switch("disk-only")):
         print(made.name)

@@ -17,6 +17,7 @@ from nagaya.cli.listing import Layout, print_json
 from nagaya.cli.progress import open_progress
 from nagaya.cli.template_functions import Row
 from nagaya.errors import EXIT_FAILURE, UsageError
+from nagaya.supervisor.launch import allow_fork
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -226,6 +227,7 @@ def _moving(parsed: Parsed, label: str) -> Iterator[Callable[[int, int], None]]:
 
 def restore(context: Context, parsed: Parsed) -> int:
     """Make the machine what it was, and print the snapshot's name; or make one of a file."""
+    allow_fork()
     memory = _memory(parsed)
     path = parsed.text("from")
     if path:

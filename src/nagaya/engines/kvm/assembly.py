@@ -132,7 +132,9 @@ def check_host(state: dict[str, Any], hardware: Hardware, *, software_kvm: bool)
     check_saved(state, hardware, software_kvm=software_kvm)
     quirks: tuple[cpuid.Mask, ...] = ()
     if software_kvm:
-        from nagaya.engines.kvm.pvm import POLICY as quirks
+        from nagaya.engines.kvm.pvm import DEPRIVILEGED_POLICY, POLICY
+
+        quirks = DEPRIVILEGED_POLICY if state["pvm"]["deprivileged"] else POLICY
     fd = open_kvm()
     try:
         check_cpu(state, plan_cpus(fd, hardware, quirks)[0])

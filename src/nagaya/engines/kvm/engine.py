@@ -77,6 +77,13 @@ class KvmEngine:
                 f"the guest agent is not built ({agent_path()})", hint="run 'make agent', or install the package again"
             )
 
+    def preload(self) -> None:
+        """See `Preloading.preload`."""
+        from nagaya.engines.kvm import cpu_state, devices, pvm
+        from nagaya.virtio import balloon, blk, console, mmio, net, net_link, rng, vhost_net
+
+        del cpu_state, devices, pvm, balloon, blk, console, mmio, net, net_link, rng, vhost_net
+
     def find_slowness(self) -> str:
         """See `Engine.find_slowness`."""
         from nagaya.engines.kvm.speed import runs_well
