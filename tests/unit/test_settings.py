@@ -67,6 +67,18 @@ def test_a_disk_is_for_those_that_have_one(files: tuple[Path, Path]) -> None:
     assert options("--type", "container").limits.storage_bytes == 0
 
 
+def test_templates_are_for_those_who_want_them(files: tuple[Path, Path]) -> None:
+    user, system = files
+    assert options().template and not options("--no-template").template
+    system.write_text("templates = false\n")
+    assert not options().template
+    user.write_text("templates = true\n")
+    assert options().template and not options("--no-template").template
+    user.write_text('templates = "no"\n')
+    with pytest.raises(UsageError, match="is not true or false"):
+        options()
+
+
 def test_nothing_settled_is_nothing_changed() -> None:
     assert options() == CreateOptions(image="debian")
 

@@ -12,7 +12,7 @@ from nagaya.cli.progress import open_progress
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError, NotFound, UsageError
 from nagaya.manager.options import CreateOptions
-from nagaya.manager.settings import Setting, choose_type, read_settings
+from nagaya.manager.settings import ON, Setting, choose_type, read_settings
 from nagaya.model.spec import Limits, Mount
 
 TYPE_CHECKING = False
@@ -71,6 +71,7 @@ FLAGS = (
     ),
     Flag("--kernel", "Boot this kernel instead of Nagaya's own (virtual machines)", value="PATH"),
     Flag("--append", "Words to add to the kernel's command line (virtual machines)", value="TEXT"),
+    Flag("--no-template", "Boot, where it could begin from a template (type kvm)"),
     Flag("--ulimit", "Set a resource limit of setrlimit(2)", value="NAME=SOFT[:HARD]", many=True),
     Flag("--sysctl", "Set a kernel parameter of the machine's namespaces", value="KEY=VALUE", many=True),
     Flag("--init", "Run the program below an init that reaps and forwards signals", default=True),
@@ -133,6 +134,7 @@ def read_options(parsed: Parsed) -> CreateOptions:
         extra_hosts=values.parse_hosts(parsed.texts("add-host")),
         kernel=os.path.abspath(parsed.text("kernel")) if parsed.text("kernel") else "",
         append=parsed.text("append"),
+        template=settled_switch(settings, "templates") and not parsed.switch("no-template"),
         insecure=parsed.switch("insecure"),
     )
 
@@ -168,6 +170,12 @@ def settled(parsed: Parsed, settings: dict[str, Setting], key: str, default: str
     if parsed.given(key):
         return Setting(parsed.text(key), f"--{key}")
     return settings.get(key) or Setting(default, f"--{key}")
+
+
+def settled_switch(settings: dict[str, Setting], key: str) -> bool:
+    """A setting that is on unless it is settled otherwise."""
+    setting = settings.get(key)
+    return setting is None or setting.text == ON
 
 
 def _network(parsed: Parsed, settings: dict[str, Setting]) -> NetworkOptions:

@@ -69,6 +69,9 @@ class Stats(NamedTuple):
     block_write_bytes: int = -1
     net_rx_bytes: int = -1
     net_tx_bytes: int = -1
+    memory_private_bytes: int = -1  # of its processes': what no other process has
+    memory_shared_bytes: int = -1  # and what others have too, each other or machines of the same template or fork
+    memory_pss_bytes: int = -1  # private, and its part of what is shared: these add up over all machines
 
 
 # What `inspect` tells of each type, in these words: an engine names in `missing` those that it lacks, and why.

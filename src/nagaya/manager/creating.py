@@ -75,6 +75,7 @@ def plan_machine(options: CreateOptions, image: Image, *, type_: str, machine_id
         extra_hosts=options.extra_hosts,
         kernel=options.kernel,
         append=options.append,
+        template=options.template,
     )
     open_engine(type_).check(spec)
     return spec

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 
 from nagaya.errors import NagayaError
+from nagaya.manager.criu import PROGRAM as CRIU
+from nagaya.manager.criu import look_at_criu
 from nagaya.manager.finding import LIMITED, MISSING, OK, Finding
 from nagaya.static import NamedTuple
 
@@ -72,6 +74,7 @@ def look_at_facilities(root: str) -> list[Finding]:
             find_virtiofsd(),
         ),
         look_at_vhost(),
+        look_at_criu(find_program(CRIU)),
     ]  # fmt: skip
 
 

@@ -59,6 +59,7 @@ class CreateOptions(NamedTuple):
     extra_hosts: tuple[tuple[str, str], ...] = ()
     kernel: str = ""  # absolute path on this host; "" = Nagaya's own
     append: str = ""  # words for the kernel's command line
+    template: bool = True  # whether it may begin from one, where its type has them
     insecure: bool = False  # plain HTTP or unverified TLS to a loopback registry
 
 

@@ -9,6 +9,7 @@ memory = "1g"       # of those that are not given --memory
 cpus = 2
 storage = "20g"     # of virtual machines that are not given --storage
 network = "none"    # bridge | host | none
+templates = false   # machines of type kvm boot, and none is built for them
 """
 
 from __future__ import annotations
@@ -32,9 +33,19 @@ KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpus": ("a number of CPUs", ()),
     "storage": ("a size", ()),
     "network": (f"one of: {', '.join(NETWORKS)}", NETWORKS),
+    "templates": ("true or false", ()),
 }
+SWITCHES = ("templates",)
+ON, OFF = "true", "false"
 NUMBERS = ("memory", "cpus", "storage")  # may be TOML's numbers as well as texts
-EXAMPLES = {"type": '"kvm"', "memory": '"1g"', "cpus": "2", "storage": '"20g"', "network": '"none"'}
+EXAMPLES = {
+    "type": '"kvm"',
+    "memory": '"1g"',
+    "cpus": "2",
+    "storage": '"20g"',
+    "network": '"none"',
+    "templates": "false",
+}
 
 
 class Setting(NamedTuple):
@@ -178,7 +189,10 @@ def _check(path: str, key: str, value: object) -> str:
     if key not in KEYS:
         raise UsageError(f"{path}: there is no setting '{key}'", hint=f"there are: {', '.join(KEYS)}")
     what, choices = KEYS[key]
-    if isinstance(value, str) and (not choices or value in choices):
+    if key in SWITCHES:
+        if isinstance(value, bool):
+            return ON if value else OFF
+    elif isinstance(value, str) and (not choices or value in choices):
         return value
     if key in NUMBERS and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)

@@ -169,4 +169,5 @@ class MachineSpec(NamedTuple):
     extra_hosts: tuple[tuple[str, str], ...] = ()  # (name, address) lines for /etc/hosts
     kernel: str = ""  # absolute host path of a virtual machine's kernel; "" = Nagaya's own
     append: str = ""  # words behind a virtual machine's kernel command line
+    template: bool = True  # whether it may begin from one, and have one built for its kind
     hardware: Hardware | None = None  # of a whole machine; `image` is empty then

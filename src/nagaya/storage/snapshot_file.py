@@ -21,7 +21,7 @@ from collections.abc import Callable
 from nagaya.errors import HostError, IntegrityError, Unsupported
 from nagaya.static import Any, NamedTuple, Protocol
 from nagaya.storage import records
-from nagaya.storage.snapshots import Snapshot
+from nagaya.storage.snapshots import Snapshot, check
 
 FORMAT = 1
 _MAGIC = "nagaya-snapshot"
@@ -146,7 +146,9 @@ class Reader:
         body = self._read(length)
         if words[3] != b"%08x" % zlib.crc32(body):
             raise IntegrityError("the snapshot's file is damaged: the sum of its head is wrong", hint=_HINT)
-        head = records.from_data(Head, json.loads(body), what="the snapshot's file")
+        data = json.loads(body)
+        head = records.from_data(Head, data, what="the snapshot's file")
+        check(head.snapshot, data["snapshot"])
         for member in head.members:
             parts = member.name.split("/")
             if member.kind not in ("file", "tree") or not all(parts) or {".", ".."} & set(parts):

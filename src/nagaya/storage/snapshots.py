@@ -25,7 +25,7 @@ from collections.abc import Callable
 from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported
 from nagaya.kernel import reflink
 from nagaya.model.spec import MachineSpec
-from nagaya.static import NamedTuple
+from nagaya.static import Any, NamedTuple
 from nagaya.storage import digests, records
 from nagaya.storage.paths import make_directory
 from nagaya.storage.rootfs import DATA_DISK, Layers, is_own_file
@@ -125,14 +125,14 @@ def load_record(path: str, snapshot_id: str = "") -> Snapshot:
         raise IntegrityError(f"the record of snapshot {snapshot_id} is damaged: {error.message}", hint=hint) from None
     if snapshot_id and found.id != snapshot_id:
         raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
-    check(found)
+    check(found, data)
     return found
 
 
-def check(found: Snapshot) -> None:
-    """Raise `IntegrityError` for a record that is not as it was written."""
+def check(found: Snapshot, data: dict[str, Any]) -> None:
+    """Raise `IntegrityError` for a record that is not as it was written: `data`, which may be from before a field was new."""
     hint = "it cannot be restored; 'nagaya snapshot rm' removes it"
-    if (found.base and not _is_id(found.base)) or not _is_id(found.id) or found.digest != _sum(found):
+    if (found.base and not _is_id(found.base)) or not _is_id(found.id) or found.digest != _sum(data):
         raise IntegrityError(f"the record of snapshot {found.name} is damaged: its sum is wrong", hint=hint)
     for part in found.parts:
         if part.name.startswith("/") or ".." in part.name.split("/") or part.kind not in ("file", "tree"):
@@ -141,16 +141,16 @@ def check(found: Snapshot) -> None:
 
 def store(place: str, snapshot: Snapshot) -> Snapshot:
     """Write the record into the directory `place`; answers it with its sum."""
-    summed = snapshot._replace(digest=_sum(snapshot))
+    summed = snapshot._replace(digest=_sum(records.to_data(snapshot)))
     records.store(f"{place}/{RECORD}", summed, durable=True)
     return summed
 
 
-def _sum(snapshot: Snapshot) -> str:
+def _sum(data: dict[str, Any]) -> str:
     import hashlib  # lazy: rare
 
-    data = records.to_data(snapshot._replace(digest=""))
-    return "sha256:" + hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps({**data, "digest": ""}, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_all(machine_dir: str) -> tuple[list[Snapshot], list[tuple[str, str]]]:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 INTERVAL_S = 1.0  # between the two readings that a CPU share takes; the counters offer nothing to wait for
 
 LAYOUT = listing.Layout(
-    columns=("ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "NetIO", "BlockIO", "PIDs"),
+    columns=("ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "MemPrivate", "NetIO", "BlockIO", "PIDs"),
     headings={
-        "ID": "MACHINE ID", "Name": "NAME", "CPUPerc": "CPU %", "MemUsage": "MEM USAGE / LIMIT", "MemPerc": "MEM %",
+        "ID": "MACHINE ID", "Name": "NAME", "CPUPerc": "CPU %", "MemUsage": "MEM USAGE / LIMIT", "MemPerc": "MEM %", "MemPrivate": "PRIVATE", "MemShared": "MEM SHARED", "MemProportional": "MEM PROPORTIONAL",
         "NetIO": "NET I/O", "BlockIO": "BLOCK I/O", "PIDs": "PIDS",
     },
 )  # fmt: skip
@@ -106,6 +106,9 @@ def row(reading: Reading, share: float, *, no_trunc: bool) -> Row:
         CPUPerc=f"{100 * share:.2f}%" if share >= 0 else "--",
         MemUsage=f"{_size(stats.memory_bytes)} / {_size(limit)}",
         MemPerc=percent,
+        MemPrivate=_size(stats.memory_private_bytes),
+        MemShared=_size(stats.memory_shared_bytes),
+        MemProportional=_size(stats.memory_pss_bytes),
         NetIO=_pair(stats.net_rx_bytes, stats.net_tx_bytes),
         BlockIO=_pair(stats.block_read_bytes, stats.block_write_bytes),
         PIDs=str(stats.pids) if stats.pids >= 0 else "--",
@@ -136,6 +139,8 @@ STATS = Command(
         listing.JSON,
         listing.NO_TRUNC,
     ),
-    about="Without a name: all machines that run.",
+    about="Without a name: all machines that run. Of a virtual machine's memory, PRIVATE is what no other process has; what "
+    "machines of one template or fork have not changed is there once ({{.MemShared}}), and {{.MemProportional}} adds up over "
+    "all. Fields: " + ", ".join(LAYOUT.headings) + ".",
     examples=(("nagaya stats", ""), ("nagaya stats --no-stream --json web", "")),
 )

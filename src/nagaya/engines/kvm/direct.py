@@ -194,12 +194,12 @@ class DirectEngine:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
         if self._vmm is None:
             raise RemoteError("the machine has ended")
-        counters, cpu_ns, resident_bytes = self._vmm.read_usage()
+        counters, cpu_ns, resident_bytes, sharing = self._vmm.read_usage()
         disks = [counters.get(name, {}) for name in self._drives]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
             block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
-            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks),
+            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks), **sharing,
         )  # fmt: skip
         if self._links:  # the host's ends: what they send is what the machine receives
             sent, received = links.link_bytes(self._links)

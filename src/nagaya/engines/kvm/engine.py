@@ -235,12 +235,12 @@ class KvmEngine:
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
-        counters, cpu_ns, resident_bytes = self._running().read_usage()
+        counters, cpu_ns, resident_bytes, sharing = self._running().read_usage()
         disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
             block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
-            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks),
+            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks), **sharing,
         )  # fmt: skip
         if self._links:  # the host's ends: what they send is what the machine receives
             sent, received = links.link_bytes(self._links)

@@ -76,7 +76,7 @@ def open_saved(directory: str) -> Source:
 
 def find_sources(request: BootRequest) -> Iterator[Source]:
     """Each is the caller's to close. Has the template built that was not there, for the next of its kind."""
-    bare = plan_mold(request) if template.is_on() else None
+    bare = plan_mold(request) if template.is_on() and request.spec.template else None
     if bare is not None:
         prepared = plan_prepared(bare, request)
         wanted = [(mold, template.find(mold)) for mold in (prepared, bare) if mold is not None]

@@ -80,15 +80,15 @@ class Vmm:
             except ProcessLookupError:
                 return
 
-    def read_usage(self) -> tuple[dict[str, dict[str, int]], int, int]:
-        """(what its devices count, CPU time in ns of all its processes, resident bytes of the first)."""
-        from nagaya.kernel.process import read_usage  # lazy: only who asks
+    def read_usage(self) -> tuple[dict[str, dict[str, int]], int, int, dict[str, int]]:
+        """(what its devices count, CPU time in ns of all its processes, resident bytes of the first, `read_sharing`)."""
+        from nagaya.kernel.process import read_sharing, read_usage  # lazy: only who asks
 
         answer = self.ask("counters")
         cpu_ns, resident_bytes = read_usage(self.pid)
         # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
         cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self.helpers))
-        return answer["counters"], cpu_ns, resident_bytes
+        return answer["counters"], cpu_ns, resident_bytes, read_sharing((self.pid, *answer["processes"]))
 
     def close(self, *, reap: bool = False) -> None:
         """Give everything back. `reap`: the boot failed, and the process, should it run, is ours to end."""

@@ -14,7 +14,7 @@ from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child
 from nagaya.engines.vm.console import TextLog
 from nagaya.errors import LaunchError
-from nagaya.kernel.process import read_usage
+from nagaya.kernel.process import read_sharing, read_usage
 from nagaya.net import links
 
 STARTED_WITHIN_S = 30.0  # QEMU itself, not its guest
@@ -83,7 +83,9 @@ class QemuProcess:
         """CPU time of QEMU's process and its helpers, memory of the first; counters of the guest's devices."""
         cpu_ns, resident_bytes = read_usage(self.pid)
         cpu_ns += sum(read_usage(pid)[0] for pid in self.helpers)
-        reading = Stats(cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self.memory_bytes)
+        reading = Stats(
+            cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self.memory_bytes, **read_sharing((self.pid,))
+        )  # fmt: skip
         read, written = block_bytes(self.monitor.command("query-blockstats", query_nodes=False))
         reading = reading._replace(block_read_bytes=read, block_write_bytes=written)
         if self.links:  # what they send is what the machine receives
