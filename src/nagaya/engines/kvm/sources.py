@@ -12,6 +12,7 @@ from nagaya.engines.kvm.template import Mold, Prepared
 from nagaya.engines.mount_rules import covers
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.shares import why_not
 from nagaya.errors import NagayaError
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
@@ -107,13 +108,13 @@ def _open(mold: Mold, path: str) -> Source | None:
 def plan_mold(request: BootRequest) -> Mold | None:
     """The bare template's; None for a machine that can only boot.
 
-    That is one with directories of the host, for which another process has to be shown its memory, or with several links.
+    That is one that virtiofsd serves directories of the host, for which it has to be shown the memory, or with several links.
     """
     spec = request.spec
     links = request.network.links
     if (
         spec.hardware is not None
-        or any(mount.kind == "bind" for mount in request.mounts)
+        or (any(mount.kind == "bind" for mount in request.mounts) and not why_not())
         or len(links) > 1
         or (links and links[0].name != LINK)
     ):
