@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from nagaya.errors import IntegrityError
 from nagaya.protocol.agent import WINDOW, SavedLink
+from nagaya.protocol.setup import with_machine_id, with_time
 from nagaya.static import NamedTuple
-from nagaya.storage import records
+from nagaya.storage import records, snapshots
 
 
 class SavedProgram(NamedTuple):
@@ -22,6 +25,14 @@ class SavedPrograms(NamedTuple):
     link: SavedLink
     programs: tuple[SavedProgram, ...]
     out_of_memory: bool = False
+
+
+def renew(setup: bytes, saved: str, machine_dir: str, machine_id: str) -> bytes:
+    """CONTINUE's payload for a machine that goes on from `saved`: what SETUP would be, now."""
+    payload = with_time(setup, time.time_ns())
+    if snapshots.is_of_another(saved, machine_dir, machine_id):
+        payload = with_machine_id(payload, machine_id)
+    return payload
 
 
 def store(path: str, saved: SavedPrograms) -> None:

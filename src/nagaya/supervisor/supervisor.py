@@ -18,7 +18,6 @@ from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING, is_unborn
 from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import control
-from nagaya.protocol.setup import with_machine_id, with_time
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogWriter
@@ -161,7 +160,7 @@ class Supervisor:
 
     def _resume(self, booted: Booted, saved: str, programs: SavedPrograms) -> None:
         """Go on with programs that run already: tell the agent who the machine is by now, and when."""
-        from nagaya.storage import snapshots  # lazy: only who goes on from one
+        from nagaya.supervisor import resuming  # lazy: as above
 
         assert isinstance(self.programs, Programs)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
@@ -181,10 +180,7 @@ class Supervisor:
             self._started(0)
 
         self.programs.on_continued = continued
-        payload = with_time(booted.setup, time.time_ns())
-        if snapshots.is_of_another(saved, self._directory, self.spec.id):
-            payload = with_machine_id(payload, self.spec.id)
-        self.programs.go_on(payload)
+        self.programs.go_on(resuming.renew(booted.setup, saved, self._directory, self.spec.id))
 
     def _connect(self, booted: Booted) -> Programs | Console:
         """To the agent, or where there is none to the console."""
