@@ -24,8 +24,7 @@ from nagaya.kernel.mount import MS_PRIVATE, MS_REC, mount
 
 IPERF_S = "2"
 MACHINES = int(os.environ.get("BENCH_MACHINES", "200"))
-BULK_BYTES = {"kvm": 256 << 10, "emulated": 64 << 20}
-"""A software KVM emulates the guest's kernel instruction by instruction: it moves little."""
+BULK_BYTES = 64 << 20
 
 
 def main(rounds: int) -> bool:
@@ -201,7 +200,7 @@ def _bench_virtual(stores: Stores, type_: str) -> None:
     except NagayaError as error:
         print(f"\nnetwork, {type_}: left out: {error.message}")
         return
-    size = BULK_BYTES[type_]
+    size = BULK_BYTES
     script = (
         f"nc -ll -p 5001 -e dd if=/dev/zero bs=64k count={size >> 16} & nc -ll -p 5002 -e dd of=/dev/null bs=64k & wait"
     )

@@ -17,7 +17,7 @@ from benches.run import _bundle, _works
 from benches.stores import ULIMITS, Stores, open_stores
 from nagaya.kernels.cache import cache_directory, find_kernel
 
-COLD_ROUNDS = 3  # a boot takes 10 s of a CPU on a software KVM
+COLD_ROUNDS = 10
 OF_PODMAN, WHOLE_MS = 1.0, 200.0
 
 

@@ -13,7 +13,8 @@ from tests.e2e.command import Cli
 
 TOPICS = {
     *TYPES, "guest kernel", "overlayfs", "reflinks", "user namespaces", "seccomp", "network", "forwarding", "tap devices", "ports", "agent",
-    "passt", "tc", "dnsmasq", "foreign firewall", "bridge filter", "mmdebstrap", "mkfs.erofs", "mke2fs", "virtiofsd", "vhost",
+    "passt", "tc", "dnsmasq", "foreign firewall", "bridge filter", "mmdebstrap", "mkfs.erofs", "mke2fs",
+    "virtiofsd", "vhost", "networks in use",
 }  # fmt: skip
 MOST_S = 0.3
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nagaya.engines import TYPES
 from nagaya.kernel import namespaces
 from tests.conformance.types import find_obstacle
 from tests.conftest import remove_all
@@ -21,11 +21,9 @@ from tests.e2e.command import Cli
 from tests.kernel.forked import in_child
 
 Prefix = tuple[str, ...]
-SIZES = {"kvm": 64 << 10}  # a software KVM emulates every instruction of the guest's kernel
 SIZE = 6 << 20
 # Takes a file, tells its digest, and gives it out again, for as long as anybody asks.
 SERVE = "nc -ll -p 5002 -e sh -c 'cat >/tmp/x; sha256sum </tmp/x' & nc -ll -p 5003 -e cat /tmp/x & wait"
-TYPES = ["container", "emulated", *(["kvm"] if "NAGAYA_CONFORMANCE" in os.environ else [])]
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def test_large_packets_arrive_whole(wired: Cli, network_namespace: Prefix, mtu: 
         machines[kind] = f"ngy{machine[:10]}", wired.json("inspect", machine)[0]["state"]["address"]
     namespace = network_namespace[1].removeprefix("--net=")
     for kind, (link, address) in machines.items():
-        data = random.randbytes(SIZES.get(kind, SIZE))
+        data = random.randbytes(SIZE)
         digests[kind] = digest = hashlib.sha256(data).hexdigest()
         before = counters(network_namespace, link)
         assert exchange(namespace, address, data) == (digest, data), kind

@@ -87,17 +87,10 @@ def need(type_: str, *flags: str) -> tuple[str, ...]:
     return ("--type", type_, *flags)
 
 
-KVM = pytest.param(
-    ("kvm",),
-    marks=[
-        pytest.mark.skipif("NAGAYA_CONFORMANCE" not in os.environ, reason="takes a minute"),
-        pytest.mark.timeout(1200),  # a software KVM on a busy host
-    ],
-)
-
-
 @pytest.mark.parametrize(
-    "kind", [("container",), ("emulated",), ("emulated", "--network", "user"), KVM], ids=lambda kind: "-".join(kind)
+    "kind",
+    [("container",), ("emulated",), ("emulated", "--network", "user"), ("kvm",)],
+    ids=lambda kind: "-".join(kind),
 )
 def test_a_port_is_fetched_from_everywhere(
     wired: Cli, network_namespace: Prefix, outside: Prefix, kind: tuple[str, ...]

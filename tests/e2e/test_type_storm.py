@@ -2,8 +2,7 @@
 
 Every machine counts: it appends a number to a file of its own and to one in a volume, syncs, and prints the number. Some
 process of it is killed while it is created, starts, runs, stops, gets another type or is removed. After that it must start
-again, and have all that it printed. NAGAYA_STORM says how many machines of each type (4), NAGAYA_STORM_TYPES which ("kvm" is left out by default where
-KVM is a software one), NAGAYA_STORM_SEED repeats a run's choices.
+again, and have all that it printed. NAGAYA_STORM says how many machines of each type (4), NAGAYA_STORM_TYPES which, NAGAYA_STORM_SEED repeats a run's choices.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from io import BytesIO
 import pytest
 
 from nagaya.engines import TYPES
-from tests.conformance.types import find_obstacle, is_slow
+from tests.conformance.types import find_obstacle
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
 from tests.e2e.processes import below, supervisors
@@ -203,8 +202,6 @@ def test_a_storm(cli: Cli, type_: str) -> None:
     obstacle = find_obstacle(type_)
     if obstacle:
         pytest.skip(f"needs machines of type {type_}: {obstacle}")
-    if not CHOSEN and is_slow(type_):
-        pytest.skip("a software KVM takes 20 s for a boot: NAGAYA_STORM_TYPES=kvm")
     print(f"NAGAYA_STORM_SEED={SEED}")
     storm = Storm(cli, type_)
     began = time.monotonic()

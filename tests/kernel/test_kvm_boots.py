@@ -1,6 +1,6 @@
 """Boots in a row to a busybox shell on the console, with 1, 2 and 4 CPUs by turns, an ext4 root and a network card.
 
-NAGAYA_BOOTS says how many (2). A software KVM takes 10 to 20 s for each.
+NAGAYA_BOOTS says how many (2). A second each.
 """
 
 from __future__ import annotations
