@@ -17,7 +17,7 @@ from nagaya.manager import doctor
 )
 def test_a_kvm(monkeypatch: pytest.MonkeyPatch, kind: str, well: bool, status: str) -> None:
     monkeypatch.setattr(probe, "probe_kvm", lambda: probe.Finding(kind, "tried"))
-    monkeypatch.setattr(speed, "runs_well", lambda: well)
+    monkeypatch.setattr(speed, "has_quick_kernel", lambda: well)
     found = doctor.look_at_kvm()
     assert (found.status, found.how) == (status, "tried")
 

@@ -49,7 +49,7 @@ def look_at_containers() -> Finding:
 def look_at_kvm() -> Finding:
     from nagaya.engines.kvm.known import HARDWARE
     from nagaya.engines.kvm.probe import probe_kvm
-    from nagaya.engines.kvm.speed import runs_well
+    from nagaya.engines.kvm.speed import has_quick_kernel
 
     try:
         kvm = probe_kvm()
@@ -57,7 +57,7 @@ def look_at_kvm() -> Finding:
         return _refused("kvm", error)
     if kvm.kind == HARDWARE:
         return Finding("kvm", OK, "hardware KVM", kvm.how, "guests run at the CPU's speed")
-    if runs_well():
+    if has_quick_kernel():
         return Finding(
             "kvm",
             OK,

@@ -13,13 +13,16 @@ def can_leave_privileged_mode(kernel: str) -> bool:
     return bool(find_functions(kernel, (DEPRIVILEGED_START,)))
 
 
-def runs_well(kernel: str = "") -> bool:
-    """Whether `kernel` (a path; "" is the newest built one) does on this host. Raises as `find_kvm`."""
-    if find_kvm().kind == HARDWARE:
-        return True
+def has_quick_kernel(kernel: str = "") -> bool:
+    """Whether `kernel` (a path; "" is the newest built one) can."""
     if not kernel:
         from nagaya.kernels.cache import find_kernel
 
         newest = find_kernel()
         kernel = newest.path if newest is not None else ""
     return bool(kernel) and can_leave_privileged_mode(kernel)
+
+
+def runs_well(kernel: str = "") -> bool:
+    """Whether machines do with that kernel on this host. Raises as `find_kvm`."""
+    return find_kvm().kind == HARDWARE or has_quick_kernel(kernel)
