@@ -380,15 +380,17 @@ static bool depriv_emulate(struct pt_regs *regs)
 	return true;
 }
 
+/* Nothing can be told from there: without an IDT the next exception is a triple fault, which the VMM reports. */
 __visible void depriv_ring0_fault(struct pt_regs *regs, unsigned long vector)
 {
 	unsigned long code = regs->orig_ax;
+	struct desc_ptr none = {};
 
 	regs->orig_ax = -1;
 	if (fixup_exception(regs, vector, code, 0))
 		return;
-	for (;;)
-		native_halt();
+	native_load_idt(&none);
+	asm volatile("ud2");
 }
 
 static __ref void depriv_early_exception(struct pt_regs *regs, unsigned long vector)
