@@ -376,6 +376,15 @@ def test_connect_and_disconnect_while_it_runs(net: Cli) -> None:
     net.ok("network", "disconnect", "back", "web")
     assert not can_ping(net, "web", "172.30.5.9") and net("exec", "web", "ip", "link", "show", "eth1").code != 0
     assert net("network", "disconnect", "back", "web").code == 1
+    net.ok("network", "disconnect", "nagaya0", "web")  # its last one
+    assert "eth" not in net.ok("exec", "web", "ip", "link")
+    net.ok("network", "connect", "back", "web")
+    assert can_ping(net, "web", "db")
+    start(net, "alone", "--network", "none")
+    assert "from the next start" in net("network", "connect", "back", "alone").err
+    net.ok("restart", "-t", "0", "alone")
+    assert can_ping(net, "alone", "db")
+    net.ok("rm", "-f", "alone")
     ran = net("create", "--name", "late", "--network", "back:ip=172.30.5.9", "busybox", "sleep", "600")
     assert ran.code == 0
     assert "in use by machine" in net("start", "late").err

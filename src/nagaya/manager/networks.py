@@ -262,7 +262,7 @@ class Networks:
         with machine.lock():
             machine.reload()
             spec = machine.spec
-            if spec.network != "bridge":
+            if spec.network not in ("bridge", "none"):
                 raise Conflict(
                     f"machine '{spec.name}' was made with --network {spec.network}, and stays so",
                     hint="make it anew with --network bridge",
@@ -272,7 +272,8 @@ class Networks:
                 raise Conflict(f"machine '{spec.name}' is on network '{record.name}' already")
             if len(present) == planning.MOST_LINKS:
                 raise Conflict(f"machine '{spec.name}' is on {planning.MOST_LINKS} networks, which is the most")
-            when = machine.change(spec._replace(attachments=(*present, attachment)), "plug", record.name)
+            planned = spec._replace(network="bridge", attachments=(*present, attachment))
+            when = machine.change(planned, "plug", record.name)
         self._record("connect", record, machine=spec.name)
         return when
 

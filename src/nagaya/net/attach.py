@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from nagaya.errors import Conflict, HostError, NagayaError, NotFound
+from nagaya.errors import Conflict, HostError, NagayaError, Unsupported
 from nagaya.kernel.inet import UDP
 from nagaya.kernel.netlink import Netlink
 from nagaya.kernel.nftables import Nftables
@@ -124,7 +124,10 @@ def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
     with planning.host_lock(), Netlink() as netlink:
         plan = live.load(paths, spec.id)
         if plan is None:
-            raise NotFound("the machine has no network that could be added to", hint="give it one, and start it again")
+            raise Unsupported(
+                "a machine that was started without any network gets one at its next start only",
+                hint=f"nagaya restart {spec.name}",
+            )
         used = {link.host_link for link in plan.links}
         number = next(n for n in range(planning.MOST_LINKS + 1) if planning.host_link(spec.id, n) not in used)
         try:
