@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault, HostError, UsageError
@@ -28,6 +28,50 @@ _MOST_BYTES = 1 << 46
 _ZEROS = bytes(PAGE_BYTES)
 _COPY_BYTES = 1 << 30
 _CHUNK_BYTES = 512 * PAGE_BYTES  # of which the page map tells at once
+
+
+class WriteLog:
+    """Which blocks of something, a guest's memory or its disk, have been written: for who copies it meanwhile.
+
+    In memory that processes forked from now on share. Off until `start`; a mark then costs one look. Marks come after the
+    write that they tell of, and are taken before what they tell of is read: none is lost, whatever runs beside it.
+    """
+
+    def __init__(self, size_bytes: int, block_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.block_bytes = block_bytes
+        self._map = mmap.mmap(-1, 1 + -(-size_bytes // block_bytes))  # MAP_SHARED, and no page of it taken yet
+
+    @property
+    def on(self) -> bool:
+        return bool(self._map[0])
+
+    def start(self) -> None:
+        """From here on, writes are marked; of earlier ones nothing is known."""
+        self._map[1:] = bytes(len(self._map) - 1)
+        self._map[0] = 1
+
+    def stop(self) -> None:
+        self._map[0] = 0
+
+    def mark(self, offset: int, size_bytes: int) -> None:
+        """These bytes have been written, and lie inside. Any thread or process."""
+        if size_bytes > 0:
+            first, last = offset // self.block_bytes, (offset + size_bytes - 1) // self.block_bytes
+            self._map[1 + first : 2 + last] = b"\1" * (last - first + 1)
+
+    def take(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of what has been marked since the last time, in whole blocks; what was marked is forgotten."""
+        runs = []
+        at = self._map.find(b"\1", 1)
+        while at > 0:
+            end = self._map.find(b"\0", at)
+            end = end if end > 0 else len(self._map)
+            self._map[at:end] = bytes(end - at)
+            offset = (at - 1) * self.block_bytes
+            runs.append((offset, min((end - at) * self.block_bytes, self.size_bytes - offset)))
+            at = self._map.find(b"\1", end)
+        return runs
 
 
 class Region(NamedTuple):
@@ -51,6 +95,8 @@ class GuestMemory:
         self._pagemap = -1
         if private:
             self.open_page_map()
+        self.writes: WriteLog | None = None
+        """Where what this host writes for the guest is marked: KVM's own log has what the guest writes, and no more."""
         self._map = mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self._anchor = c_char.from_buffer(self._map)
         hva, view = addressof(self._anchor), memoryview(self._map)
@@ -176,6 +222,22 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | memoryview) -> None:
         """Raises `GuestFault` unless all of it lies inside one region; nothing is written then."""
         self.slice(gpa, len(data))[:] = data
+        self.mark(gpa, len(data))
+
+    def mark(self, gpa: int, size_bytes: int) -> None:
+        """This host has written there. Nothing happens unless somebody logs it."""
+        if self.writes is not None and self.writes.on:
+            self.writes.mark(self.offset(gpa, size_bytes), size_bytes)
+
+    def mark_views(self, views: Iterable[memoryview]) -> None:
+        """The same of slices of this memory, which are not empty."""
+        if self.writes is not None:
+            for view in views:
+                self.writes.mark(addressof(c_char.from_buffer(view)) - self.regions[0].hva, len(view))
+
+    def offset(self, gpa: int, size_bytes: int) -> int:
+        """Where the file, and `whole`, has those bytes. Raises `GuestFault` unless they lie wholly inside one region."""
+        return self.hva(gpa, size_bytes) - self.regions[0].hva
 
     def discard(self, gpa: int, size_bytes: int) -> None:
         """Give whole pages back to the host; the guest reads zeros there next. Raises `GuestFault`, `OSError`."""
@@ -187,6 +249,7 @@ class GuestMemory:
             map_zeros(self.hva(gpa, size_bytes), size_bytes)
         else:
             self._map.madvise(mmap.MADV_REMOVE, self.hva(gpa, size_bytes) - self.regions[0].hva, size_bytes)
+        self.mark(gpa, size_bytes)
 
     def open_page_map(self) -> None:
         """Be able to tell what is in use of memory that is private, or becomes so: whoever changed its ids may not ask. Raises `OSError`."""

@@ -111,6 +111,10 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
             "connect": "network:CONNECT", "disconnect": "network:DISCONNECT", "prune": "network:PRUNE",
         },
     ),
+    "migrate": (
+        "Move running machines to another Nagaya",
+        {"send": "migrate:SEND", "receive": "migrate:RECEIVE", "resolve": "migrate:RESOLVE"},
+    ),
     "generate": ("Make files for other programs", {"systemd": "generate:SYSTEMD"}),
     "kernel": (
         "Build, list and remove the kernels that machines boot",
@@ -158,6 +162,9 @@ GROUP_SUMMARIES = {
     "network connect": "Plug a machine into a network",
     "network disconnect": "Take a machine off a network",
     "network prune": "Remove networks that no machine is on",
+    "migrate send": "Send a running machine to another Nagaya",
+    "migrate receive": "Receive running machines",
+    "migrate resolve": "Settle where a machine is whose stream broke at the last step",
     "generate systemd": "Print a unit that starts and stops a machine with the host",
     "kernel build": "Build a guest kernel from this host's source package",
     "kernel ls": "List guest kernels",

@@ -18,6 +18,22 @@ from nagaya.static import NamedTuple, Protocol
 from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
 
+class Incoming(NamedTuple):
+    """A machine that comes over a stream (`migration/`): its ends, and the engine's end of what it is told by.
+
+    The descriptors are the caller's to close after the boot. `described` is what `Migrating.describe` has answered.
+    """
+
+    read_fd: int
+    write_fd: int
+    report_fd: int
+    described: str
+
+    @property
+    def fds(self) -> tuple[int, int, int]:
+        return self.read_fd, self.write_fd, self.report_fd
+
+
 class BootRequest(NamedTuple):
     """All that a boot needs. The manager planned it; the engine carries it out."""
 
@@ -28,6 +44,7 @@ class BootRequest(NamedTuple):
     etc: tuple[tuple[str, str], ...]  # (path inside, host file) to bind: /etc/hosts, /etc/hostname, /etc/resolv.conf
     runtime_dir: str  # private to this machine, for sockets
     saved: str = ""  # what `Saving.save` has written: go on from there, and do not boot. "" = boot
+    incoming: Incoming | None = None  # take the machine from there, and do not boot
 
 
 class Copy(NamedTuple):
@@ -78,6 +95,7 @@ class Stats(NamedTuple):
 FEATURES = (
     "pause",  # and unpause
     "memory",  # in snapshots, and forks
+    "migrate",  # to another host, while it runs
     "stats",
     "limits",  # that change while the machine runs
     "offline",  # cp, diff, commit and export of a machine that does not run
@@ -101,7 +119,7 @@ class Engine(Protocol):
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
     capabilities: frozenset[
         str
-    ]  # subset of {"pause", "stats", "limits", "memory", "save-behind", "oom", "offline", "init", "plug", "explain"}
+    ]  # subset of {"pause", "stats", "limits", "memory", "save-behind", "migrate", "oom", "offline", "init", "plug", "explain"}
 
     missing: dict[str, str]  # those of FEATURES that it lacks: why
 
@@ -196,6 +214,22 @@ class SavingBehind(Protocol):
 
     def fold_base(self, directory: str, target: str) -> None:
         """Write into the empty `target` what `directory` and its base are together, which takes its place."""
+
+
+class Migrating(Protocol):
+    """With the capability "migrate". `BootRequest.incoming` is the other side of it."""
+
+    def describe(self) -> str:
+        """JSON of what the machine is made of, for the target's engine. Raises `RemoteError`, `HostError`."""
+
+    def check_described(self, spec: MachineSpec, described: str) -> None:
+        """Raise `Unsupported`, `IntegrityError` when no machine that was described so could go on here as `spec`."""
+
+    def leave(self, stream: tuple[int, int], report_fd: int, *, max_downtime_ms: int, post_copy: bool) -> None:
+        """Begin to send the machine to the target at the other end of `stream`, which has accepted it.
+
+        All else is said over `report_fd` (supervisor/leaving.py has the words). The descriptors are the caller's to close.
+        """
 
 
 class Resizable(Protocol):

@@ -48,6 +48,12 @@ class kvm_userspace_memory_region(Structure):
     ]  # fmt: skip
 
 
+class kvm_dirty_log(Structure):
+    """`dirty_bitmap` is where the kernel writes a bit for each page of the slot."""
+
+    _fields_ = [("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64)]
+
+
 class kvm_regs(Structure):
     _fields_ = [
         (name, c_uint64)
@@ -272,6 +278,7 @@ KVM_CHECK_EXTENSION = _io(0x03)
 KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
 KVM_GET_SUPPORTED_CPUID = _iowr(0x05, kvm_cpuid2)
 KVM_CREATE_VCPU = _io(0x41)
+KVM_GET_DIRTY_LOG = _iow(0x42, kvm_dirty_log)
 KVM_SET_USER_MEMORY_REGION = _iow(0x46, kvm_userspace_memory_region)
 KVM_SET_TSS_ADDR = _io(0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, c_uint64)
@@ -313,6 +320,7 @@ KVM_SET_XCRS = _iow(0xA7, kvm_xcrs)
 KVM_X86_SET_MSR_FILTER = _iow(0xC6, kvm_msr_filter)
 KVM_KVMCLOCK_CTRL = _io(0xAD)
 
+KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_CAP_NR_VCPUS = 9
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_SYNC_REGS = 74

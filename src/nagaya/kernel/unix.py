@@ -6,6 +6,7 @@ Uses `_socket`, the C module below `socket`: the latter spends 4 ms on making en
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import sys
 
@@ -54,6 +55,21 @@ def send_with_fds(fd: int, data: bytes, fds: tuple[int, ...] = ()) -> None:
         end.sendall(data[sent:])
     finally:
         end.close()
+
+
+def receive_fds(fd: int, count: int) -> list[int]:
+    """So many descriptors, close-on-exec, that came by `send_with_fds` on a blocking socket. Raises `OSError`."""
+    end = _socket.socket(fileno=os.dup(fd))
+    try:
+        _, rights, _, _ = end.recvmsg(1, _socket.CMSG_SPACE(4 * count), _socket.MSG_CMSG_CLOEXEC)
+    finally:
+        end.close()
+    found = [number for _, _, packed in rights for number in memoryview(packed).cast("i")]
+    if len(found) != count:
+        for number in found:
+            os.close(number)
+        raise OSError(errno.EPROTO, f"{len(found)} descriptors instead of {count}")
+    return found
 
 
 def accept(listener: int) -> int:

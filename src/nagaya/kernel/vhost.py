@@ -13,7 +13,10 @@ _VIRTIO = 0xAF
 
 VHOST_NET_F_VIRTIO_NET_HDR = 27
 """A feature bit that guests never see: the kernel makes the virtio headers, for a tap device that has none."""
+VHOST_F_LOG_ALL = 26
+"""Another one: the kernel logs the pages that it writes frames to. Not the rings: that would be asked for with each of them."""
 VHOST_FILE_UNBIND = -1
+LOG_PAGE_BYTES = 4096
 
 
 class vhost_vring_state(Structure):
@@ -53,6 +56,7 @@ VHOST_GET_FEATURES = _request(_READ, 0x00, sizeof(c_uint64))
 VHOST_SET_FEATURES = _request(_WRITE, 0x00, sizeof(c_uint64))
 VHOST_SET_OWNER = _request(_NONE, 0x01, 0)
 VHOST_SET_MEM_TABLE = _request(_WRITE, 0x03, sizeof(vhost_memory))
+VHOST_SET_LOG_BASE = _request(_WRITE, 0x04, sizeof(c_uint64))
 VHOST_SET_VRING_NUM = _request(_WRITE, 0x10, sizeof(vhost_vring_state))
 VHOST_SET_VRING_ADDR = _request(_WRITE, 0x11, sizeof(vhost_vring_addr))
 VHOST_SET_VRING_BASE = _request(_WRITE, 0x12, sizeof(vhost_vring_state))
@@ -95,6 +99,13 @@ def set_memory(fd: int, regions: list[tuple[int, int, int]]) -> None:
     ]
     content = table(vhost_memory(nregions=len(regions)), (vhost_memory_region * len(regions))(*entries))
     _ioctl("VHOST_SET_MEM_TABLE", fd, VHOST_SET_MEM_TABLE, content)
+
+
+def set_log(fd: int, address: int) -> None:
+    """Where the log is from now on: a bit for each page of the guest's addresses. When it returns, the one before is not
+    written any more. Raises `OSError`.
+    """
+    _ioctl("VHOST_SET_LOG_BASE", fd, VHOST_SET_LOG_BASE, c_uint64(address))
 
 
 def set_ring(

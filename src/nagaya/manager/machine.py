@@ -20,6 +20,7 @@ from nagaya.static import NamedTuple, Protocol
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogLine
+from nagaya.storage.migrations import refuse_left
 from nagaya.storage.paths import Paths
 from nagaya.storage.records import from_data, to_data
 from nagaya.supervisor.launch import launch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nagaya.images.progress import Progress
     from nagaya.images.store import Image, ImageStore
     from nagaya.manager.front import FrontPanel
+    from nagaya.manager.migrating import Sent
     from nagaya.manager.processes import ProcessRow
     from nagaya.manager.snapshots import Snapshots
 
@@ -128,6 +130,7 @@ class Machine:
         try:
             if fresh is None:
                 require("start", self.settled().phase, self.name)
+                refuse_left(self.directory, self.name)
             fd = launch(self.paths, self.id, command=lock, attach=attach, size=(rows, columns), saved=saved)
         except BaseException:
             lock.release()
@@ -192,6 +195,18 @@ class Machine:
         from nagaya.manager.machines import Machines
 
         return fork(self, Machines(self.paths, self.store), count, name=name, disk_only=disk_only)
+
+    def migrate(
+        self, to: str, *, max_downtime_ms: int = 100, post_copy: bool = False,
+        on_progress: Callable[[dict[str, object]], None] | None = None,
+    ) -> Sent:  # fmt: skip
+        """Send it to another Nagaya, which receives at the address `to`. See `manager/migrating.py`."""
+        from nagaya.manager import migrating  # lazy: only who migrates
+        from nagaya.migration.addresses import parse_address
+
+        return migrating.send(
+            self, parse_address(to), migrating.Terms(max_downtime_ms, post_copy), on_progress=on_progress
+        )
 
     def wait(self) -> int:
         """Block until it has ended for good; its exit status."""

@@ -13,7 +13,7 @@ import time
 from nagaya.errors import HostError, IntegrityError, NagayaError, NotFound
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, EXITED, RUNNING, STARTING, MachineState, is_unborn
-from nagaya.storage import events, machines, rootfs
+from nagaya.storage import events, machines, migrations, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths
 
@@ -63,7 +63,7 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
     try:
         reclaim(paths, spec)
         started = bool(state.started_ns)
-        if spec.auto_remove or is_unborn(state):
+        if spec.auto_remove or is_unborn(state) or migrations.is_incoming(paths.machine(spec.id)):
             rootfs.remove_anonymous_volumes(paths, spec)
             machines.discard(paths, spec.id, spec.name)
             events.record(paths.events, "machine", "destroy", spec.id, spec.name, image=spec.image)

@@ -33,6 +33,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "disc": (RUNNING, PAUSED),
     "snapshot": (RUNNING, PAUSED),
     "fork": (RUNNING,),
+    "migrate": (RUNNING,),
     "remove": (CREATED, EXITED),
 }
 

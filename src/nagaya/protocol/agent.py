@@ -216,6 +216,30 @@ class AgentLink:
             ),
         )  # fmt: skip
 
+    def carry(self) -> tuple[SavedLink, bytes, bytes]:
+        """For `carried`, at any moment: (what is known, what has come of a frame, what has not been sent).
+
+        Raises `ValueError` while the machine is not set up yet, or is held.
+        """
+        if self._hold or not self._greeted or self._held is not None or self._setup not in ("", "done"):
+            raise ValueError("the agent is held, or has not been set up")
+        self._hold = "held"
+        try:
+            saved = self.save()
+        finally:
+            self._hold = ""
+        return saved, self._decoder.rest(), bytes(self._queue)
+
+    @classmethod
+    def carried(cls, saved: SavedLink, begun: bytes, unsent: bytes) -> AgentLink:
+        """The link to an agent that has not noticed anything. Raises `IntegrityError`, `RemoteError`."""
+        link = cls.resumed(saved)
+        link._hold = ""
+        if link._decoder.feed(begun):
+            raise IntegrityError("the machine's agent is said to have begun what it has ended")
+        link._queue += unsent
+        return link
+
     def hold(self) -> None:
         """Have the agent put the disk to rest and say nothing more; `Held` follows. What is asked for later on waits."""
         if self._hold:

@@ -55,6 +55,10 @@ class Decoder:
             del buffer[:at]
         return frames
 
+    def rest(self) -> bytes:
+        """What has come of a frame that is not complete."""
+        return bytes(self._buffer)
+
     @property
     def pending(self) -> int:
         """Bytes held of a frame that is not complete: non-zero at end of stream means a cut-off peer."""

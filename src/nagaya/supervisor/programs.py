@@ -17,7 +17,7 @@ from nagaya.supervisor.stream import Stream
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.storage.logs import LogWriter
-    from nagaya.supervisor.resuming import SavedPrograms
+    from nagaya.supervisor.resuming import CarriedPrograms, SavedPrograms
 
 
 class Listener(Protocol):
@@ -203,12 +203,46 @@ class Programs:
         )
         return SavedPrograms(self.link.save(), programs, self.out_of_memory)
 
-    def resume(self, saved: SavedPrograms, *, log: LogWriter) -> Program:
+    def freeze(self) -> None:
+        """Say nothing to the agent until `thaw`; what it says is heard."""
+        self._stream.freeze()
+
+    def thaw(self, first: bytes) -> None:
+        """Go on; `first` is what had been said, and did not reach it."""
+        self._stream.thaw(first)
+        self.flush()
+
+    def carry(self, main: Program | None, first: bytes) -> CarriedPrograms:
+        """What `resume_carried` goes on with on another host, while frozen; the machine stands. `first` as `thaw` has it.
+
+        Raises `RemoteError` when the agent's stream breaks, `ValueError` as `AgentLink.carry`.
+        """
+        from nagaya.supervisor.resuming import CarriedPrograms, SavedProgram, SavedPrograms  # lazy: migrations alone
+
+        self._drain()
+        if not self._stream.open:
+            raise RemoteError("the machine is just ending")
+        link, begun, unsent = self.link.carry()
+        programs = tuple(
+            SavedProgram(one.channel, one is main, one.tty, not one._stdin_ending, one._owed)
+            for one in self._programs.values()
+        )
+        saved = SavedPrograms(link, programs, self.out_of_memory)
+        return CarriedPrograms(saved, begun.hex(), (first + self._stream.waiting() + unsent).hex())
+
+    def resume_carried(self, carried: CarriedPrograms, *, log: LogWriter) -> Program:
+        """Go on with what another host has carried here; answers the main program. Raises as `AgentLink.carried`."""
+        link = agent.AgentLink.carried(carried.saved.link, bytes.fromhex(carried.begun), bytes.fromhex(carried.unsent))
+        main = self.resume(carried.saved, log=log, link=link)
+        self.flush()
+        return main
+
+    def resume(self, saved: SavedPrograms, *, log: LogWriter, link: agent.AgentLink | None = None) -> Program:
         """Go on with what was saved, before anything else is asked for; answers the main program.
 
         Nobody is attached: whoever fed a program's pipe is not there, so it has ended, but for the main program's.
         """
-        self.link = agent.AgentLink.resumed(saved.link)
+        self.link = link or agent.AgentLink.resumed(saved.link)
         self.out_of_memory = saved.out_of_memory
         found = None
         for one in saved.programs:
@@ -243,11 +277,14 @@ class Programs:
 
     def close(self) -> None:
         """Take what the agent still said, then close."""
+        self._drain()
+        self._stream.close()
+
+    def _drain(self) -> None:
         before = -1
         while self._stream.open and before != self._seen:
             before = self._seen
             self._stream.receive()
-        self._stream.close()
 
     _seen = 0
 

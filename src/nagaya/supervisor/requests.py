@@ -164,6 +164,46 @@ def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> No
         raise
 
 
+def _describe(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """What the machine is made of, for another host's engine to compare."""
+    _require(machine, "migrate")
+    _need(machine, "migrate", "be migrated while it runs")
+    described: str = machine.engine.describe()  # type: ignore[attr-defined]
+    client.finish(control.reply(described=described))
+
+
+def _leave(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """Send the machine to another host over the stream that the client hands us by a socket in the run-time directory."""
+    from nagaya.supervisor.leaving import Leaving  # lazy: migrations alone
+
+    _require(machine, "migrate")
+    machine.refuse_while_saving()
+    _need(machine, "migrate", "be migrated while it runs")
+    socket, migration_id, to = (str(request.get(name)) for name in ("socket", "migration", "to"))
+    if "/" in socket or not socket.startswith("migrate-"):
+        raise RemoteError("control protocol: a migration's socket is in the machine's run-time directory")
+    if machine.booted is None:
+        raise Conflict(f"machine '{machine.spec.name}' is just ending", state=machine.state.phase)
+    machine.saving = Leaving(machine, client, migration_id, to)
+    try:
+        machine.saving.begin(
+            socket, max_downtime_ms=_number(request, "max_downtime_ms", 1, 1 << 30),
+            post_copy=bool(request.get("post_copy")),
+        )  # fmt: skip
+    except BaseException:
+        machine.saving = None
+        raise
+
+
+def _resolve(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """What became of a machine that was handed over to a target which did not answer any more."""
+    from nagaya.supervisor.leaving import Leaving  # lazy: migrations alone
+
+    if not isinstance(machine.saving, Leaving):
+        raise Conflict(f"machine '{machine.spec.name}' was not handed over to another host", state=machine.state.phase)
+    machine.saving.resolve(client, runs_there=bool(request.get("there")))
+
+
 def _wait(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
     machine.waiters.append(client)
 
@@ -270,6 +310,9 @@ _REQUESTS: dict[str, Any] = {
     "pause": _pause,
     "unpause": _unpause,
     "save": _save,
+    "describe": _describe,
+    "leave": _leave,
+    "resolve": _resolve,
     "wait": _wait,
     "stats": _stats,
     "update": _update,

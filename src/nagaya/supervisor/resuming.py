@@ -35,6 +35,24 @@ def renew(setup: bytes, saved: str, machine_dir: str, machine_id: str) -> bytes:
     return payload
 
 
+class CarriedPrograms(NamedTuple):
+    """The same of a machine that moves while it runs, with what is on its way to the agent and from it, as hexadecimal."""
+
+    saved: SavedPrograms
+    begun: str
+    unsent: str
+
+
+def parse_carried(data: object) -> CarriedPrograms:
+    """What another host says of the programs, checked. Raises `IntegrityError`."""
+    carried = records.from_data(CarriedPrograms, data, what="the machine's programs")
+    try:
+        bytes.fromhex(carried.begun), bytes.fromhex(carried.unsent)
+    except ValueError:
+        raise IntegrityError("the machine's programs are not in order") from None
+    return carried._replace(saved=_checked(carried.saved))
+
+
 def store(path: str, saved: SavedPrograms) -> None:
     records.store(path, saved)
 
@@ -45,10 +63,14 @@ def load(path: str) -> SavedPrograms:
         saved = records.load(path, SavedPrograms)
     except FileNotFoundError:
         raise IntegrityError("the snapshot does not say which programs ran") from None
+    return _checked(saved)
+
+
+def _checked(saved: SavedPrograms) -> SavedPrograms:
     channels = {one.channel for one in saved.link.channels}
     known = [one.channel for one in saved.programs]
     mains = sum(one.main for one in saved.programs)
     whole = set(known) == channels and len(known) == len(channels) and mains == 1
     if not whole or not all(0 <= one.owed <= WINDOW for one in saved.programs):
-        raise IntegrityError("the snapshot's programs are not in order")
+        raise IntegrityError("the saved machine's programs are not in order")
     return saved

@@ -33,6 +33,8 @@ _MOST_TEXT = 4096
 class Saving:
     """One snapshot of `machine` into the directory `place`, for `client`, which is answered at the end."""
 
+    what = "has a snapshot taken of it"
+
     def __init__(self, machine: Supervisor, client: Client, place: str, *, memory: bool, base: str = "") -> None:
         """`base` is the memory of an earlier snapshot, to which a difference will do."""
         self.client = client

@@ -32,6 +32,7 @@ class Stream:
         self._on_drained = on_drained
         self._queue = bytearray()
         self._ending = False
+        self._frozen = False
         os.set_blocking(fd, False)
         loop.watch(fd, self._ready)
 
@@ -50,6 +51,23 @@ class Stream:
             return
         self._queue += data
         self._flush()
+
+    def freeze(self) -> None:
+        """Write nothing until `thaw`; what is sent meanwhile waits."""
+        self._frozen = True
+        if self._fd >= 0:
+            self._loop.watch(self._fd, self._ready, READ)
+
+    def waiting(self) -> bytes:
+        """What waits to be written."""
+        return bytes(self._queue)
+
+    def thaw(self, first: bytes = b"") -> None:
+        """Go on, with `first` before all else that waits."""
+        self._frozen = False
+        self._queue[:0] = first
+        if self._fd >= 0:
+            self._flush()
 
     def end(self) -> None:
         """Close once everything queued is written (or the peer is gone)."""
@@ -87,6 +105,8 @@ class Stream:
             self.close()
 
     def _flush(self) -> None:
+        if self._frozen:
+            return
         while self._queue:
             try:
                 with memoryview(self._queue) as view:

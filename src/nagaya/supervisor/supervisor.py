@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 
 from nagaya.engines import engine_of
-from nagaya.engines.base import Booted, BootRequest
+from nagaya.engines.base import Booted, BootRequest, Incoming
 from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
 from nagaya.model.spec import MachineSpec
@@ -32,8 +32,10 @@ from nagaya.supervisor.programs import Program, Programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.supervisor.arriving import Arriving
     from nagaya.supervisor.console import Console
     from nagaya.supervisor.filling import Filling
+    from nagaya.supervisor.leaving import Leaving
     from nagaya.supervisor.published import Published
     from nagaya.supervisor.resuming import SavedPrograms
     from nagaya.supervisor.saving import Saving
@@ -52,17 +54,9 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        paths: Paths,
-        spec: MachineSpec,
-        launcher_fd: int,
-        *,
-        lock: FileLock,
-        command: FileLock,
-        attach: bool,
-        size: tuple[int, int],
-        saved: str = "",
-    ) -> None:
+        self, paths: Paths, spec: MachineSpec, launcher_fd: int, *, lock: FileLock, command: FileLock, attach: bool,
+        size: tuple[int, int], saved: str = "",
+    ) -> None:  # fmt: skip
         """`saved` is a snapshot's directory whose memory the first run goes on from; "" = boot."""
         self.paths = paths
         self.spec = spec
@@ -75,7 +69,8 @@ class Supervisor:
         self.programs: Programs | Console | None = None
         self.main: Program | None = None
         self.filling: Filling | None = None
-        self.saving: Saving | None = None
+        self.saving: Saving | Leaving | None = None
+        self.discards = spec.auto_remove  # whether nothing of the machine stays when it has ended
         self.keep = False  # a machine that was created with --rm stays, for who ends it to go on with it
         self._saved = saved
         self._helpers: list[int] = []  # pidfds
@@ -85,7 +80,7 @@ class Supervisor:
         self._clients: set[Client] = set()
         self._attach = attach
         self._size = size
-        self._log = LogWriter(self._directory, spec.log)
+        self.log = LogWriter(self._directory, spec.log)
         self._stack = ExitStack()
         self._exit_status: int | None = None
         self._problem: NagayaError | None = None
@@ -124,9 +119,10 @@ class Supervisor:
         )
         self._command.release()  # whoever gets it now finds a machine that starts, and this lock held
         saved, self._saved = self._saved, ""
+        arriving = self._find_arriving(saved)
         try:
-            programs = self._load_programs(saved)
-            booted = self._boot(saved)
+            programs = self._load_programs("" if arriving else saved)
+            booted = self._boot(saved) if arriving is None else arriving.boot(self._boot)
         except NagayaError as problem:
             self._start_failed(problem)
             return
@@ -141,6 +137,9 @@ class Supervisor:
         self.programs = self._connect(booted)
         if programs is not None:
             self._resume(booted, saved, programs)
+            return
+        if arriving is not None:
+            arriving.begin()
             return
         if booted.setup:
             self.programs.on_set_up = self._set_up
@@ -158,6 +157,13 @@ class Supervisor:
 
         return resuming.load(f"{saved}/programs.json")
 
+    def _find_arriving(self, saved: str) -> Arriving | None:
+        if not saved.endswith("/incoming"):
+            return None
+        from nagaya.supervisor.arriving import Arriving  # lazy: migrations alone
+
+        return Arriving(self, saved)
+
     def _resume(self, booted: Booted, saved: str, programs: SavedPrograms) -> None:
         """Go on with programs that run already: tell the agent who the machine is by now, and when."""
         from nagaya.supervisor import resuming  # lazy: as above
@@ -165,22 +171,30 @@ class Supervisor:
         assert isinstance(self.programs, Programs)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         try:
-            main = self.programs.resume(programs, log=self._log)
+            main = self.programs.resume(programs, log=self.log)
         except NagayaError as problem:
             self._problem, self._exit_status = problem, 125
             self.engine.kill()
             return
-        main.on_exited = self._main_exited
-        self.main = main
+        self.adopt_main(main)
         if self._launcher is not None and self._attach:
             main.join(self._launcher, stdin=self.spec.process.stdin)
 
         def continued(warnings: tuple[str, ...]) -> None:
             self._set_up(warnings)
-            self._started(0)
+            self.started(0)
 
         self.programs.on_continued = continued
         self.programs.go_on(resuming.renew(booted.setup, saved, self._directory, self.spec.id))
+
+    def adopt_main(self, main: Program) -> None:
+        """The main program of a machine that runs already."""
+        main.on_exited = self.main_exited
+        self.main = main
+
+    def fail_start(self, problem: NagayaError) -> None:
+        """Why the machine, which is just ending, did not come to run."""
+        self._problem, self._exit_status = self._problem or problem, 125
 
     def _connect(self, booted: Booted) -> Programs | Console:
         """To the agent, or where there is none to the console."""
@@ -252,12 +266,12 @@ class Supervisor:
             process = process._replace(rows=self._size[0], columns=self._size[1])
         attached = self.main.clients if self.main is not None else []
         try:
-            main = self.programs.spawn(process, booted.policy, main=True, log=self._log)
+            main = self.programs.spawn(process, booted.policy, main=True, log=self.log)
         except NagayaError as problem:  # a command line or an environment that fits no frame
             self._problem, self._exit_status = problem, 125
             self.engine.kill()
             return
-        main.on_started, main.on_failed, main.on_exited = self._started, self._spawn_failed, self._main_exited
+        main.on_started, main.on_failed, main.on_exited = self.started, self._spawn_failed, self.main_exited
         for client in attached:
             main.join(client, stdin=client.wants_stdin)
         if self._launcher is not None and self._attach:
@@ -265,19 +279,15 @@ class Supervisor:
         self.main = main
         self.programs.flush()
 
-    def _boot(self, saved: str) -> Booted:
+    def _boot(self, saved: str, incoming: Incoming | None = None) -> Booted:
         stack = self._stack = ExitStack()
         try:
             network = wire_up(self, stack)
             request = BootRequest(
-                spec=self.spec,
-                rootfs=self._plan_rootfs(network),
-                mounts=rootfs.plan_mounts(self.paths, self.spec),
-                network=network,
-                etc=write_etc(f"{self._directory}/etc", self.spec, network),
-                runtime_dir=self.paths.runtime(self.spec.id),
-                saved=f"{saved}/memory" if saved else "",
-            )
+                spec=self.spec, rootfs=self._plan_rootfs(network), mounts=rootfs.plan_mounts(self.paths, self.spec),
+                network=network, etc=write_etc(f"{self._directory}/etc", self.spec, network),
+                runtime_dir=self.paths.runtime(self.spec.id), saved=f"{saved}/memory" if saved else "", incoming=incoming,
+            )  # fmt: skip
             self.state = self.state._replace(address=network.address, ports=network.ports)
             booted = self.engine.boot(request, stack)
             return booted._replace(warnings=(*network.warnings, *booted.warnings))
@@ -304,17 +314,13 @@ class Supervisor:
         assert self.booted is not None
         self.booted = self.booted._replace(warnings=(*self.booted.warnings, *warnings))
 
-    def _started(self, pid: int) -> None:
+    def started(self, pid: int) -> None:
         assert self.booted is not None
         self.cancel_timer("boot")
         self.set_state(
-            phase=RUNNING,
-            started_ns=time.time_ns(),
-            pid=self.booted.pid,
-            warnings=self.booted.warnings,
-            origin=self.booted.origin,
-            finished_ns=0,
-        )
+            phase=RUNNING, started_ns=time.time_ns(), pid=self.booted.pid, warnings=self.booted.warnings,
+            origin=self.booted.origin, finished_ns=0,
+        )  # fmt: skip
         if self.published is not None:
             self.published.lead()
         self.record("start")
@@ -332,9 +338,9 @@ class Supervisor:
 
     def _spawn_failed(self, problem: NagayaError) -> None:
         self._problem = problem
-        self._main_exited(problem.status if isinstance(problem, ExecError) else 125)
+        self.main_exited(problem.status if isinstance(problem, ExecError) else 125)
 
-    def _main_exited(self, status: int) -> None:
+    def main_exited(self, status: int) -> None:
         self._exit_status = status
         if self.booted is not None and self.programs is not None:
             if self.booted.setup and self.spec.auto_remove and not any(mount.source for mount in self.spec.mounts):
@@ -435,20 +441,16 @@ class Supervisor:
         """The last run is over and everything on the host is freed: say so to all who wait, in that order."""
         problem = self._problem
         self.set_state(
-            phase=EXITED,
-            exit_code=status,
-            error=problem.message if problem else "",
-            finished_ns=time.time_ns(),
-            pid=0,
+            phase=EXITED, exit_code=status, error=problem.message if problem else "", finished_ns=time.time_ns(), pid=0,
             address="",
-        )
+        )  # fmt: skip
         self.record("die", exit_code=str(status))
-        self._log.close()
+        self.log.close()
         if self._listener >= 0:
             self.loop.forget(self._listener)
             os.close(self._listener)
             self._listener = -1
-        if (self.spec.auto_remove and not self.keep) or is_unborn(self.state):
+        if (self.discards and not self.keep) or is_unborn(self.state):
             rootfs.remove_anonymous_volumes(self.paths, self.spec)  # first: with the record goes the knowledge of them
             machines.discard(self.paths, self.spec.id, self.spec.name)
             self.record("destroy")
@@ -470,12 +472,10 @@ class Supervisor:
         launcher = self.take_launcher()
         if launcher is None:
             return
-        if isinstance(error, NagayaError):
-            launcher.fail(error)
-        elif isinstance(error, OSError):
-            launcher.fail(HostError.from_os(error, "cannot supervise the machine"))
-        else:
-            launcher.fail(LaunchError(f"the machine's supervisor broke ({type(error).__name__})"))
+        if isinstance(error, OSError):
+            error = HostError.from_os(error, "cannot supervise the machine")
+        broke = LaunchError(f"the machine's supervisor broke ({type(error).__name__})")
+        launcher.fail(error if isinstance(error, NagayaError) else broke)
 
     # -- clients
 
@@ -564,9 +564,9 @@ class Supervisor:
         self.record("pause")
 
     def refuse_while_saving(self) -> None:
-        """Raise `Conflict` while a snapshot is being taken."""
+        """Raise `Conflict` while a snapshot is being taken, or the machine is on its way to another host."""
         if self.saving is not None:
-            raise Conflict(f"a snapshot of machine '{self.spec.name}' is being taken", hint="try again in a moment")
+            raise Conflict(f"machine '{self.spec.name}' {self.saving.what}", hint="try again in a moment")
 
     def resume(self) -> None:
         if self.state.phase == PAUSED:

@@ -21,7 +21,7 @@ from struct import Struct
 
 from nagaya.errors import GuestFault, RemoteError
 from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
-from nagaya.memory import GuestMemory
+from nagaya.memory import GuestMemory, WriteLog
 from nagaya.static import Any, NoReturn, Protocol
 from nagaya.virtio.device import Activated, Device, QueuePlace, make_queue
 from nagaya.virtio.loop import Loop
@@ -54,6 +54,8 @@ class Remote:
         self.on_lost: Callable[[str], None] | None = None
         """Hears that the other process is gone."""
         self._device = device
+        self.writes: WriteLog | None = getattr(device, "writes", None)
+        """The disk's log, which the other process marks: it was there before that was."""
         self._asking = threading.Lock()
         self._asks: _socket.socket | None = None
         self._news: _socket.socket | None = None
@@ -114,6 +116,10 @@ class Remote:
             while self._read_news():
                 pass
         self.raised[0] = 0
+
+    def descriptors(self) -> tuple[int, ...]:
+        """What the device holds open, here too."""
+        return self._device.descriptors()
 
     def close(self) -> None:
         """See `Device`."""
@@ -206,6 +212,8 @@ class DeviceProcess:
         steps = range(0, _STEP_BYTES * len(self._moved), _STEP_BYTES)
         self.devices = tuple(Remote(device, view[at : at + 1]) for device, at in zip(self._moved, steps, strict=True))
         self.pid = 0
+        self.memory_writes: WriteLog | None = None
+        """The guest memory's log, for the other process to mark: to be set before `start`."""
 
     def start(self) -> None:
         """Fork. To be called before the machine has other threads, with the rights that the devices are to have.
@@ -216,7 +224,8 @@ class DeviceProcess:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _run(self._moved, self.devices, [(asks[1], news[1]) for asks, news in pairs], parent)
+            ends = [(asks[1], news[1]) for asks, news in pairs]
+            _run(self._moved, self.devices, ends, parent, self.memory_writes)
         self.pid = pid
         for remote, (asks, news) in zip(self.devices, pairs, strict=True):
             asks[1].close()
@@ -245,6 +254,7 @@ def _run(
     remotes: Sequence[Remote],
     ends: Sequence[tuple[_socket.socket, _socket.socket]],
     parent: int,
+    writes: WriteLog | None,
 ) -> NoReturn:
     """Serve until the machine's process is gone; never returns."""
     import gc
@@ -260,7 +270,7 @@ def _run(
         loops = []
         for device, remote, (asks, news) in zip(devices, remotes, ends, strict=True):
             loop = Loop(device.name)
-            served = _Served(device, loop, remote.raised, asks, news)
+            served = _Served(device, loop, remote.raised, asks, news, writes)
             loop.watch(asks.fileno(), served.answer)
             loops.append(loop)
         for loop in loops[1:]:
@@ -276,10 +286,12 @@ class _Served:
     """One device here: what a transport is to it at home, without the registers."""
 
     def __init__(
-        self, device: Movable, loop: Loop, raised: memoryview, asks: _socket.socket, news: _socket.socket
-    ) -> None:
+        self, device: Movable, loop: Loop, raised: memoryview, asks: _socket.socket, news: _socket.socket,
+        writes: WriteLog | None,
+    ) -> None:  # fmt: skip
         self._device, self._loop, self._raised = device, loop, raised
         self._asks, self._news = asks, news
+        self._writes = writes
         self._memory: GuestMemory | None = None
         self._interrupt_fd = -1
         self._kick_fds: list[int] = []
@@ -313,6 +325,7 @@ class _Served:
         self._stop()
         memory_fd, self._interrupt_fd, *self._kick_fds = fds
         self._memory = GuestMemory(memory_fd, request["memory_bytes"])
+        self._memory.writes = self._writes
         try:
             queues = tuple(
                 place and make_queue(self._memory, QueuePlace(*place), request["features"], self._interrupt)

@@ -12,6 +12,7 @@ import time
 from nagaya.errors import Conflict, GuestFault, HostError, NotFound, UsageError
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from nagaya.kernel.locks import pack_lock
+from nagaya.memory import WriteLog
 from nagaya.static import Any, NamedTuple
 from nagaya.virtio.device import BLOCK, Activated, guard
 from nagaya.virtio.queue import Chain, Queue
@@ -37,6 +38,7 @@ _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _MOST_RANGE_SECTORS = 1 << 22  # 2 GiB in a request: a driver splits more, and other requests come between
 _MOST_RANGES = 32
 _MOST_IOVECS = 1024  # IOV_MAX
+LOG_BLOCK_BYTES = 64 << 10
 _LOCK_TRIES, _LOCK_PAUSE_S = 15, 0.02
 """A machine that was killed a moment ago lets go of its disks when its processes are all gone."""
 _BURST = 16
@@ -89,6 +91,8 @@ class Blk:
         except BaseException:
             os.close(self._fd)
             raise
+        self.writes = None if read_only else WriteLog(self.size_bytes, LOG_BLOCK_BYTES)
+        """Where the disk is written, for who copies it meanwhile: shared with the process that the disk may move to."""
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | (F_MQ if queues > 1 else 0)
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
@@ -210,6 +214,7 @@ class Blk:
                 discard = request.type == T_DISCARD or unmap
                 mode = FALLOC_FL_PUNCH_HOLE if discard else FALLOC_FL_ZERO_RANGE
                 fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, size)
+                self._mark(offset, size)
             if self._writes_through:
                 os.fdatasync(self._fd)
             counters["discards"] += 1
@@ -229,7 +234,13 @@ class Blk:
         while done < request.size_bytes:
             views = after(request.buffers, done) if done else request.buffers
             flags = os.RWF_DSYNC if self._writes_through else 0
-            done += os.pwritev(self._fd, views[:_MOST_IOVECS], request.offset + done, flags)
+            count = os.pwritev(self._fd, views[:_MOST_IOVECS], request.offset + done, flags)
+            self._mark(request.offset + done, count)
+            done += count
+
+    def _mark(self, offset: int, size_bytes: int) -> None:
+        if self.writes is not None and self.writes.on:
+            self.writes.mark(offset, size_bytes)
 
 
 def parse(chain: Chain, disk_bytes: int, *, read_only: bool) -> Request:

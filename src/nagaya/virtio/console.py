@@ -135,6 +135,19 @@ class Port:
         self.guest_open = saved["guest_open"]
         self._skip = saved["written"]
 
+    def take_waiting(self) -> bytes:
+        """What the back end has sent and the guest has not been given, for another host to give it. While held."""
+        waiting = b""
+        while self._input_fd >= 0:
+            try:
+                data = os.read(self._input_fd, 1 << 16)
+            except OSError:
+                break
+            if not data:
+                break
+            waiting += data
+        return waiting
+
     def stop(self) -> None:
         """Touch no queue any more. What the back end has not taken yet of the guest's buffers is gone with them."""
         self._forget()

@@ -58,6 +58,8 @@ class Loop:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self.is_held = False
+        """Whether its thread stands (`hold`)."""
 
     def watch(self, fd: int, callback: Callable[[], None], *, readable: bool = True, writable: bool = False) -> None:
         """Call back on the loop's thread while `fd` is ready, or broken. Watching again replaces what was asked."""
@@ -102,7 +104,13 @@ class Loop:
             self._calls.append(_Call(stand))  # nobody waits for its end
             os.eventfd_write(self._wake_fd, 1)
         standing.wait()
-        return gone_on.set
+        self.is_held = True
+
+        def release() -> None:
+            self.is_held = False
+            gone_on.set()
+
+        return release
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self.run, name=self.name, daemon=True)

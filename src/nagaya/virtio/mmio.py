@@ -203,6 +203,12 @@ class MmioTransport:
             "offered": self._offered, "config": self._config().hex(),
         }  # fmt: skip
 
+    def mark_rings(self) -> None:
+        """Mark the used rings as written: while no vCPU runs and the device is held."""
+        for registers in self._registers if self._active else ():
+            if registers.ready:
+                self._memory.mark(registers.addresses[2], 6 + 8 * registers.size)
+
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `save` answered, on a transport that no driver has touched. Before its loop starts.
 

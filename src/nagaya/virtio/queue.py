@@ -137,6 +137,9 @@ class Queue:
 
     def publish(self, chain: Chain | int, written_bytes: int) -> None:
         """Give a chain back, the first `written_bytes` of its writable part filled."""
+        writes = self._memory.writes
+        if writes is not None and writes.on:
+            self._mark(chain)
         head = chain if isinstance(chain, int) else chain.head
         element = 2 * (self.next_used & self._mask)
         self._elements[element] = head
@@ -146,6 +149,10 @@ class Queue:
 
     def publish_all(self, pairs: Sequence[tuple[Chain, int]]) -> None:
         """Give several back at once: the driver sees all of them, or none."""
+        writes = self._memory.writes
+        if writes is not None and writes.on:
+            for chain, _ in pairs:
+                self._mark(chain)
         index = self.next_used
         for chain, written_bytes in pairs:
             element = 2 * (index & self._mask)
@@ -154,6 +161,10 @@ class Queue:
             index = (index + 1) & 0xFFFF
         self.next_used = index
         self._used[_INDEX] = index
+
+    def _mark(self, chain: Chain | int) -> None:
+        """Log what was written; the ring itself, which is written all the time, its transport tells of in the end."""
+        self._memory.mark_views((self._follow(chain) if isinstance(chain, int) else chain).writable)
 
     def signal(self) -> None:
         """Interrupt the driver if something was published since the last time, and it wants to know.

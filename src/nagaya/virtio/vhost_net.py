@@ -6,6 +6,7 @@ notification passes through Python. Negotiation, configuration space and reset a
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -53,6 +54,7 @@ class VhostNet(Net):
         self._vhost = vhost_fd
         self._owned = False
         self._running: tuple[int, ...] = ()  # the numbers of queues that the kernel works on
+        self._log: ctypes.Array[ctypes.c_char] | None = None  # of pages, while somebody wants to know
 
     def activate(self, live: Activated) -> None:
         """See `Device`. Raises `GuestFault` for rings that the kernel does not take."""
@@ -116,6 +118,36 @@ class VhostNet(Net):
         positions = self.positions()
         queues = self._live.queues if self._live is not None else ()
         return {"indices": [queue and (positions[queue.index], queue.published()) for queue in queues]}
+
+    def log_writes(self, on: bool) -> None:
+        """Have the kernel log the pages that it writes frames to, or not any more. Loop thread. Raises `OSError`."""
+        live = self._live
+        if live is None:
+            self._log = None
+            return
+        if on:
+            self._log = self._new_log(live)
+            kernel.set_log(self._vhost, ctypes.addressof(self._log))
+        kernel.set_features(self._vhost, live.features & _RING_FEATURES | (1 << kernel.VHOST_F_LOG_ALL if on else 0))
+        if not on:
+            self._log = None
+
+    def mark_written(self) -> None:
+        """Mark in the memory's log what the kernel has logged. Loop thread. Raises `OSError`."""
+        live, log = self._live, self._log
+        if live is None or log is None:
+            return
+        self._log = self._new_log(live)  # bits that the kernel sets cannot be cleared beside it: let it set others
+        kernel.set_log(self._vhost, ctypes.addressof(self._log))
+        for at, byte in enumerate(log.raw):
+            for bit in range(8) if byte else ():
+                if byte >> bit & 1:
+                    live.memory.mark((8 * at + bit) * kernel.LOG_PAGE_BYTES, kernel.LOG_PAGE_BYTES)
+
+    @staticmethod
+    def _new_log(live: Activated) -> ctypes.Array[ctypes.c_char]:
+        end = max(region.gpa + region.size_bytes for region in live.memory.regions)
+        return ctypes.create_string_buffer(-(-end // (8 * kernel.LOG_PAGE_BYTES)) + 8)  # it is written in words
 
     def reset(self) -> None:
         """See `Device`. When it returns, the kernel touches the guest's memory no more."""

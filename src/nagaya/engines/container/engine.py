@@ -48,6 +48,7 @@ def agent_path() -> str:
 
 # See `engines.base.FEATURES`.
 MISSING = {
+    "migrate": "its programs are this host's kernel's, and cannot be taken out of it",
     "memory": "its programs are this host's kernel's, and Nagaya does not use CRIU, which could take them out of it",
     "storage": "a container's files lie on this host's file system",
     "own-kernel": "a container's programs run on this host's kernel",

@@ -134,7 +134,7 @@ def check_host(state: dict[str, Any], hardware: Hardware, *, software_kvm: bool)
     if software_kvm:
         from nagaya.engines.kvm.pvm import DEPRIVILEGED_POLICY, POLICY
 
-        quirks = DEPRIVILEGED_POLICY if state["pvm"]["deprivileged"] else POLICY
+        quirks = DEPRIVILEGED_POLICY if is_deprivileged(state) else POLICY
     fd = open_kvm()
     try:
         check_cpu(state, plan_cpus(fd, hardware, quirks)[0])
@@ -142,6 +142,11 @@ def check_host(state: dict[str, Any], hardware: Hardware, *, software_kvm: bool)
         raise HostError.from_os(error, "cannot ask this host's KVM for its CPUs") from None
     finally:
         os.close(fd)
+
+
+def is_deprivileged(state: dict[str, Any]) -> bool:
+    """Whether a machine, which was saved or described, has a kernel that leaves privileged mode by itself."""
+    return bool((state.get("pvm") or {}).get("deprivileged"))
 
 
 class Parts:
@@ -157,11 +162,13 @@ class Parts:
         saved: Saved | None = None,
         shared: bool = True,
         kvm_fd: int = -1,
+        bare: dict[str, Any] | None = None,
     ) -> None:
         """Devices come with the loop of each; `end` hears when the guest ends itself.
 
         With `saved` no kernel is loaded: the machine is as it was then, but for its devices, which `restore_devices` brings
-        there. `shared`: other processes are to be shown the memory. `kvm_fd`: see `Vm`.
+        there. `shared`: other processes are to be shown the memory. `kvm_fd`: see `Vm`. One that is
+        `bare`, of which that was described (`describe`), has no vCPUs yet: `adopt` makes them.
 
         Raises `Unsupported` without a usable KVM, `HostError`, and what `load_kernel` raises.
         """
@@ -183,7 +190,7 @@ class Parts:
             self.memory.close()
             raise
         try:
-            self._assemble(hardware, devices, software_kvm, end, saved)
+            self._assemble(hardware, devices, software_kvm, end, saved, bare)
         except OSError as error:
             self.close()
             raise HostError.from_os(error, "cannot assemble the machine") from None
@@ -198,6 +205,7 @@ class Parts:
         software_kvm: bool,
         end: Callable[[Ending], None],
         saved: Saved | None,
+        bare: dict[str, Any] | None,
     ) -> None:
         vm = self.vm
         if hardware.cpus > vm.most_vcpus:
@@ -207,7 +215,7 @@ class Parts:
         if software_kvm:
             from nagaya.engines.kvm.pvm import Pvm
 
-            self.pvm = Pvm(vm, deprivileged=self._is_deprivileged(hardware, saved))
+            self.pvm = Pvm(vm, deprivileged=self._is_deprivileged(hardware, saved.state if saved else bare))
         if hardware.interrupts:
             vm.create_interrupt_controllers(timer=hardware.pit)
         Power(end).attach(self.bus)
@@ -217,6 +225,8 @@ class Parts:
             self.serial = Serial(hardware.serial_fd, lambda level: vm.set_line(COM1_GSI, level))
             self.bus.add_ports(COM1_PORT, PORTS, self.serial)
         places = self._attach(devices) if devices else []
+        if bare is not None:
+            return
         if saved is not None:
             self._restore(hardware, saved.state)
             return
@@ -229,10 +239,10 @@ class Parts:
         write_image(image, self.memory)
         self._create_vcpus(hardware, image.state)
 
-    def _is_deprivileged(self, hardware: Hardware, saved: Saved | None) -> bool:
+    def _is_deprivileged(self, hardware: Hardware, state: dict[str, Any] | None) -> bool:
         """Whether the kernel can leave privileged mode by itself."""
-        if saved is not None:
-            return bool(saved.state["pvm"]["deprivileged"])
+        if state is not None:
+            return is_deprivileged(state)
         if hardware.plain:
             return False
         from nagaya.engines.kvm.speed import can_leave_privileged_mode
@@ -320,13 +330,44 @@ class Parts:
         indices = cpu_state.msr_indices(self.vm)
         leaves = self._plan_leaves(hardware)
         return {
-            "hardware": {name: getattr(hardware, name) for name in _FIXED}, "kvm": PVM if self.pvm else HARDWARE,
-            "cpu": cpuid.brand(leaves[0]), "leaves": [list(leaf) for leaf in leaves[0]],
+            **self._describe_hardware(hardware, leaves[0]),
             "vm": cpu_state.save_vm(self.vm, interrupts=hardware.interrupts, timer=hardware.pit),
             "vcpus": [cpu_state.save_vcpu(vcpu, indices, local_apic=hardware.interrupts) for vcpu in self.vcpus],
             "pvm": self.pvm.save() if self.pvm is not None else None,
             "devices": [{"name": each.device.name, **each.save()} for each in self.transports],
         }  # fmt: skip
+
+    def describe(self, hardware: Hardware) -> dict[str, Any]:
+        """What `check_host` looks at elsewhere. Raises `HostError`."""
+        try:
+            leaves = self._plan_leaves(hardware)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot ask this host's KVM for its CPUs") from None
+        pvm = self.pvm.save() if self.pvm is not None else None
+        return {**self._describe_hardware(hardware, leaves[0]), "vcpus": [{}] * hardware.cpus, "pvm": pvm}
+
+    def _describe_hardware(self, hardware: Hardware, leaves: tuple[Leaf, ...]) -> dict[str, Any]:
+        return {
+            "hardware": {name: getattr(hardware, name) for name in _FIXED}, "kvm": PVM if self.pvm else HARDWARE,
+            "cpu": cpuid.brand(leaves), "leaves": [list(leaf) for leaf in leaves],
+        }  # fmt: skip
+
+    def mark_rings(self) -> None:
+        """Mark in the memory's log what devices write without saying so each time: the used rings."""
+        for transport in self.transports:
+            transport.mark_rings()
+
+    def adopt(self, hardware: Hardware, state: dict[str, Any]) -> None:
+        """Be what `save` answered elsewhere, devices too; of parts that were made bare, with the memory in place.
+
+        Whoever wrote it may be anybody. Raises `Unsupported`, `IntegrityError`, `OSError`.
+        """
+        try:
+            check_saved(state, hardware, software_kvm=self.pvm is not None)
+            self._restore(hardware, state)
+            self._restore_devices(state["devices"])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise IntegrityError(f"the machine's state makes no sense: {type(error).__name__}: {error}") from None
 
     def _restore(self, hardware: Hardware, state: dict[str, Any]) -> None:
         from nagaya.engines.kvm import cpu_state
@@ -341,7 +382,9 @@ class Parts:
 
     def restore_devices(self, saved: Saved) -> None:
         """Before the loops start, and after a process of devices has. Raises `Unsupported`, `IntegrityError`."""
-        states = saved.state["devices"]
+        self._restore_devices(saved.state["devices"])
+
+    def _restore_devices(self, states: list[dict[str, Any]]) -> None:
         names = [each.device.name for each in self.transports]
         if [state["name"] for state in states] != names:
             raise Unsupported(

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from nagaya.engines.base import Incoming
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.saved import MOST_BASES, Files
 from nagaya.engines.kvm.vcpu import Ending
@@ -38,6 +39,7 @@ class Plan(NamedTuple):
     log: int  # its standard error
     id: int = -1  # user and group to become; -1 = stay who we are
     reboots: bool = False  # a guest that asks for a reset gets it; otherwise that is the machine's end
+    incoming: Incoming | None = None  # what the machine, which `assemble` makes bare, comes from
 
 
 def start(plan: Plan) -> int:
@@ -66,9 +68,14 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # once more: who changes its ids loses it
         if os.getppid() != parent:
             os._exit(BROKEN)  # the supervisor was killed before we could ask to die with it
-        machine.start()
+        if plan.incoming is None:
+            machine.start()
         _send(plan.control, {"running": True})
         threading.Thread(target=_serve, args=(machine, plan.control), name="control", daemon=True).start()
+        if plan.incoming is not None:
+            from nagaya.engines.kvm.arriving import arrive  # lazy: migrations alone
+
+            arrive(machine, plan.incoming)
         ending = machine.wait()
         while plan.reboots and ending is not None and ending.kind == "reset":
             machine.reset()
@@ -95,7 +102,7 @@ def _keep_only(plan: Plan) -> None:
     os.dup2(null, 0)
     os.dup2(plan.log, 1)
     os.dup2(plan.log, 2)
-    close_all_but((plan.control, *plan.kept))
+    close_all_but((plan.control, *plan.kept, *(plan.incoming.fds if plan.incoming is not None else ())))
 
 
 def _give_up_rights(plan: Plan) -> None:
@@ -118,6 +125,10 @@ def _serve(machine: Machine, control: int) -> None:
             answer = None
             if request["do"] == "save":
                 _save(machine, request, fds)
+            elif request["do"] == "leave":
+                from nagaya.engines.kvm import leaving  # lazy: migrations alone
+
+                leaving.start(machine, (fds[0], fds[1]), fds[2], leaving.Terms(**request["terms"]))
             else:
                 answer = _ANSWERS[request["do"]](machine)
             _send(control, {"done": answer})
@@ -160,12 +171,17 @@ def _end(machine: Machine) -> None:
     machine.end(Ending("stopped", "the machine was switched off"))
 
 
+def _describe(machine: Machine) -> dict[str, Any]:
+    return machine.describe()
+
+
 _ANSWERS: dict[str, Callable[[Machine], Any]] = {
     "pause": _pause,
     "resume": _resume,
     "counters": _counters,
     "press": _press,
     "end": _end,
+    "describe": _describe,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from nagaya.engines.kvm import child, saved
 from nagaya.engines.kvm.assembly import Hardware
 from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.machine import Machine
-from nagaya.engines.kvm.sources import Source, command_line, find_sources, open_saved
+from nagaya.engines.kvm.sources import MIGRATED, Source, command_line, find_sources, open_saved
 from nagaya.engines.kvm.vmm import Vmm
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
@@ -51,7 +52,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "offline", "memory", "save-behind"))
+    capabilities = frozenset(("pause", "stats", "offline", "memory", "save-behind", "migrate"))
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
@@ -105,6 +106,8 @@ class KvmEngine:
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
+            if request.incoming is not None:
+                return self._boot(request, Source(MIGRATED), stack)
             if request.saved:
                 with open_saved(request.saved) as source:
                     return self._boot(request, source, stack)
@@ -146,7 +149,7 @@ class KvmEngine:
         return Booted(
             pid=vmm.pid, pidfd=os.dup(vmm.pidfd), agent=agent, policy=rules.plan_policy(spec),
             warnings=tuple(rules.check_spec(spec)), helpers=tuple(vmm.helpers), setup=payload,
-            copies=plan_copies(request.mounts) if shares is None and not request.saved else (), origin=source.origin,
+            copies=plan_copies(request.mounts) if shares is None and not request.saved and not request.incoming else (), origin=source.origin,
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
         )  # fmt: skip
@@ -160,10 +163,11 @@ class KvmEngine:
         console, console_end = _connect(local)
         self._console = TextLog(console, f"{request.runtime_dir}/console.log")
         daemon = shares.socket if shares is not None else -1
-        data = _held(open_data(disks.data, form=not source.data), local)
+        bare = json.loads(request.incoming.described) if request.incoming is not None else None
+        data = _held(open_data(disks.data, form=not source.data and bare is None), local)
         if source.data:
             copy_data_disk(source.data, data)
-        initrd = _held(open_initramfs(), local) if source.saved is None else -1
+        initrd = _held(open_initramfs(), local) if source.saved is None and bare is None else -1
         memory = source.saved.fds if source.saved is not None else ()
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
         links = tuple((self._plug(link, request, vmm, local), link) for link in request.network.links)
@@ -175,13 +179,13 @@ class KvmEngine:
         )  # fmt: skip
         assemble = partial(
             _assemble, hardware, disks, data=data, agent=agent, console=console_end, links=links, daemon=daemon,
-            saved=source.saved,
+            saved=source.saved, bare=bare,
         )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=vmm.control_end,
             kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
             log=vmm.log_end,
-            id=user_id(spec.id) if os.geteuid() == 0 else -1,
+            id=user_id(spec.id) if os.geteuid() == 0 else -1, incoming=request.incoming,
         )  # fmt: skip
 
     def _plug(self, plan: LinkPlan, request: BootRequest, vmm: Vmm, local: ExitStack) -> int:
@@ -232,6 +236,30 @@ class KvmEngine:
             saved.fold_base(directory, target)
         except OSError as error:
             raise HostError.from_os(error, "cannot merge saved memory") from None
+
+    def describe(self) -> str:
+        """See `Migrating.describe`."""
+        return json.dumps(self._ask("describe"))
+
+    def check_described(self, spec: MachineSpec, described: str) -> None:
+        """See `Migrating.check_described`."""
+        from nagaya.engines.kvm.assembly import check_host
+
+        if spec.mounts and any(mount.kind != "tmpfs" for mount in spec.mounts):
+            raise Unsupported(
+                "a machine with volumes or directories of its host cannot be migrated",
+                hint="copy what is in them: nagaya cp; what virtiofsd knows of a mount is its own, and stays there",
+            )
+        hardware = Hardware("", memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), acpi=False)
+        try:
+            check_host(json.loads(described), hardware, software_kvm=find_kvm().kind == PVM)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise IntegrityError(f"what the machine is said to be made of makes no sense: {error}") from None
+
+    def leave(self, stream: tuple[int, int], report_fd: int, *, max_downtime_ms: int, post_copy: bool) -> None:
+        """See `Migrating.leave`."""
+        terms = {"max_downtime_ms": max_downtime_ms, "post_copy": post_copy}
+        self._ask("leave", fds=(*stream, report_fd), terms=terms)
 
     def stats(self) -> Stats:
         """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
@@ -326,7 +354,7 @@ def _held(fd: int, local: ExitStack) -> int:
 
 def _assemble(
     hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, links: tuple[tuple[int, LinkPlan], ...],
-    daemon: int, saved: Saved | None,
+    daemon: int, saved: Saved | None, bare: dict[str, Any] | None,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
     from nagaya.engines.kvm.devices import plan_devices
@@ -344,7 +372,7 @@ def _assemble(
     # A machine that goes on from saved memory has it copy-on-write, and so for its own process alone: its disks are served
     # by threads of that. Where another process has to have the memory (virtiofsd), all of it is copied at the start.
     apart = None
-    if saved is None or daemon >= 0:
+    if (saved is None and bare is None) or daemon >= 0:
         from nagaya.virtio.apart import DeviceProcess
 
         apart = DeviceProcess(drives)
@@ -368,4 +396,4 @@ def _assemble(
         connection = VhostUser(daemon)
         connection.greet()
         devices.append(FileSystem("shares", connection, tag=SHARES_TAG))
-    return Machine(hardware, tuple(devices), apart=apart, saved=saved)
+    return Machine(hardware, tuple(devices), apart=apart, saved=saved, bare=bare)

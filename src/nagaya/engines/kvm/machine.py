@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 from nagaya.engines.kvm import layout
@@ -20,6 +21,7 @@ from nagaya.engines.kvm.assembly import Hardware, Parts, check
 from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
 from nagaya.errors import Conflict, HostError, NagayaError
+from nagaya.memory import PAGE_BYTES, GuestMemory, WriteLog
 from nagaya.static import Any, Self
 
 TYPE_CHECKING = False
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from nagaya.virtio.apart import DeviceProcess
     from nagaya.virtio.device import Device
     from nagaya.virtio.loop import Loop
+    from nagaya.virtio.vhost_net import VhostNet
 
 __all__ = ["Hardware", "Machine"]
 
@@ -47,18 +50,22 @@ class Machine:
         apart: DeviceProcess | None = None,
         saved: Saved | None = None,
         shared: bool = False,
+        bare: dict[str, Any] | None = None,
     ) -> None:
         """Check what was asked for. Takes nothing of the host yet. Raises `UsageError`.
 
         `apart` is the process of those `devices` that are to have one of their own: it starts and ends with the machine.
         `saved` is what to go on from, rather than boot; it stays the caller's, and is not needed after `start`. Its memory
         is copied where other processes work on it: where there are some of `apart`, or with `shared`.
+        With `bare`, what `describe` has answered elsewhere, it is made with nothing in it, for `adopt` to fill before `start`.
         """
         check(hardware, devices)
         self.hardware = hardware
         self.devices = devices
         self._apart = apart
         self._saved = saved
+        self._bare = bare
+        self._writes = WriteLog(hardware.memory_bytes, PAGE_BYTES)
         self._shared = shared or apart is not None
         self.software_kvm = False
         self._control = threading.RLock()
@@ -87,6 +94,7 @@ class Machine:
             if self.devices:
                 self._make_loops()
             self._made = self._assemble()
+            self._made.memory.writes = self._writes
 
     def start(self) -> None:
         """Power on. Raises as `make`, which it does where it has not been done."""
@@ -113,6 +121,7 @@ class Machine:
 
     def _start_apart(self, process: DeviceProcess, parts: Parts) -> None:
         parts.keep_from_children()
+        process.memory_writes = self._writes
         for remote in process.devices:
             remote.on_lost = lambda reason: self.end(Ending("failed", reason))
         try:
@@ -134,7 +143,7 @@ class Machine:
         devices = tuple((device, self._loop_of[device.name]) for device in self.devices)
         return Parts(
             self.hardware, devices, software_kvm=self.software_kvm, end=self.end, saved=self._saved, shared=self._shared,
-            kvm_fd=kvm_fd,
+            kvm_fd=kvm_fd, bare=self._bare,
         )  # fmt: skip
 
     def _type(self) -> None:
@@ -293,21 +302,97 @@ class Machine:
     @contextmanager
     def _standing(self) -> Iterator[Parts]:
         """Nothing changes meanwhile of a machine that is paused: devices stand between two requests. Raises `Conflict`, `HostError`."""
-        from nagaya.virtio.device import as_direct
-
         with self._control:
             parts = self._built()
             with self._state:
                 self._require(paused=True)
-            releases = [loop.hold() for loop in self._loops]
-            releases += [direct.hold() for device in self.devices if (direct := as_direct(device)) is not None]
+            release = self.hold_devices()
             try:
                 yield parts
             except OSError as error:
                 raise HostError.from_os(error, "cannot save the machine") from None
             finally:
-                for release in releases:
-                    release()
+                release()
+
+    def hold_devices(self) -> Callable[[], None]:
+        """Have all devices stand between two requests until the answer is called."""
+        from nagaya.virtio.device import as_direct
+
+        releases = [loop.hold() for loop in self._loops]
+        releases += [direct.hold() for device in self.devices if (direct := as_direct(device)) is not None]
+
+        def release() -> None:
+            for one in releases:
+                one()
+
+        return release
+
+    # -- on its way to another host
+
+    def describe(self) -> dict[str, Any]:
+        """What it is made of, for another host to compare. Raises `Conflict`, `HostError`."""
+        with self._control:
+            return self._built().describe(self.hardware)
+
+    def log_writes(self, on: bool) -> None:
+        """Log from here on what the guest, KVM and the devices write to memory, and the devices to disks; or stop it.
+
+        Raises `OSError`.
+        """
+        with self._control:
+            parts = self._built()
+            logs = [self._writes, *(writes for device in self.devices if (writes := writes_of(device)) is not None)]
+            for log in logs:
+                if on:
+                    log.start()
+                else:
+                    log.stop()
+            parts.vm.log_writes(on)
+            self._each_kernel_card(lambda card: card.log_writes(on))
+
+    def take_written(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of the memory that was written since the last time, in order. Raises `OSError`."""
+        with self._control:
+            parts = self._built()
+            self._each_kernel_card(lambda card: card.mark_written())
+            return merge_runs(parts.vm.take_written() + self._writes.take())
+
+    def _each_kernel_card(self, call: Callable[[VhostNet], None]) -> None:
+        for device in self.devices:
+            if hasattr(device, "mark_written"):
+                loop = self._loop_of[device.name]
+                call(device) if loop.is_held else loop.call(partial(call, device))  # type: ignore[arg-type]
+
+    def save_standing(self) -> dict[str, Any]:
+        """All but the memory, of a machine that is paused and whose devices are held. Raises `OSError`, as `save`."""
+        with self._control:
+            parts = self._built()
+            with self._state:
+                self._require(paused=True)
+            state = parts.save(self.hardware)
+            parts.mark_rings()
+            return state
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Of a machine that has been made."""
+        parts = self._made or self._parts
+        if parts is None:
+            raise Conflict("the machine has not been made", state="made", required="running")
+        return parts.memory
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Be what `save_standing` answered elsewhere; the memory is in place. `start` lets it run.
+
+        Raises `IntegrityError`, `Unsupported`, `HostError`.
+        """
+        with self._control:
+            if self._made is None or self._bare is None:
+                raise Conflict("the machine is not one that can be filled", state="started", required="bare")
+            try:
+                self._made.adopt(self.hardware, state)
+            except OSError as error:
+                raise HostError.from_os(error, "cannot go on with the machine") from None
 
     def press_power_button(self) -> None:
         """Ask the guest's system to shut down. It may not listen."""
@@ -401,3 +486,20 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def writes_of(device: Device) -> WriteLog | None:
+    """The log of a disk that is written."""
+    writes: WriteLog | None = getattr(device, "writes", None)
+    return writes
+
+
+def merge_runs(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(offset, bytes) of all of them, in order and apart from each other."""
+    merged: list[tuple[int, int]] = []
+    for start, count in sorted(runs):
+        if merged and start <= sum(merged[-1]):
+            merged[-1] = (merged[-1][0], max(sum(merged[-1]), start + count) - merged[-1][0])
+        else:
+            merged.append((start, count))
+    return merged

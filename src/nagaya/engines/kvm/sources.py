@@ -22,7 +22,7 @@ from nagaya.static import Self
 from nagaya.storage.disks import is_blank
 from nagaya.storage.plan import DiskPlan
 
-BOOT, TEMPLATE, SAVED = "boot", "template", "saved"
+BOOT, TEMPLATE, SAVED, MIGRATED = "boot", "template", "saved", "migrated"
 LINK = "eth0"
 _LINE = "console=hvc0 panic=-1"
 

@@ -9,12 +9,13 @@ import os
 
 from nagaya.errors import HostError, Unsupported
 from nagaya.kernel import kvm
-from nagaya.memory import GuestMemory
+from nagaya.memory import PAGE_BYTES, GuestMemory
 
 DEVICE = "/dev/kvm"
 # KVM on Intel keeps four pages of its own in the guest's physical memory: here, just below the firmware's place, as in QEMU.
 _IDENTITY_MAP_GPA = 0xFFFB_C000
 _TSS_GPA = 0xFFFB_D000
+_ALL_BITS = (1 << 64) - 1
 _PIC_MASK = 2  # struct kvm_pic_state: last_irr, irr, imr
 
 
@@ -94,6 +95,26 @@ class Vm:
         anchor = ctypes.c_char.from_buffer(memory)
         self._set_slot(len(self.memory.regions), gpa, len(memory), ctypes.addressof(anchor))
 
+    def log_writes(self, on: bool) -> None:
+        """Have KVM log which pages of its RAM the guest, and KVM itself, write; or not any more. Raises `OSError`."""
+        for slot, region in enumerate(self.memory.regions):
+            self._set_slot(
+                slot, region.gpa, region.size_bytes, region.hva, flags=kvm.KVM_MEM_LOG_DIRTY_PAGES if on else 0
+            )
+
+    def take_written(self) -> list[tuple[int, int]]:
+        """(offset into the memory's file, bytes) of what was written since the last time. Raises `OSError`."""
+        runs: list[tuple[int, int]] = []
+        for slot, region in enumerate(self.memory.regions):
+            pages = region.size_bytes // PAGE_BYTES
+            bitmap = ctypes.create_string_buffer(-(-pages // 64) * 8)
+            request = kvm.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+            kvm.ioctl("KVM_GET_DIRTY_LOG", self.fd, kvm.KVM_GET_DIRTY_LOG, request)
+            runs += [
+                (region.file_offset + first * PAGE_BYTES, count * PAGE_BYTES) for first, count in find_runs(bitmap.raw)
+            ]
+        return runs
+
     def extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION: 0 = not there; else 1, or what the capability counts."""
         return kvm.ioctl("KVM_CHECK_EXTENSION", self.fd, kvm.KVM_CHECK_EXTENSION, capability)
@@ -151,8 +172,30 @@ class Vm:
                 os.close(fd)
         self.fd = self.kvm_fd = -1
 
-    def _set_slot(self, slot: int, gpa: int, size_bytes: int, hva: int) -> None:
+    def _set_slot(self, slot: int, gpa: int, size_bytes: int, hva: int, *, flags: int = 0) -> None:
         region = kvm.kvm_userspace_memory_region(
-            slot=slot, guest_phys_addr=gpa, memory_size=size_bytes, userspace_addr=hva
+            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size_bytes, userspace_addr=hva
         )
         kvm.ioctl("KVM_SET_USER_MEMORY_REGION", self.fd, kvm.KVM_SET_USER_MEMORY_REGION, region)
+
+
+def find_runs(bitmap: bytes) -> list[tuple[int, int]]:
+    """(first, count) of each run of bits that are set; the lowest bit of each byte is the first."""
+    runs: list[tuple[int, int]] = []
+    start = count = 0
+    for word, value in enumerate(memoryview(bitmap).cast("Q")):
+        if not value:
+            continue
+        if value == _ALL_BITS and count and start + count == 64 * word:
+            count += 64
+            continue
+        for bit in range(64):
+            if value >> bit & 1:
+                number = 64 * word + bit
+                if count and start + count == number:
+                    count += 1
+                    continue
+                if count:
+                    runs.append((start, count))
+                start, count = number, 1
+    return [*runs, (start, count)] if count else runs

@@ -49,7 +49,9 @@ class EmulatedEngine:
     type = "emulated"
     rootfs_kind = "disk"
     capabilities = frozenset(("pause", "stats", "explain", "memory", "offline"))
-    missing = rules.MISSING
+    missing = rules.MISSING | {
+        "migrate": "Nagaya moves machines of type 'emulated' while they stand: stop it, and export a snapshot"
+    }
 
     def __init__(self) -> None:
         self._qemu = QemuProcess()

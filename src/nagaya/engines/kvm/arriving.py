@@ -1,0 +1,168 @@
+"""A machine on its way from another host, from the side that it comes to. docs/migration.md.
+
+The process has given up its rights by now: what the stream says is believed in nothing, and can reach no further than the
+machine's own memory, disk and state.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nagaya.engines.base import Incoming
+from nagaya.engines.kvm.machine import Machine, writes_of
+from nagaya.errors import HostError, NagayaError, RemoteError, from_wire
+from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from nagaya.memory import PAGE_BYTES
+from nagaya.migration import frames
+from nagaya.migration.frames import Frame
+from nagaya.migration.report import Report
+from nagaya.migration.stream import Stream
+from nagaya.static import Any
+
+_SECTOR_BYTES = 512
+_ZEROS = bytes(PAGE_BYTES)
+_COMMIT_WITHIN_S = 60.0
+_SILENCE_S = 60.0
+
+
+def arrive(machine: Machine, incoming: Incoming) -> None:
+    """Fill the machine, which has been made bare, and start it when the source hands it over.
+
+    When it raises, the machine must end: the source's goes on. The supervisor hears it by way of `report_fd`.
+    """
+    report = Report(incoming.report_fd)
+    try:
+        try:
+            Arriving(machine, incoming, report).run()
+        except (OSError, ValueError) as error:
+            problem = HostError.from_os(error, "cannot receive the machine") if isinstance(error, OSError) else None
+            raise problem or RemoteError(f"the machine in the stream makes no sense: {error}") from None
+    except NagayaError as problem:
+        report.fail("failed", problem)
+        raise
+
+
+class Arriving:
+    """One machine that comes."""
+
+    def __init__(self, machine: Machine, incoming: Incoming, report: Report) -> None:
+        self._machine = machine
+        self._report = report
+        self._stream = Stream(incoming.read_fd, incoming.write_fd, alarm=incoming.report_fd, on_alarm=report.look)
+        self._stream.patience_s = _SILENCE_S
+        self._disk_fd, self._disk_bytes = _find_disk(machine)
+        self._unsynced = False
+        self._strange: list[tuple[int, int]] = []
+
+    def run(self) -> None:
+        try:
+            self._stream.send_json(frames.ACCEPT, {"version": frames.VERSION})
+            state = self._receive()
+            self._take_programs(state["programs"])
+            if state.get("post_copy"):
+                raise RemoteError("this side takes no machine before its memory")
+            self._machine.adopt(state["machine"])
+        except NagayaError as problem:
+            self._refuse(problem)
+            raise
+        self._stream.send_json(frames.READY, {"ready": True})
+        self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
+        self._settle()
+        self._machine.start()
+        self._stream.send_json(frames.RUNNING, {"running": True})
+        self._report.tell("running")
+
+    def _settle(self) -> None:
+        """From here on the machine is ours, by what the supervisor has written down; or it was refused meanwhile."""
+        self._report.tell("committed")
+        self._answer()
+
+    def _take_programs(self, programs: object) -> None:
+        self._report.tell("programs", programs=programs)
+        self._answer()
+
+    def _answer(self) -> None:
+        answer = self._report.hear()
+        if "error" in answer:
+            raise from_wire(answer["error"])
+
+    def _refuse(self, problem: NagayaError) -> None:
+        try:
+            self._stream.send_json(frames.REFUSE, frames.refusal(problem))
+        except NagayaError:
+            return  # the source is gone
+
+    # -- what comes while the machine runs elsewhere
+
+    def _receive(self) -> dict[str, Any]:
+        """Until the state has come: that. Raises `RemoteError`, `IntegrityError`, `OSError`."""
+        while True:
+            frame = self._stream.receive()
+            if frame.type == frames.STATE:
+                self._sync()
+                return _parse_state(frame)
+            if frame.type == frames.ABORT:
+                raise frames.parse_refusal(frame)
+            self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.type == frames.PAGES:
+            memory = self._machine.memory
+            frames.check_place(frame, len(frame.payload), memory.size_bytes, unit=PAGE_BYTES)
+            memory.whole[frame.where : frame.where + len(frame.payload)] = frame.payload
+        elif frame.type == frames.ZEROS:
+            self._clear(frame)
+        elif frame.type == frames.BLOCKS:
+            frames.check_place(frame, len(frame.payload), self._disk_bytes, unit=_SECTOR_BYTES)
+            self._write(frame)
+        elif frame.type == frames.HOLE:
+            count = frames.parse_length(frame)
+            frames.check_place(frame, count, self._disk_bytes, unit=_SECTOR_BYTES)
+            fallocate(self._disk_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, frame.where, count)
+            self._unsynced = True
+        elif frame.type == frames.ROUND:
+            self._sync()  # now, rather than while the machine stands
+            self._stream.send(frames.ROUND, frame.where)
+        else:
+            raise frames.unexpected(frame)
+
+    def _clear(self, frame: Frame) -> None:
+        memory, count = self._machine.memory, frames.parse_length(frame)
+        frames.check_place(frame, count, memory.size_bytes, unit=PAGE_BYTES)
+        contents = memory.whole
+        for at in range(frame.where, frame.where + count, PAGE_BYTES):
+            if contents[at : at + PAGE_BYTES].tobytes() != _ZEROS:  # else it would take a page for nothing
+                contents[at : at + PAGE_BYTES] = _ZEROS
+
+    def _write(self, frame: Frame) -> None:
+        view, at = memoryview(frame.payload), frame.where
+        while view:
+            written = os.pwrite(self._disk_fd, view, at)
+            view, at = view[written:], at + written
+        self._unsynced = True
+
+    def _sync(self) -> None:
+        if self._unsynced:
+            os.fdatasync(self._disk_fd)
+            self._unsynced = False
+
+
+def _find_disk(machine: Machine) -> tuple[int, int]:
+    """The descriptor and the size of the disk that the machine writes."""
+    for device in machine.devices:
+        writes = writes_of(device)
+        if writes is not None:
+            return device.descriptors()[0], writes.size_bytes  # type: ignore[attr-defined]
+    raise HostError("the machine has no disk that it writes")
+
+
+def _parse_state(frame: Frame) -> dict[str, Any]:
+    """Its form; what is in it is looked at where it is used. Raises `RemoteError`."""
+    state = frames.parse_json(frame)
+    machine = state.get("machine")
+    kinds = {"hardware": dict, "kvm": str, "cpu": str, "leaves": list, "vm": dict, "vcpus": list, "devices": list}
+    if not isinstance(machine, dict) or not all(isinstance(machine.get(name), kind) for name, kind in kinds.items()):
+        raise RemoteError("migration protocol: the machine's state has not got all its parts")
+    if not isinstance(state.get("programs"), dict):
+        raise RemoteError("migration protocol: the machine's state does not say which programs run")
+    return state
