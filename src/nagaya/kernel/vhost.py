@@ -16,7 +16,6 @@ VHOST_NET_F_VIRTIO_NET_HDR = 27
 VHOST_F_LOG_ALL = 26
 """Another one: the kernel logs the pages that it writes frames to. Not the rings: that would be asked for with each of them."""
 VHOST_FILE_UNBIND = -1
-LOG_PAGE_BYTES = 4096
 
 
 class vhost_vring_state(Structure):

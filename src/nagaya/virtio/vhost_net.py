@@ -19,6 +19,7 @@ from nagaya.virtio.net_link import Tap
 from nagaya.virtio.queue import Queue
 
 DEVICE = "/dev/vhost-net"
+_LOG_PAGE_BYTES = 4096  # VHOST_PAGE_SIZE of the kernel's drivers/vhost/vhost.c
 _RING_FEATURES = VERSION_1 | RING_EVENT_IDX | RING_INDIRECT_DESC | F_MRG_RXBUF
 
 
@@ -142,12 +143,12 @@ class VhostNet(Net):
         for at, byte in enumerate(log.raw):
             for bit in range(8) if byte else ():
                 if byte >> bit & 1:
-                    live.memory.mark((8 * at + bit) * kernel.LOG_PAGE_BYTES, kernel.LOG_PAGE_BYTES)
+                    live.memory.mark((8 * at + bit) * _LOG_PAGE_BYTES, _LOG_PAGE_BYTES)
 
     @staticmethod
     def _new_log(live: Activated) -> ctypes.Array[ctypes.c_char]:
         end = max(region.gpa + region.size_bytes for region in live.memory.regions)
-        return ctypes.create_string_buffer(-(-end // (8 * kernel.LOG_PAGE_BYTES)) + 8)  # it is written in words
+        return ctypes.create_string_buffer(-(-end // (8 * _LOG_PAGE_BYTES)) + 8)  # it is written in words
 
     def reset(self) -> None:
         """See `Device`. When it returns, the kernel touches the guest's memory no more."""

@@ -1,0 +1,244 @@
+"""Machines that move between two stores in two network namespaces of this host, under load and under kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.types import find_obstacle
+from tests.conftest import remove_all
+from tests.e2e.command import Cli
+from tests.e2e.processes import below, supervisors
+from tests.e2e.test_lifecycle import wait_for
+
+KILLS = int(os.environ.get("NAGAYA_MIGRATION_KILLS", "6"))
+SEED = int(os.environ.get("NAGAYA_MIGRATION_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+# Counts, and writes files that have the sum of their other lines as their first.
+LOAD = (
+    "mkdir -p /w; i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; seq $i $((i+500)) > /w/data;"
+    " { md5sum < /w/data; cat /w/data; } > /w/new; mv /w/new /w/f$((i%4)); done"
+)
+CHECK = 'for f in /w/f?; do [ "$(tail -n +2 $f | md5sum)" = "$(head -n 1 $f)" ] || echo bad $f; done; cat /dev/shm/n'
+
+pytestmark = pytest.mark.timeout(400)
+
+
+class Two:
+    """Two stores, each in a network namespace of its own, and a socket between them."""
+
+    def __init__(self, here: Cli, there: Cli, socket: str) -> None:
+        self.here, self.there, self.socket = here, there, socket
+        self.to = f"unix:{socket}"
+
+    def listen(self, *flags: str, to: Cli | None = None) -> subprocess.Popen[bytes]:
+        if os.path.exists(self.socket):
+            os.unlink(self.socket)
+        receiver = (to or self.there).popen("migrate", "receive", *flags, self.to)
+        wait_for(lambda: os.path.exists(self.socket))
+        return receiver
+
+    def states(self, name: str) -> list[str]:
+        """What the machine is on each side; "" = it is not there."""
+        return [
+            next((one["state"] for one in side.machines() if one["name"] == name), "")
+            for side in (self.here, self.there)
+        ]
+
+
+@pytest.fixture
+def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Two]:
+    obstacle = find_obstacle("kvm")
+    if obstacle:
+        pytest.skip(f"needs kvm: {obstacle}")
+    place = tmp_path_factory.mktemp("two")
+    spaces = [f"ngymig{os.getpid()}{letter}" for letter in "ab"]
+    sides = []
+    try:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "add", space], check=True)
+            subprocess.run(["ip", "-n", space, "link", "set", "lo", "up"], check=True)
+            root = place / space
+            root.mkdir()
+            subprocess.run(["cp", "-a", f"{busybox_root}/images", str(root)], check=True)
+            sides.append(Cli(str(root), prefix=("nsenter", f"--net=/run/netns/{space}")))
+            sides[-1].ok("network", "create", "--subnet", "172.31.77.0/24", "house")
+        yield Two(sides[0], sides[1], str(place / "s"))
+        for side in sides:
+            remove_all(side)
+            side.ok("network", "rm", "house")
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "del", space], check=False)
+
+
+def start(side: Cli, *program: str, flags: tuple[str, ...] = ("--network", "none")) -> str:
+    words = (
+        "run",
+        "-d",
+        "--type",
+        "kvm",
+        "-m",
+        "128m",
+        "--storage",
+        "256m",
+        "--name",
+        "m",
+        *flags,
+        "busybox",
+        *program,
+    )
+    return side.ok(*words, timeout_s=180).strip()
+
+
+def shell(side: Cli, command: str) -> str:
+    return side.ok("exec", "m", "sh", "-c", command, timeout_s=120)
+
+
+def finish(receiver: subprocess.Popen[bytes]) -> tuple[int, str]:
+    out, err = receiver.communicate(timeout=60)
+    return receiver.returncode, (out + err).decode(errors="replace")
+
+
+def test_there_and_back_with_its_address_and_its_programs(two: Two) -> None:
+    id_ = start(two.here, "sh", "-c", LOAD, flags=("--network", "house", "--hostname", "wanderer"))
+    before = two.here.json("inspect", "m")[0]
+    wait_for(lambda: two.here("exec", "m", "ls", "/w/f1").code == 0, 120)
+    count = 0
+    for source, target in ((two.here, two.there), (two.there, two.here)):
+        receiver = two.listen(to=target)
+        sent = source("migrate", "send", "--json", "--max-downtime", "30000", "m", "--to", two.to, timeout_s=180)
+        assert sent.code == 0, sent
+        events = [json.loads(line) for line in sent.out.splitlines()]
+        assert events[-1]["event"] == "moved" and events[-1]["machine_id"] == id_ and events[-1]["downtime_ms"] > 0
+        assert finish(receiver)[0] == 0
+        assert source.machines() == []
+        now = shell(target, CHECK)
+        assert "bad" not in now and int(now.split()[-1]) > count
+        count = int(now.split()[-1])
+        wait_for(lambda target=target, count=count: int(shell(target, "cat /dev/shm/n")) > count, 60)  # type: ignore[misc]
+        after = target.json("inspect", "m")[0]
+        assert (after["id"], after["name"], after["hostname"]) == (id_, "m", "wanderer")
+        assert after["state"]["origin"] == "migrated"
+        assert [(link["address"], link["mac"]) for link in after["links"]] == [
+            (link["address"], link["mac"]) for link in before["links"]
+        ]
+        gateway = after["links"][0]["gateway"]
+        assert "1 packets received" in target.ok("exec", "m", "ping", "-c", "1", "-W", "10", gateway, timeout_s=60)
+        clock = int(shell(target, "date +%s"))
+        assert abs(clock - time.time()) < 60
+    two.here.ok("stop", "-t", "0", "m", timeout_s=120)
+    assert shell_after_restart(two.here) == "0\n"
+
+
+def shell_after_restart(side: Cli) -> str:
+    """How many files are bad on the disk that came along, after a boot from it."""
+    side.ok("start", "m", timeout_s=180)
+    return shell(side, CHECK.rpartition(";")[0] + " | wc -l")
+
+
+def test_it_is_refused_before_anything_is_sent(two: Two) -> None:
+    start(two.here, "sleep", "600", flags=("--network", "house"))
+    address = two.here.json("inspect", "m")[0]["links"][0]["address"]
+
+    def refused(says: str) -> None:
+        receiver = two.listen()
+        ran = two.here("migrate", "send", "m", "--to", two.to, timeout_s=120)
+        assert ran.code == 1 and says in ran.err, ran
+        code, said = finish(receiver)
+        assert code == 1 and says in said
+        assert two.states("m")[0] == "running"
+
+    two.there.ok("create", "--network", "none", "--name", "m", "busybox", "true")
+    refused("the name 'm' is in use")
+    two.there.ok("rm", "m")
+    two.there.ok("run", "-d", "--name", "squatter", "--network", "house", "--ip", address, "busybox", "sleep", "600")
+    refused(address)
+    two.there.ok("rm", "-f", "squatter")
+    assert two.there.machines() == []
+    assert two.here("migrate", "send", "m", "--to", "unix:/nowhere/s").code == 1
+    assert two.here("migrate", "send", "m").code == 2
+    assert two.here("migrate", "send", "m", "--to", "host").code == 2
+    two.here.ok("snapshot", "create", "--no-memory", "m", timeout_s=120)
+    assert "snapshots" in two.here("migrate", "send", "m", "--to", two.to).err
+    two.here.ok("run", "-d", "--network", "none", "--name", "box", "busybox", "sleep", "600")
+    ran = two.here("migrate", "send", "box", "--to", two.to)
+    assert ran.code == 1 and "type 'container'" in ran.err
+    two.here.ok("stop", "-t", "0", "box")
+    assert two.here("migrate", "send", "box", "--to", two.to).code == 1
+
+
+def test_its_image_comes_along_where_it_is_missing_by_way_of_a_command(two: Two) -> None:
+    start(two.here, "sh", "-c", LOAD)
+    two.there.ok("rmi", "busybox")
+    command = " ".join(two.there.argv("--root", two.there.root, "migrate", "receive", "-"))
+    sent = two.here("migrate", "send", "m", "--to", f"exec:{command}", "--max-downtime", "30000", timeout_s=180)
+    assert sent.code == 0, sent
+    assert two.here.machines() == []
+    assert "bad" not in shell(two.there, CHECK)
+    assert "busybox" in two.there.ok("images")
+
+
+def test_whoever_is_killed_whenever_one_machine_is_left(two: Two) -> None:
+    source = random.Random(SEED)
+    print(f"NAGAYA_MIGRATION_SEED={SEED}")
+    start(two.here, "sh", "-c", LOAD)
+    sides = [two.here, two.there]
+    for _ in range(KILLS):
+        here, there = sides
+        receiver = two.listen("--keep", to=there)
+        sender = here.popen("migrate", "send", "m", "--to", two.to, "--max-downtime", "2000")
+        victim = source.choice(("send", "receive", "target", "target's VMM"))
+        time.sleep(source.uniform(0.1, 3.0))
+        kill(victim, sender, receiver, there)
+        try:
+            sender.communicate(timeout=120)
+        finally:
+            receiver.kill()
+            receiver.communicate()
+        settle(two, here, there)
+        found = [[one["state"] for one in side.machines()] for side in (here, there)]
+        assert sorted(map(len, found)) == [0, 1], (victim, found)
+        owner = here if found[0] else there
+        if (found[0] or found[1]) != ["running"]:  # killed behind the last step: it is there, and can be started
+            assert owner is there and victim.startswith("target"), (victim, found)
+            owner.ok("start", "m", timeout_s=180)
+        assert "bad" not in shell(owner, CHECK)
+        sides = [owner, there if owner is here else here]
+
+
+def kill(victim: str, sender: subprocess.Popen[bytes], receiver: subprocess.Popen[bytes], there: Cli) -> None:
+    process = {"send": sender, "receive": receiver}.get(victim)
+    if process is not None:
+        process.kill()
+        return
+    found = [pid for pid in supervisors(there.root) if pid != receiver.pid]
+    if victim == "target's VMM":
+        found = below(found)
+    for pid in found[:1]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def settle(two: Two, here: Cli, there: Cli) -> None:
+    """As a user would: where the source does not know, ask the target."""
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        states = [[one["state"] for one in side.machines()] for side in (here, there)]
+        if "starting" not in states[1] and sum(map(len, states)) == 1:
+            return
+        if states[0] and Path(here.json("inspect", "m")[0]["directory"], "leaving.json").exists():
+            receiver = two.listen("--keep", to=there)
+            here("migrate", "resolve", "m", "--to", two.to)
+            receiver.terminate()
+            receiver.communicate()
+        time.sleep(0.3)
