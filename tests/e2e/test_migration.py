@@ -26,7 +26,11 @@ LOAD = (
     "mkdir -p /w; i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; seq $i $((i+500)) > /w/data;"
     " { md5sum < /w/data; cat /w/data; } > /w/new; mv /w/new /w/f$((i%4)); done"
 )
-CHECK = 'for f in /w/f?; do [ "$(tail -n +2 $f | md5sum)" = "$(head -n 1 $f)" ] || echo bad $f; done; cat /dev/shm/n'
+# Of a copy: the file is replaced meanwhile.
+CHECK = (
+    'for f in /w/f?; do cat $f > /dev/shm/c; [ "$(tail -n +2 /dev/shm/c | md5sum)" = "$(head -n 1 /dev/shm/c)" ] || echo bad $f; done;'
+    " cat /dev/shm/n"
+)
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -69,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator
             root.mkdir()
             subprocess.run(["cp", "-a", f"{busybox_root}/images", str(root)], check=True)
             sides.append(Cli(str(root), prefix=("nsenter", f"--net=/run/netns/{space}")))
-            sides[-1].ok("network", "create", "--subnet", "172.31.77.0/24", "house")
+            sides[-1].ok("network", "create", "--subnet", "172.31.77.0/24", "--subnet", "fd6e:77::/64", "house")
         yield Two(sides[0], sides[1], str(place / "s"))
         for side in sides:
             remove_all(side)

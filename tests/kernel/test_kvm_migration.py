@@ -89,9 +89,12 @@ class Supervisor(threading.Thread):
 class Relay(threading.Thread):
     """Hands frames on from one side to the other, up to the first that `stop` is true of: there the stream breaks."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, stop: Callable[[int], bool]) -> None:
+    def __init__(
+        self, source: socket.socket, target: socket.socket, stop: Callable[[int], bool], *, round_s: float = 0
+    ) -> None:
+        """`round_s`: how long each round takes at least."""
         super().__init__(daemon=True)
-        self.source, self.target, self.stop = source, target, stop
+        self.source, self.target, self.stop, self.round_s = source, target, stop, round_s
         self.seen: list[int] = []
 
     def run(self) -> None:
@@ -102,6 +105,7 @@ class Relay(threading.Thread):
                 if self.stop(type_):
                     break
                 self.seen.append(type_)
+                time.sleep(self.round_s if type_ == frames.ROUND else 0)
                 self.target.sendall(header + payload)
         except OSError:
             pass  # the other direction was cut
@@ -126,7 +130,7 @@ class Move:
 
     def __init__(
         self, kernel: str, place: Path, *, stop_out: int = -1, stop_back: int = -1, terms: Terms | None = None,
-        answers: dict[str, dict[str, Any]] | None = None,
+        answers: dict[str, dict[str, Any]] | None = None, round_s: float = 0,
     ) -> None:  # fmt: skip
         self.disks = place / "source", place / "target"
         self.disks[0].write_bytes(b"disk" * (DISK_BYTES // 8) + bytes(DISK_BYTES // 2))
@@ -141,7 +145,7 @@ class Move:
         self.target.make()
         (here, relay_here), (relay_there, there) = socket.socketpair(), socket.socketpair()
         self.relays = (
-            Relay(relay_here, relay_there, lambda type_: type_ == stop_out),
+            Relay(relay_here, relay_there, lambda type_: type_ == stop_out, round_s=round_s),
             Relay(relay_there, relay_here, lambda type_: type_ == stop_back),
         )
         self.here_supervisor, self.there_supervisor = Supervisor(answers), Supervisor(answers)
@@ -284,7 +288,7 @@ def test_what_is_refused_there_does_not_run_there(kernel: str, tmp_path: Path, w
 
 
 def test_one_that_writes_faster_than_the_stream_is_told_so(kernel: str, tmp_path: Path) -> None:
-    with Move(kernel, tmp_path, terms=Terms(max_downtime_ms=1)) as move:
+    with Move(kernel, tmp_path, terms=Terms(max_downtime_ms=1), round_s=0.1) as move:
         stayed = move.here_supervisor.wait_for("gone", "stayed", "doubt")
         assert stayed["what"] == "stayed" and "does not converge" in stayed["error"]["message"]
         assert "--max-downtime" in stayed["error"]["hint"]

@@ -13,7 +13,7 @@ import json
 import zlib
 from struct import Struct
 
-from nagaya.errors import NagayaError, RemoteError, from_wire, to_wire
+from nagaya.errors import Conflict, NagayaError, RemoteError, UsageError, from_wire, to_wire
 from nagaya.static import Any, NamedTuple
 
 VERSION = 1
@@ -131,6 +131,8 @@ def refusal(problem: NagayaError) -> dict[str, object]:
 def parse_refusal(frame: Frame) -> NagayaError:
     """What REFUSE and ABORT say. The text is the other side's: one line, and not endless."""
     problem = from_wire(parse_json(frame))
+    if isinstance(problem, UsageError):  # of what is in the machine's record, and not of this command line
+        problem = Conflict(problem.message, hint=problem.hint)
     problem.message, problem.hint = _printable(problem.message), _printable(problem.hint)
     problem.args = (problem.message,)
     return problem

@@ -75,7 +75,11 @@ class Arriving:
     def _settle(self) -> None:
         """From here on the machine is ours, by what the supervisor has written down; or it was refused meanwhile."""
         self._report.tell("committed")
-        self._answer()
+        try:
+            self._answer()
+        except NagayaError as problem:
+            self._refuse(problem)  # it need not wait: nobody runs, and it can ask
+            raise
 
     def _take_programs(self, programs: object) -> None:
         self._report.tell("programs", programs=programs)
