@@ -251,6 +251,10 @@ class GuestMemory:
             self._map.madvise(mmap.MADV_REMOVE, self.hva(gpa, size_bytes) - self.regions[0].hva, size_bytes)
         self.mark(gpa, size_bytes)
 
+    def forget(self, offset: int, size_bytes: int) -> None:
+        """Let whole pages be missing, of memory that is shared: the next who looks finds zeros, or waits (userfaultfd). Raises `OSError`."""
+        self._map.madvise(mmap.MADV_REMOVE, offset, size_bytes)
+
     def open_page_map(self) -> None:
         """Be able to tell what is in use of memory that is private, or becomes so: whoever changed its ids may not ask. Raises `OSError`."""
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)

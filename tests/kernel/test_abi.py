@@ -25,6 +25,7 @@ from nagaya.kernel import (
     seccomp,
     threads,
     tun,
+    userfaultfd,
     vhost,
 )
 
@@ -52,6 +53,7 @@ HEADERS = """
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
 #include <linux/vhost.h>
 """
 
@@ -82,6 +84,7 @@ RENAMED: dict[ModuleType, dict[str, str]] = {
     kvm: {"API_VERSION": "KVM_API_VERSION"},
     threads: {"INTERRUPT": "SIGRTMIN + 4"},
     files: {},
+    userfaultfd: {},
     vhost: {},
 }
 # umount2(2)'s flags are in the C library's header, which cannot be included together with the kernel's.
@@ -94,6 +97,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "struct __user_cap_data_struct": capabilities.CapData,
     "struct sock_fprog": seccomp._SockFprog,
     **{f"struct {name}": getattr(vhost, name) for name in vars(vhost) if name.startswith("vhost_")},
+    **{f"struct {name}": getattr(userfaultfd, name) for name in vars(userfaultfd) if name.startswith("uffdio_")},
 }
 # Of the kernel's nested and anonymous members, ours are flat or have a name: our field -> the header's.
 _RUN_MEMBERS = {

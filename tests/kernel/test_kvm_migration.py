@@ -21,6 +21,7 @@ from nagaya.engines.kvm import arriving, vm
 from nagaya.engines.kvm.leaving import Leaving, Terms
 from nagaya.engines.kvm.machine import Machine
 from nagaya.errors import NagayaError, Unsupported
+from nagaya.kernel.userfaultfd import open_userfaultfd
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames, report
 from nagaya.virtio.blk import Blk
@@ -49,7 +50,8 @@ class Supervisor(threading.Thread):
 
     ANSWERS = {
         "freeze": {"what": "frozen"}, "standing": {"what": "carried", "programs": {"some": "programs"}},
-        "ready": {"what": "recorded"}, "programs": {"what": "taken"}, "committed": {"what": "recorded"},
+        "ready": {"what": "recorded"}, "programs": {"what": "taken"}, "early": {"what": "taken"},
+        "committed": {"what": "recorded"},
     }  # fmt: skip
 
     def __init__(self, answers: dict[str, dict[str, Any]] | None = None) -> None:
@@ -166,10 +168,13 @@ class Move:
 
     def arrive(self) -> None:
         fd = self.there.fileno()
+        userfault_fd = open_userfaultfd()
         try:
-            arriving.arrive(self.target, Incoming(fd, fd, self.there_supervisor.report_fd, "{}"))
+            arriving.arrive(self.target, Incoming(fd, fd, self.there_supervisor.report_fd, "{}"), userfault_fd)
         except NagayaError:
             return  # as the supervisor has heard
+        finally:
+            os.close(userfault_fd)
 
     def close(self) -> None:
         for relay in self.relays:
@@ -292,6 +297,30 @@ def test_one_that_writes_faster_than_the_stream_is_told_so(kernel: str, tmp_path
         stayed = move.here_supervisor.wait_for("gone", "stayed", "doubt")
         assert stayed["what"] == "stayed" and "does not converge" in stayed["error"]["message"]
         assert "--max-downtime" in stayed["error"]["hint"]
+        wait_for(lambda: runs(move.source))
+
+
+EARLY = Terms(max_downtime_ms=1, post_copy=True)
+
+
+def test_it_runs_there_before_its_memory_is_there(kernel: str, tmp_path: Path) -> None:
+    with Move(kernel, tmp_path, terms=EARLY, round_s=0.1) as move:
+        gone = move.here_supervisor.wait_for("gone", "stayed", "doubt")
+        assert gone["what"] == "gone" and gone["post_copy"] and gone["paused_ms"] > 0, gone
+        assert move.there_supervisor.wait_for("running")
+        assert move.there_supervisor.words() == ["programs", "early", "committed", "running"]
+        assert frames.STRANGE in move.relays[0].seen
+        assert not runs(move.source)
+        assert count_of(move.target) >= count_of(move.source) > 1000
+        wait_for(lambda: runs(move.target))
+        assert memory_of(move.target).read(MARK_GPA, 4096) == b"mark" * 1024
+
+
+def test_a_stream_that_breaks_before_its_memory_is_there_takes_it_back(kernel: str, tmp_path: Path) -> None:
+    with Move(kernel, tmp_path, terms=EARLY, round_s=0.1, stop_back=frames.READY) as move:
+        assert move.here_supervisor.wait_for("gone", "stayed", "doubt")["what"] == "stayed"
+        assert move.there_supervisor.wait_for("failed", "running")["what"] == "failed"
+        move.target.close()  # as its process would be
         wait_for(lambda: runs(move.source))
 
 

@@ -2,6 +2,7 @@
 
     from the process                   to it
     programs (programs)                taken, or an error
+    early: it is about to run          taken: its programs are spoken to; its memory follows
     committed: the source said so      recorded: it is this store's; or an error, when somebody had refused it by then
     running                            -
     failed (error)                     -: it ends, and nothing of it stays
@@ -78,6 +79,9 @@ class Arriving:
             if what == "programs":
                 self._carried = resuming.parse_carried(message.get("programs"))
                 self._answer("taken")
+            elif what == "early":
+                self._go_on()
+                self._answer("taken")
             elif what == "committed":
                 self._commit()
             elif what == "running":
@@ -95,14 +99,20 @@ class Arriving:
                 "the source has asked what became of the machine before it said that it may run: it stays there"
             )
         machine.discards = machine.spec.auto_remove
-        assert isinstance(machine.programs, Programs) and self._carried is not None
-        machine.adopt_main(machine.programs.resume_carried(self._carried, log=machine.log))
+        self._go_on()
         self._answer("recorded")
+
+    def _go_on(self) -> None:
+        """Speak to the programs, once: they run, or are about to."""
+        carried, self._carried = self._carried, None
+        if carried is not None:
+            machine = self._machine
+            assert isinstance(machine.programs, Programs)
+            machine.adopt_main(machine.programs.resume_carried(carried, log=machine.log))
+            machine.programs.set_clock(time.time_ns())
 
     def _run(self) -> None:
         machine = self._machine
-        assert isinstance(machine.programs, Programs)
-        machine.programs.set_clock(time.time_ns())
         machine.started(0)
         machine.record("arrive")
         try:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 
 from nagaya.engines.base import Incoming
-from nagaya.engines.kvm.machine import Machine, writes_of
-from nagaya.errors import HostError, NagayaError, RemoteError, from_wire
+from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
+from nagaya.engines.kvm.missing import RAN, Pager
+from nagaya.errors import HostError, NagayaError, RemoteError, Unsupported, from_wire
 from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames
@@ -25,15 +26,16 @@ _COMMIT_WITHIN_S = 60.0
 _SILENCE_S = 60.0
 
 
-def arrive(machine: Machine, incoming: Incoming) -> None:
+def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1) -> None:
     """Fill the machine, which has been made bare, and start it when the source hands it over.
 
-    When it raises, the machine must end: the source's goes on. The supervisor hears it by way of `report_fd`.
+    `userfault_fd` -1: its memory has to come first. When it raises, the machine must end: the source's goes on. The
+    supervisor hears it by way of `report_fd`.
     """
     report = Report(incoming.report_fd)
     try:
         try:
-            Arriving(machine, incoming, report).run()
+            Arriving(machine, incoming, report, userfault_fd).run()
         except (OSError, ValueError) as error:
             problem = HostError.from_os(error, "cannot receive the machine") if isinstance(error, OSError) else None
             raise problem or RemoteError(f"the machine in the stream makes no sense: {error}") from None
@@ -45,31 +47,60 @@ def arrive(machine: Machine, incoming: Incoming) -> None:
 class Arriving:
     """One machine that comes."""
 
-    def __init__(self, machine: Machine, incoming: Incoming, report: Report) -> None:
+    def __init__(self, machine: Machine, incoming: Incoming, report: Report, userfault_fd: int) -> None:
         self._machine = machine
         self._report = report
         self._stream = Stream(incoming.read_fd, incoming.write_fd, alarm=incoming.report_fd, on_alarm=report.look)
         self._stream.patience_s = _SILENCE_S
         self._disk_fd, self._disk_bytes = _find_disk(machine)
         self._unsynced = False
-        self._strange: list[tuple[int, int]] = []
+        self._userfault_fd = userfault_fd
+        self._strange: list[tuple[int, int]] = []  # what the source has written since it sent it
 
     def run(self) -> None:
         try:
             self._stream.send_json(frames.ACCEPT, {"version": frames.VERSION})
             state = self._receive()
             self._take_programs(state["programs"])
-            if state.get("post_copy"):
-                raise RemoteError("this side takes no machine before its memory")
-            self._machine.adopt(state["machine"])
+            if self._strange:
+                pager = self._start_pager()
+            else:
+                self._machine.adopt(state["machine"])
         except NagayaError as problem:
             self._refuse(problem)
             raise
+        if self._strange:
+            self._run_early(pager, state["machine"])
+            return
         self._stream.send_json(frames.READY, {"ready": True})
         self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
         self._settle()
         self._machine.start()
         self._stream.send_json(frames.RUNNING, {"running": True})
+        self._report.tell("running")
+
+    def _start_pager(self) -> Pager:
+        if self._userfault_fd < 0:
+            raise Unsupported(
+                "the target cannot let a machine run before its memory is there", hint="leave --post-copy away",
+                finding="userfaultfd: this user may not use it",
+            )  # fmt: skip
+        self._machine.memory.keep_from_children()
+        pager = Pager(self._userfault_fd, self._machine.memory, merge_runs(self._strange), self._stream)
+        pager.start()
+        return pager
+
+    def _run_early(self, pager: Pager, state: dict[str, Any]) -> None:
+        """Run before the memory is there; when it is, and only then, the machine is ours. The stream is the pager's."""
+        self._machine.adopt(state)
+        self._report.tell("early")
+        self._answer()
+        self._machine.start()
+        pager.tell(RAN)
+        pager.wait()
+        self._report.tell("committed")
+        self._answer()
+        pager.finish()
         self._report.tell("running")
 
     def _settle(self) -> None:
@@ -124,6 +155,12 @@ class Arriving:
             frames.check_place(frame, count, self._disk_bytes, unit=_SECTOR_BYTES)
             fallocate(self._disk_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, frame.where, count)
             self._unsynced = True
+        elif frame.type == frames.STRANGE:
+            count = frames.parse_length(frame)
+            frames.check_place(frame, count, self._machine.memory.size_bytes, unit=PAGE_BYTES)
+            self._strange.append((frame.where, count))
+            if len(self._strange) > self._machine.memory.size_bytes // PAGE_BYTES:
+                raise frames.unexpected(frame)
         elif frame.type == frames.ROUND:
             self._sync()  # now, rather than while the machine stands
             self._stream.send(frames.ROUND, frame.where)

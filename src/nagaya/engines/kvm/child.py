@@ -64,6 +64,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         machine = plan.assemble()
         machine.make()
+        userfault_fd = _open_userfaultfd() if plan.incoming is not None else -1
         _give_up_rights(plan)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # once more: who changes its ids loses it
         if os.getppid() != parent:
@@ -75,7 +76,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         if plan.incoming is not None:
             from nagaya.engines.kvm.arriving import arrive  # lazy: migrations alone
 
-            arrive(machine, plan.incoming)
+            arrive(machine, plan.incoming, userfault_fd)
         ending = machine.wait()
         while plan.reboots and ending is not None and ending.kind == "reset":
             machine.reset()
@@ -113,6 +114,16 @@ def _give_up_rights(plan: Plan) -> None:
         os.setresgid(plan.id, plan.id, plan.id)
         os.setresuid(plan.id, plan.id, plan.id)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _open_userfaultfd() -> int:
+    """What brings memory that is missing; -1 where this user may not have it, and machines come whole."""
+    from nagaya.kernel.userfaultfd import open_userfaultfd  # lazy: migrations alone
+
+    try:
+        return open_userfaultfd()
+    except OSError:
+        return -1
 
 
 # -- requests

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
+from nagaya.engines.kvm.missing import serve_missing, skip_wanted
 from nagaya.errors import Conflict, HostError, NagayaError, RemoteError
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames
@@ -206,6 +207,7 @@ class Leaving:
         memory = merge_runs(memory + machine.take_written())
         for start, count in merge_runs(blocks + self._disk.take()):
             self._send_disk(start, count, first=False)
+        post_copy = post_copy and bool(memory)
         if post_copy:
             for start, count in memory:
                 self._stream.send(frames.STRANGE, start, frames.LENGTH.pack(count))
@@ -213,9 +215,14 @@ class Leaving:
             for start, count in memory:
                 self._send_memory(start, count, first=False)
         programs = self._report.hear()["programs"]
-        self._stream.send_json(frames.STATE, {"machine": state, "programs": programs, "post_copy": post_copy})
+        self._stream.send_json(frames.STATE, {"machine": state, "programs": programs})
         paused_ms = 0.0
-        self._stream.expect(frames.READY, patience_s=_READY_WITHIN_S)
+        if post_copy:
+            ran_s = serve_missing(self._stream, machine.memory.whole, memory, time.monotonic)
+            paused_ms = 1000 * (ran_s - self._paused_at_s)
+            skip_wanted(self._stream)
+        else:
+            self._stream.expect(frames.READY, patience_s=_READY_WITHIN_S)
         self._report.tell("ready")
         self._report.hear()  # that it is written down
         self._handed_over = True
