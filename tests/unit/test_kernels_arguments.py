@@ -17,6 +17,7 @@ def test_a_software_kvm_gets_what_spares_its_emulator() -> None:
 
 def test_a_kernel_in_user_mode_has_no_emulator_to_spare() -> None:
     assert plan_arguments(software_kvm=True, deprivileged=True, cpus=2) == ["quiet", *DEPRIVILEGED]
+    assert plan_arguments(software_kvm=True, deprivileged=True) == ["quiet", *DEPRIVILEGED, *SOFTWARE_KVM_ONE_CPU]
 
 
 def test_each_is_one_word() -> None:

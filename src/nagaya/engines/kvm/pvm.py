@@ -104,9 +104,9 @@ class Pvm:
 
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
+        _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
         if self.deprivileged:
             return
-        _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
         khz = kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ)
         self._times.append(ThreadTimes())
         self._ticks[vcpu.index] = Ticks(khz, self._times[-1])
