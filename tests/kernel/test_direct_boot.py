@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -29,7 +33,11 @@ START = MIB
 ROOT = str(uuid.UUID(int=5))
 LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 SOURCE = os.path.join(os.path.dirname(__file__), "direct_init.c")
-COMMON = CreateOptions(image="", network="none", stop_timeout_s=60, limits=Limits(memory_bytes=128 * MIB))
+LIMITS = Limits(memory_bytes=128 * MIB)
+# Our kernel knows no serial port but for its first messages: let the worst of them all go there.
+COMMON = CreateOptions(
+    image="", network="none", stop_timeout_s=60, limits=LIMITS, append="loglevel=2 earlyprintk=ttyS0,keep"
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +99,14 @@ def wait_until(machine: Machine, text: str, times: int = 1) -> None:
         time.sleep(0.1)
 
 
-def ask(machine: Machine, letter: bytes, answer: str, times: int = 1) -> None:
-    with machine.attach() as attachment:
-        attachment.send_stdin(letter)
-        attachment.flush()
-    wait_until(machine, answer, times)
-
-
 @pytest.mark.timeout(600)
 def test_a_whole_life(make: Callable[..., Machine]) -> None:
     machine = make()
     assert machine.spec.type == "kvm" and machine.spec.hardware is not None
     assert [drive.format for drive in machine.spec.hardware.drives] == ["raw"]
     machine.start()
-    wait_until(machine, "READY")
-    assert f"root=UUID={ROOT} ro console=ttyS0" in said(machine)
-    ask(machine, b"r", "absent")
-    ask(machine, b"w", "stored")
+    wait_until(machine, "READY")  # it has restarted itself before: the same machine went on
+    assert said(machine).count("restarting") == 1 and said(machine).count(f"root=UUID={ROOT} ro console=ttyS0") == 2
     reading = machine.stats()
     assert reading.memory_bytes > MIB and reading.block_write_bytes >= 4096 and reading.block_read_bytes >= 4096
     machine.pause()
@@ -117,11 +116,9 @@ def test_a_whole_life(make: Callable[..., Machine]) -> None:
     machine.unpause()
     with pytest.raises(Unsupported):
         machine.front.take_picture()
-    ask(machine, b"b", "READY", times=2)  # it restarts itself: the same machine goes on
-    ask(machine, b"r", "found")
     machine.stop()
     assert (machine.state.phase, machine.state.exit_code, machine.state.error) == ("exited", 0, "")
-    assert said(machine).rstrip().endswith("BYE")
+    assert "BYE" in said(machine)
 
 
 @pytest.mark.timeout(300)
@@ -131,6 +128,43 @@ def test_one_that_is_killed_leaves_its_disk_free(make: Callable[..., Machine]) -
         machine.start()
         machine.kill()
         assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
+
+
+def end_abruptly(machine: Machine, what: str) -> None:
+    """By killing the VMM, its supervisor, or both and all that a host forgets when it restarts."""
+    pid = machine.state.pid or machine.inspect()["state"]["pid"]  # type: ignore[index]
+    parent = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1])  # type: ignore[index]
+    place = machine.runtime_dir
+    for victim in {"vmm": (pid,), "supervisor": (parent,), "host": (parent, pid)}[what]:
+        with contextlib.suppress(ProcessLookupError):  # it dies with its supervisor
+            os.kill(victim, signal.SIGKILL)
+    deadline_s = time.monotonic() + WITHIN_S
+    while machine.state.phase == "running" or os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline_s, machine.state
+        time.sleep(0.05)
+    if what == "host":
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.timeout(900)
+def test_a_machine_that_stays(make: Callable[..., Machine], host: Host) -> None:
+    """Whatever ends it: it comes back as it was made, with what was written, on a sound file system."""
+    machine = make()
+    made = machine.spec
+    for number, what in enumerate(("vmm", "supervisor", "host", ""), start=1):
+        machine = Host(root=host.paths.root).machines.get("m")
+        assert machine.spec == made
+        machine.start()
+        wait_until(machine, "READY", times=number)
+        assert f"kept {number} times" in said(machine)
+        if what:
+            end_abruptly(machine, what)
+            assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
+    machine.stop()
+    assert machine.state.exit_code == 0
+    disk = f"{machine.directory}/disk0.raw?offset={START}"
+    checked = subprocess.run(["e2fsck", "-f", "-n", disk], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_a_disk_without_a_kernel(make: Callable[..., Machine], host: Host) -> None:
@@ -149,6 +183,8 @@ def test_a_disk_without_a_kernel(make: Callable[..., Machine], host: Host) -> No
         ({"boot": "cdrom"}, Unsupported),
         ({"architecture": "aarch64"}, Unsupported),
         ({"drives": (DriveOptions("qcow2"),)}, Unsupported),
+        ({"common": COMMON._replace(append="two\nlines")}, UsageError),
+        ({"firmware": "bios"}, UsageError),  # which takes no arguments for a kernel
         ({"drives": (DriveOptions("qcow2", clone=True), DriveOptions(cdrom=True))}, Unsupported),
         ({"drives": tuple(DriveOptions(size_bytes=MIB) for _ in range(9))}, Unsupported),
         ({"common": COMMON._replace(network="host")}, Unsupported),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,26 +153,35 @@ def test_a_system_that_ignores_the_button_is_switched_off(make: Callable[..., Ma
     assert machine.state.exit_code == 137
 
 
-@pytest.mark.parametrize("what", ["qemu", "supervisor"])
-def test_killed_and_back(make: Callable[..., Machine], what: str) -> None:
-    machine = make()
+@pytest.mark.parametrize("what", ["qemu", "supervisor", "host"])
+def test_killed_and_back(host: Host, make: Callable[..., Machine], boot_disk: Path, what: str) -> None:
+    """Of a host that restarts, the store is all that is left."""
+    machine = make(drives=(DriveOptions(str(boot_disk), clone=True), DriveOptions(size_bytes=1 << 20)))
+    made = machine.spec
     machine.start()
     wait_until(machine, "READY")
     with machine.attach() as attachment:
         talk(attachment, "w", "stored")
     pid = qemu_of(machine)
     parent = int(re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1])  # type: ignore[index]
+    place = machine.runtime_dir
     os.kill(pid if what == "qemu" else parent, signal.SIGKILL)
     deadline_s = time.monotonic() + WITHIN_S
-    while machine.state.phase == "running":
+    while machine.state.phase == "running" or os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+    if what == "host":
+        shutil.rmtree(place, ignore_errors=True)
+        machine = Host(root=host.paths.root).machines.get("m")
+    assert machine.spec == made
     assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
     machine.start()
     wait_until(machine, "READY", times=2)
     with machine.attach() as attachment:
         talk(attachment, "r", "found")
     machine.stop()
+    for drive in made.hardware.drives:  # type: ignore[union-attr]
+        assert host.disks.check(f"{machine.directory}/{drive.path}").clean
 
 
 def test_it_comes_back_by_its_policy(make: Callable[..., Machine]) -> None:
@@ -367,10 +377,16 @@ def test_a_tree_of_snapshots(make: Callable[..., Machine]) -> None:
     write(9)
     branch = machine.snapshots.create("branch").snapshot
     assert branch.parent == machine.snapshots.get("s1").id
-    machine.snapshots.remove("s3")  # from the middle: what stands on it stays
-    machine.snapshots.restore("s4")
-    assert content() == 4
+    left = {f"s{number}": number for number in range(1, 6)} | {"branch": 9}
+    for name in ("s3", "s1"):  # from the middle, and from below: what stands on it stays
+        machine.snapshots.remove(name)
+        del left[name]
+        for other, number in left.items():
+            machine.snapshots.restore(other)
+            assert content() == number
+            assert subprocess.run(["qemu-img", "check", "-q", disk]).returncode == 0
     assert machine.snapshots.get("s4").parent == machine.snapshots.get("s2").id
+    assert machine.snapshots.get("s2").parent == machine.snapshots.get("branch").parent == ""
 
     machine.start()
     wait_until(machine, "READY")

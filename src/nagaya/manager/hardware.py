@@ -149,6 +149,11 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
     paths = [drive.path for drive in drives if drive.path and not drive.read_only]
     if len(set(paths)) < len(paths):
         raise UsageError("two drives of the machine have the same disk")
+    if common.append and firmware != DIRECT:
+        raise UsageError(
+            "--append is for a kernel that Nagaya starts, and here the machine's own loader does",
+            hint=f"use --firmware {DIRECT}, or change the loader's configuration inside",
+        )
     limits = common.limits
     spec = MachineSpec(
         id=machine_id,
@@ -165,6 +170,7 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
         ports=common.ports,
         net_rate_bits=common.net_rate_bits,
         allow_host=common.allow_host,
+        append=common.append,
         limits=limits._replace(memory_bytes=limits.memory_bytes or DEFAULT_MEMORY_BYTES),
         restart=common.restart,
         log=common.log,

@@ -18,7 +18,7 @@ from nagaya.storage.disk_images.seed import MOST_USER_DATA
 
 _SHARED = (
     "hostname", "label", "label-file", "network", "ip", "ip6", "mac-address", "network-alias", "publish", "net-rate",
-    "allow-host", "cpus", "memory", "restart", "log-opt", "rm",
+    "allow-host", "cpus", "memory", "restart", "log-opt", "rm", "append",
 )  # fmt: skip
 _OWN = (
     Flag("--disk", "A disk: a size for a new one, or DISK[,clone][,ro][,format=F][,size=S][,allow-backing]", value="DISK", many=True),
@@ -160,6 +160,7 @@ def _read_common(parsed: Parsed) -> CreateOptions:
         ),
         restart=values.parse_restart(parsed.text("restart", "no")),
         log=values.parse_log_options(parsed.texts("log-opt")),
+        append=parsed.text("append"),
         auto_remove=parsed.switch("rm"),
         stop_timeout_s=timeout_s,
         labels=values.parse_labels(parsed.texts("label"), parsed.texts("label-file")),

@@ -183,7 +183,8 @@ class Parts:
             self.memory = saved.map_memory(shared=shared)
         else:
             self.memory = GuestMemory.allocate(hardware.memory_bytes, huge=hardware.huge_pages)
-            self.memory.open_page_map()
+            if kvm_fd < 0:  # otherwise we may not, and are a machine that is never saved
+                self.memory.open_page_map()
         try:
             self.vm = Vm(self.memory, kvm_fd=kvm_fd)
         except BaseException:

@@ -19,7 +19,7 @@ from nagaya.engines.kvm.vmm import Vmm
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.parts import user_id
 from nagaya.engines.vm.passt import require_passt, start_passt
-from nagaya.errors import HostError, NagayaError, RemoteError, Unsupported
+from nagaya.errors import Conflict, HostError, NagayaError, RemoteError, Unsupported
 from nagaya.kernel import unix
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Hardware as Drives
@@ -71,6 +71,7 @@ class DirectEngine:
     def check(self, spec: MachineSpec) -> list[str]:
         """Raise for what could not be booted; answers warnings. Changes nothing."""
         drives = _drives(spec)
+        rules.check_append(spec)
         if spec.platform != PLATFORM:
             raise Unsupported(f"KVM on this host runs no system for {spec.platform}", hint="use --type emulated")
         if drives.compat or drives.boot_cdrom:
@@ -137,7 +138,7 @@ class DirectEngine:
         cards = tuple((self._plug(link, request, vmm, local), link) for link in request.network.links)
         hardware = Hardware(
             kernel=f"/proc/self/fd/{kernel}", initrd=f"/proc/self/fd/{initrd}",
-            command_line=f"root=UUID={root} ro console=ttyS0,115200", memory_bytes=self._memory_bytes, cpus=rules.cpus(spec),
+            command_line=f"root=UUID={root} ro console=ttyS0,115200 {spec.append}".rstrip(), memory_bytes=self._memory_bytes, cpus=rules.cpus(spec),
             serial_fd=console, serial_input_fd=console, quiet=False,
         )  # fmt: skip
         return child.Plan(
@@ -169,11 +170,17 @@ class DirectEngine:
 
     def power_down(self) -> None:
         """See `Powered.power_down`."""
-        self._ask("press")
+        self._press("press")
 
     def quit(self) -> None:
         """See `Powered.quit`. What its system has written is with the host's kernel, which brings it to the disk."""
-        self._ask("end")
+        self._press("end")
+
+    def _press(self, what: str) -> None:
+        try:
+            self._ask(what)
+        except (Conflict, RemoteError):
+            return  # it is ending already: its pidfd tells
 
     def pause(self) -> None:
         self._ask("pause")

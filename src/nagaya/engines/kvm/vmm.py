@@ -67,6 +67,8 @@ class Vmm:
         try:
             while True:
                 message = self._hear(0)
+                if "failed" in message:
+                    return from_wire(message["failed"]).message
                 if "ended" in message:
                     return str(message.get("reason", ""))
         except RemoteError:

@@ -92,6 +92,11 @@ def _check_kernel(spec: MachineSpec) -> None:
             raise UsageError(
                 f"--kernel: {spec.kernel} is no file", hint="for example the vmlinux that 'nagaya kernel path' names"
             )
+    check_append(spec)
+
+
+def check_append(spec: MachineSpec) -> None:
+    """Raise `UsageError` for words that no command line of a kernel could have."""
     if len(spec.append.encode()) > APPEND_MAX or not spec.append.isprintable():
         raise UsageError(f"--append: the words have to be one printable line of at most {APPEND_MAX} bytes")
 

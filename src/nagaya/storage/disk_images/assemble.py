@@ -72,7 +72,7 @@ def assemble_disk(tree: str, disk: str, *, size_bytes: int, uuids: Uuids) -> Non
     with open(disk, "r+b") as file:
         _write_table(file.fileno(), sectors, root_sectors, uuids)
         _copy(esp, file.fileno(), _ESP_START * SECTOR)
-        _install_bios(file.fileno(), f"{tree}/usr/lib/grub/i386-pc/boot.img", core)
+        install_bios(file.fileno(), f"{tree}/usr/lib/grub/i386-pc/boot.img", core)
 
 
 def plan_table(sectors: int, partitions: tuple[tuple[int, int, str, str], ...], disk_uuid: str) -> tuple[bytes, bytes]:
@@ -165,7 +165,7 @@ def _copy(data: bytes, fd: int, offset: int) -> None:
             os.pwrite(fd, chunk, offset + at)
 
 
-def _install_bios(fd: int, boot_path: str, core: bytes) -> None:
+def install_bios(fd: int, boot_path: str, core: bytes) -> None:
     """What grub-bios-setup does: the first part into the first sector, which leads to the second one."""
     sectors = -(-len(core) // SECTOR)
     if sectors > _BIOS_SECTORS:
