@@ -263,7 +263,7 @@ def look_at_damage(root: str) -> Finding:
     except (NagayaError, OSError) as error:
         return Finding(topic, LIMITED, f"cannot be looked at: {error}", how, "nagaya network ls may say more")
     if not found:
-        return Finding(topic, OK, "nothing is missing", how, "")
+        return Finding(topic, OK, "nothing is missing", how, "machines that run are reached as they were planned")
     return Finding(topic, LIMITED, "; ".join(found), how, "nagaya network ls makes it again, as does the next start")
 
 
