@@ -205,3 +205,62 @@ def test_forks(cli: Cli) -> None:
     assert cli("exec", "f-2", "ls", "/mine").code == 1
     cli.ok("rm", "-f", "m")
     goes_on(cli, "f-1")
+
+
+def test_a_fork_that_is_killed_leaves_none_that_did_not_run(cli: Cli) -> None:
+    dice = random.Random(SEED)
+    print(f"NAGAYA_SNAPSHOT_SEED={SEED}")
+    for _ in range(max(2, KILLS // 2)):
+        command = cli.popen("fork", "-n", "4", "--name", "f", "m", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(dice.uniform(0.2, 4.0))
+        command.kill()
+        command.wait(20)
+        wait_for(lambda: {row["state"] for row in cli.machines()} == {"running"}, PATIENCE_S)
+        goes_on(cli, "m")
+        left = os.listdir(machine_dir(cli, "m") / "snapshots")
+        assert not [name for name in left if name.startswith(".")], left
+        for row in cli.machines():
+            if row["name"] != "m":
+                goes_on(cli, row["name"])  # what runs is whole
+                cli.ok("rm", "-f", row["name"])
+
+
+ROUNDS = int(os.environ.get("NAGAYA_LOAD_ROUNDS", "3"))
+WORK = """
+i=0; mkdir -p /w
+while :; do
+  i=$((i+1)); head -c 65536 /dev/urandom > /w/data; { md5sum < /w/data; cat /w/data; } > /w/new; mv /w/new /w/$((i%4)); echo $i
+done
+"""
+CHECK = 'for f in /w/?; do [ "$(tail -c 65536 $f | md5sum)" = "$(head -n 1 $f)" ] || echo bad $f; done; date +%s'
+
+
+@pytest.mark.timeout(BUILD_S + 6 * PATIENCE_S * ROUNDS)
+def test_a_machine_under_load(store: Cli) -> None:
+    """Files with their sums are written; snapshotted, restored and forked meanwhile: nothing lost, clocks right, nothing twice."""
+    store.ok("run", "-d", "--network", "none", "--name", "m", "busybox", "sh", "-c", WORK, timeout_s=PATIENCE_S)
+    try:
+        wait_for(lambda: len(numbers(store, "m")) > 5, PATIENCE_S)
+        seen: set[str] = set()
+
+        def check(name: str) -> None:
+            *bad, now = store.ok("exec", name, "sh", "-c", CHECK, timeout_s=PATIENCE_S).split("\n")[:-1]
+            assert bad == [] and abs(int(now) - time.time()) < 10
+            seen.add(store.ok("exec", name, "cat", "/proc/sys/kernel/random/uuid", timeout_s=PATIENCE_S))
+
+        for number in range(ROUNDS):
+            store.ok("snapshot", "create", "--keep", "3", "m", f"s{number}", timeout_s=PATIENCE_S)
+            at = numbers(store, "m")[-1]
+            goes_on(store, "m")
+            before = len(numbers(store, "m"))
+            store.ok("snapshot", "restore", "m", f"s{number}", timeout_s=PATIENCE_S)
+            wait_for(lambda before=before: len(numbers(store, "m")) > before + 2, PATIENCE_S)
+            assert numbers(store, "m")[-1] >= at - 1
+            (fork,) = store.ok("fork", "m", timeout_s=PATIENCE_S).split()
+            goes_on(store, fork)
+            for name in ("m", fork):
+                check(name)
+            store.ok("rm", "-f", fork, timeout_s=PATIENCE_S)
+        assert len(seen) == 2 * ROUNDS
+    finally:
+        remove_all(store)
