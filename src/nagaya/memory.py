@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault, HostError, UsageError
-from nagaya.kernel.files import map_copy_on_write, map_zeros
+from nagaya.kernel.files import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    fallocate,
+    map_copy_on_write,
+    map_zeros,
+)
 from nagaya.static import NamedTuple
 
 PAGE_BYTES = 4096
@@ -92,6 +98,7 @@ class GuestMemory:
         self.fd = fd
         self.size_bytes = size_bytes
         self.private = private
+        self._detached = False
         self._pagemap = -1
         if private:
             self.open_page_map()
@@ -269,8 +276,33 @@ class GuestMemory:
         """
         if not self.private:
             map_copy_on_write(self.regions[0].hva, self.size_bytes, self.fd)
-            self.private = True
+            self.private = self._detached = True
             self._map_holes()
+
+    def drop_replaced(self) -> None:
+        """After `detach`, when nobody reads what `fd` has any more: give back those of its pages that we have copies of.
+
+        Punching a hole takes no copy away: that is the mapping's own. Raises `OSError`.
+        """
+        if not self._detached or self.fd < 0:
+            return
+        first, count = self.regions[0].hva // PAGE_BYTES, _CHUNK_BYTES // PAGE_BYTES
+        for start, end in find_data(self.fd, self.size_bytes):
+            for at in range(start, end, _CHUNK_BYTES):
+                pages = min(count, (end - at) // PAGE_BYTES)
+                entries = memoryview(os.pread(self._pagemap, 8 * pages, 8 * (first + at // PAGE_BYTES))).cast("Q")
+                own = bytes(entry >> 61 & 5 == 4 for entry in entries)  # there, and not the file's (pagemap.rst)
+                run = own.find(1)
+                while run >= 0:
+                    after = own.find(0, run)
+                    after = after if after >= 0 else pages
+                    fallocate(
+                        self.fd,
+                        FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                        at + run * PAGE_BYTES,
+                        (after - run) * PAGE_BYTES,
+                    )
+                    run = own.find(1, after)
 
     def copy(self) -> GuestMemory:
         """New memory with what this has. Raises `HostError`."""

@@ -217,8 +217,7 @@ def test_a_fork_that_is_killed_leaves_none_that_did_not_run(cli: Cli) -> None:
         command.wait(20)
         wait_for(lambda: {row["state"] for row in cli.machines()} == {"running"}, PATIENCE_S)
         goes_on(cli, "m")
-        left = os.listdir(machine_dir(cli, "m") / "snapshots")
-        assert not [name for name in left if name.startswith(".")], left
+        assert not list(machine_dir(cli, "m").glob("snapshots/.*"))
         for row in cli.machines():
             if row["name"] != "m":
                 goes_on(cli, row["name"])  # what runs is whole
@@ -249,13 +248,13 @@ def test_a_machine_under_load(store: Cli) -> None:
             seen.add(store.ok("exec", name, "cat", "/proc/sys/kernel/random/uuid", timeout_s=PATIENCE_S))
 
         for number in range(ROUNDS):
-            store.ok("snapshot", "create", "--keep", "3", "m", f"s{number}", timeout_s=PATIENCE_S)
             at = numbers(store, "m")[-1]
+            store.ok("snapshot", "create", "--keep", "3", "m", f"s{number}", timeout_s=PATIENCE_S)
             goes_on(store, "m")
             before = len(numbers(store, "m"))
             store.ok("snapshot", "restore", "m", f"s{number}", timeout_s=PATIENCE_S)
             wait_for(lambda before=before: len(numbers(store, "m")) > before + 2, PATIENCE_S)
-            assert numbers(store, "m")[-1] >= at - 1
+            assert numbers(store, "m")[-1] > at
             (fork,) = store.ok("fork", "m", timeout_s=PATIENCE_S).split()
             goes_on(store, fork)
             for name in ("m", fork):

@@ -10,6 +10,7 @@ import os
 import select
 import sys
 import threading
+from collections.abc import Callable
 
 from nagaya.engines.kvm import saved
 from nagaya.engines.kvm.saved import Files, Saved
@@ -32,13 +33,21 @@ class Order(NamedTuple):
     place: str = ""  # where that is, seen from the directory that is written
 
 
-def start(order: Order, memory: GuestMemory, state: dict[str, Any]) -> None:
-    """Fork the child that writes `memory`, and what `state` has beside it. Raises `OSError`."""
+def start(order: Order, memory: GuestMemory, state: dict[str, Any], ended: Callable[[], None]) -> None:
+    """Fork the child that writes `memory`, and what `state` has beside it; `ended` hears of its end, on a thread.
+
+    Raises `OSError`.
+    """
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         _run(order, memory, state, parent)
-    threading.Thread(target=os.waitpid, args=(pid, 0), name="saved", daemon=True).start()
+
+    def reap() -> None:
+        os.waitpid(pid, 0)
+        ended()
+
+    threading.Thread(target=reap, name="saved", daemon=True).start()
 
 
 def _run(order: Order, memory: GuestMemory, state: dict[str, Any], parent: int) -> NoReturn:

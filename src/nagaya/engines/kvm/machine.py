@@ -74,6 +74,7 @@ class Machine:
         self._ending: Ending | None = None
         self._begun = False
         self._paused = False
+        self._writers = 0  # processes that write what it was
         self._parked = 0
         self._made: Parts | None = None  # until the start
         self._parts: Parts | None = None
@@ -289,15 +290,23 @@ class Machine:
         with self._standing() as parts:
             state = parts.save(self.hardware)
             parts.keep_from_children(memory=False)
+            self._writers += 1
             if self._shared:
                 copy = parts.memory.copy()  # other processes work on it, which copying on a write would leave behind
                 try:
-                    behind.start(order, copy, state)
+                    behind.start(order, copy, state, lambda: self._written(parts))
                 finally:
                     copy.close()
             else:
                 parts.memory.detach()
-                behind.start(order, parts.memory, state)
+                behind.start(order, parts.memory, state, lambda: self._written(parts))
+
+    def _written(self, parts: Parts) -> None:
+        """A writer has ended. With the last one goes what the machine has replaced since."""
+        with self._control:
+            self._writers -= 1
+            if self._parts is parts and not self._writers:
+                parts.memory.drop_replaced()
 
     @contextmanager
     def _standing(self) -> Iterator[Parts]:
