@@ -231,7 +231,9 @@ while :; do
   i=$((i+1)); head -c 65536 /dev/urandom > /w/data; { md5sum < /w/data; cat /w/data; } > /w/new; mv /w/new /w/$((i%4)); echo $i
 done
 """
-CHECK = 'for f in /w/?; do [ "$(tail -c 65536 $f | md5sum)" = "$(head -n 1 $f)" ] || echo bad $f; done; date +%s'
+CHECK = (
+    'for f in /w/?; do cp $f /c; [ "$(tail -c 65536 /c | md5sum)" = "$(head -n 1 /c)" ] || echo bad $f; done; date +%s'
+)
 
 
 @pytest.mark.timeout(BUILD_S + 6 * PATIENCE_S * ROUNDS)
