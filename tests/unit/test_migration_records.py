@@ -11,6 +11,7 @@ from nagaya.engines.kvm.machine import merge_runs
 from nagaya.engines.kvm.vm import find_runs
 from nagaya.errors import Conflict
 from nagaya.memory import GuestMemory, WriteLog
+from nagaya.net.announce import make_announcement
 from nagaya.storage import migrations
 from nagaya.storage.migrations import Leaving
 from nagaya.storage.paths import Paths
@@ -127,3 +128,10 @@ def test_runs_of_bits(bits: list[int], runs: list[tuple[int, int]]) -> None:
 
 def test_runs_are_merged() -> None:
     assert merge_runs([(8, 4), (0, 4), (4, 2), (9, 1), (20, 1)]) == [(0, 6), (8, 4), (20, 1)]
+
+
+def test_an_announcement_says_who_has_the_address() -> None:
+    mac, address = bytes(range(6)), bytes((172, 31, 77, 1))
+    frame = make_announcement(mac, address)
+    assert len(frame) == 42 and frame[:6] == b"\xff" * 6 and frame[6:12] == frame[22:28] == mac
+    assert frame[12:14] == b"\x08\x06" and frame[28:32] == frame[38:42] == address

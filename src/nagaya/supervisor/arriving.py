@@ -115,10 +115,22 @@ class Arriving:
         machine = self._machine
         machine.started(0)
         machine.record("arrive")
+        self._announce()
         try:
             migrations.note_arrival(machine.paths, machine.paths.machine(machine.spec.id))
         except (OSError, NagayaError):
             return  # it is known by the machine itself, for as long as that is here
+
+    def _announce(self) -> None:
+        from nagaya.net import live  # lazy: a machine without networks does without
+        from nagaya.net.announce import announce_gateways
+
+        plan = live.load(self._machine.paths, self._machine.spec.id)
+        if plan is not None and not plan.is_user:
+            try:
+                announce_gateways(plan)
+            except OSError:
+                return  # then the machine finds out by itself, in half a minute
 
     def _answer(self, what: str, **details: object) -> None:
         if self._stream is not None:
