@@ -7,15 +7,17 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nagaya.migration import frames
 from tests.conformance.types import find_obstacle
 from tests.conftest import remove_all
-from tests.e2e.command import Cli
+from tests.e2e.command import Cli, Ran
 from tests.e2e.processes import below, supervisors
 from tests.e2e.test_lifecycle import wait_for
 
@@ -247,3 +249,85 @@ def settle(two: Two, here: Cli, there: Cli) -> None:
             receiver.terminate()
             receiver.communicate()
         time.sleep(0.3)
+
+
+# Hands frames on to the socket argv[1], and back; of the type argv[2] none, and with argv[3] nothing back from then on.
+RELAY = """
+import os, socket, sys, threading
+from nagaya.migration import frames
+far = socket.socket(socket.AF_UNIX)
+far.connect(sys.argv[1])
+cut = threading.Event()
+def back():
+    while (data := far.recv(1 << 16)) and not cut.is_set():
+        os.write(1, data)
+    os._exit(0)
+threading.Thread(target=back, daemon=True).start()
+def take(count):
+    data = b""
+    while len(data) < count:
+        part = os.read(0, count - len(data))
+        if not part:
+            os._exit(0)
+        data += part
+    return data
+far.sendall(take(frames.PREFACE_BYTES))
+while True:
+    header = take(frames.HEADER.size)
+    payload = take(frames.parse_header(header)[1])
+    if header[0] == int(sys.argv[2]):
+        cut.set()
+        if sys.argv[3] == "drop":
+            os._exit(0)
+        far.sendall(header + payload)
+        os.close(1)
+        os.read(0, 1)
+        os._exit(0)
+    far.sendall(header + payload)
+"""
+
+
+def test_a_stream_that_breaks_at_the_last_step_is_asked_about(two: Two, tmp_path: Path) -> None:
+    start(two.here, "sleep", "600")
+    (tmp_path / "relay.py").write_text(RELAY)
+    receiver = two.listen("--keep")
+
+    def send(how: str) -> Ran:
+        command = f"exec:{sys.executable} {tmp_path}/relay.py {two.socket} {frames.COMMIT} {how}"
+        return two.here("migrate", "send", "m", "--to", command, "--max-downtime", "30000", timeout_s=120)
+
+    try:
+        lost = send("drop")  # it was never heard: the target says so, and the machine goes on here
+        assert lost.code == 1, lost
+        assert two.states("m") == ["running", ""]
+        assert shell(two.here, "echo here") == "here\n"
+        unheard = send("pass")  # it was heard, and that was not: the target says so, and the machine is gone from here
+        assert unheard.code == 0, unheard
+        assert two.states("m") == ["", "running"]
+        assert shell(two.there, "echo there") == "there\n"
+    finally:
+        receiver.terminate()
+        receiver.communicate()
+
+
+def test_who_cannot_ask_says_where_it_is(two: Two, tmp_path: Path) -> None:
+    start(two.here, "sleep", "600")
+    (tmp_path / "relay.py").write_text(RELAY)
+    receiver = two.listen()  # takes one machine, and ends
+    command = f"exec:{sys.executable} {tmp_path}/relay.py {two.socket} {frames.COMMIT} drop"
+    doubt = two.here("migrate", "send", "m", "--to", command, "--max-downtime", "30000", timeout_s=120)
+    finish(receiver)
+    assert doubt.code == 1 and "nagaya migrate resolve" in doubt.err, doubt
+    assert two.states("m") == ["paused", ""]
+    assert two.here("unpause", "m").code == 1
+    assert two.here("migrate", "resolve", "m").code == 2
+    assert two.here("migrate", "resolve", "m", "--to", "unix:/nowhere/s").code == 1
+    for pid in supervisors(two.here.root):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: two.states("m") == ["exited", ""])
+    refused = two.here("start", "m")
+    assert refused.code == 1 and "handed over" in refused.err
+    assert two.here.ok("migrate", "resolve", "m", "--here") == "m: stays here\n"
+    assert two.here("migrate", "resolve", "m", "--there").code == 1
+    two.here.ok("start", "m", timeout_s=180)
+    assert shell(two.here, "echo here") == "here\n"
