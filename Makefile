@@ -9,7 +9,8 @@ PY := $(VENV)/bin/python
 # iproute2 and procps are on every Debian machine but not in every Debian image. libc6-dev brings the kernel's headers.
 RUN_PACKAGES := busybox-static dnsmasq-base e2fsprogs erofs-utils gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
 KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make patch xz-utils
-TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry genisoimage iproute2 \
+TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry dosfstools \
+	genisoimage grub-pc-bin iproute2 mtools qemu-guest-agent swtpm \
 	libseccomp-dev openssh-client openssl ovmf passt podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun iperf3 umoci
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,70 +18,33 @@ import pytest
 from nagaya import Host, Machine
 from nagaya.errors import Conflict, IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.manager.attachment import Attachment
-from nagaya.manager.hardware import DriveOptions, HardwareOptions, SeedOptions
-from nagaya.manager.options import CreateOptions
+from nagaya.manager.hardware import DriveOptions, SeedOptions
 from nagaya.model.spec import Restart
 from tests import own_network
 from tests.conftest import require_program
 from tests.e2e.command import Cli
+from tests.kernel.conftest import QUIET
 
 WITHIN_S = 60.0
-QUIET = CreateOptions(image="", network="none", stop_timeout_s=30)
-SOURCE = os.path.join(os.path.dirname(__file__), "boot_sector.S")
-
-
-@pytest.fixture(scope="session")
-def boot_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw disk of 1 MiB with boot_sector.S at its beginning."""
-    for program in ("qemu-system-x86_64", "qemu-img", "as", "ld"):
-        require_program(program)
-    place = tmp_path_factory.mktemp("boot")
-    path = place / "boot.raw"
-    subprocess.run(["as", "--32", SOURCE, "-o", place / "boot.o"], check=True)
-    link = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", path, place / "boot.o"]
-    subprocess.run(link, check=True)
-    os.truncate(path, 1 << 20)
-    return path
-
-
-@pytest.fixture
-def host(nagaya_root: str) -> Iterator[Host]:
-    made = Host(root=nagaya_root)
-    yield made
-    for machine in made.machines.list():
-        machine.remove(force=True)
-
-
-@pytest.fixture
-def make(host: Host, boot_disk: Path) -> Callable[..., Machine]:
-    """A machine with a clone of the boot disk."""
-
-    def create(name: str = "m", common: CreateOptions = QUIET, **changes: object) -> Machine:
-        options = HardwareOptions(
-            name=name, type="emulated", drives=(DriveOptions(str(boot_disk), clone=True),), common=common
-        )
-        return host.machines.create_whole(options._replace(**changes))[0]  # type: ignore[arg-type]
-
-    return create
 
 
 def said(machine: Machine) -> str:
     return b"".join(line.data + (b"" if line.partial else b"\n") for line in machine.logs()).decode().replace("\r", "")
 
 
-def wait_until(machine: Machine, text: str, times: int = 1) -> None:
-    deadline_s = time.monotonic() + WITHIN_S
+def wait_until(machine: Machine, text: str, times: int = 1, *, within_s: float = WITHIN_S) -> None:
+    deadline_s = time.monotonic() + within_s
     while said(machine).count(text) < times:
         assert time.monotonic() < deadline_s, (text, said(machine), machine.state)
         time.sleep(0.02)
 
 
-def talk(attachment: Attachment, text: str, until: str) -> str:
+def talk(attachment: Attachment, text: str, until: str, *, within_s: float = WITHIN_S) -> str:
     """Type on the console, and read until it has answered."""
     import select
 
     attachment.send_stdin(text.encode())
-    got, deadline_s = b"", time.monotonic() + WITHIN_S
+    got, deadline_s = b"", time.monotonic() + within_s
     while until.encode() not in got:
         assert time.monotonic() < deadline_s, got
         attachment.flush()
@@ -392,10 +355,10 @@ def test_a_tree_of_snapshots(make: Callable[..., Machine]) -> None:
     wait_until(machine, "READY")
     with machine.attach() as attachment:
         talk(attachment, "w", "stored")
-    machine.snapshots.create("running")
+    taken = machine.snapshots.create("running", memory=False).snapshot
+    assert (machine.state.phase, taken.memory) == ("running", False)
+    assert machine.snapshots.create("whole", description="with what is in its memory").snapshot.memory
     assert machine.state.phase == "running"
-    with pytest.raises(Unsupported):
-        machine.snapshots.create("no", memory=True)
     machine.snapshots.restore("s5")
     wait_until(machine, "READY", times=2)  # it ran, and so it runs again
     with machine.attach() as attachment:
@@ -405,7 +368,26 @@ def test_a_tree_of_snapshots(make: Callable[..., Machine]) -> None:
     with machine.attach() as attachment:
         talk(attachment, "r", "found")
     machine.kill()
+    machine.snapshots.restore("whole")  # it goes on where it was: it does not greet again
+    with machine.attach() as attachment:
+        talk(attachment, "r", "found")
+        assert "zzz" in talk(attachment, "zzz", "zzz")
+    assert said(machine).count("READY") == 3
+    machine.stop()
+    assert machine.state.exit_code == 0
     assert subprocess.run(["qemu-img", "check", "-q", disk]).returncode == 0
+
+
+def test_memory_goes_with_all_disks(host: Host, make: Callable[..., Machine], boot_disk: Path) -> None:
+    host.disks.convert(str(boot_disk), "elsewhere")
+    machine = make(drives=(DriveOptions("elsewhere"), DriveOptions(size_bytes=1 << 20)))
+    machine.start()
+    wait_until(machine, "READY")
+    with pytest.raises(Unsupported, match="not its own"):
+        machine.snapshots.create("no", memory=True)
+    taken = machine.snapshots.create("disks")
+    assert not taken.snapshot.memory and any("elsewhere" in line for line in taken.warnings)
+    machine.kill()
 
 
 def _skip_unless_built() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.cli.commands.generate import plan_unit, unit_name
+from nagaya.cli.commands.generate import COMMON_UNIT, plan_common_unit, plan_unit, unit_name
 from nagaya.model.spec import MachineSpec, Process
 
 
@@ -30,6 +30,9 @@ def test_systemd_verifies_it(tmp_path: Path, user: bool) -> None:
         path = tmp_path / unit_name(name)
         path.write_text(text)
         names.append(str(path))
+    common = tmp_path / COMMON_UNIT
+    common.write_text(plan_common_unit(("/bin/true", "--root", "/srv/a b/50%"), stop_s=90, user=user))
+    names.append(str(common))
     words = ["systemd-analyze", *(("--user",) if user else ()), "verify", "--man=no", *names]
     environment = {"XDG_RUNTIME_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import uuid
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ from nagaya.engines.qemu.measures import forwarded_port
 from nagaya.engines.qemu.screen import parse_keys
 from nagaya.errors import NotFound, UsageError
 from nagaya.storage.disk_images.assemble import find_kernel, plan_table
-from nagaya.storage.disk_images.seed import SeedLink, network_config
+from nagaya.storage.disk_images.seed import SeedLink, network_config, vendor_data
 
 
 def test_networks_by_dhcp_and_with_addresses_of_ours() -> None:
@@ -77,3 +78,21 @@ def test_keys() -> None:
     for words, text in ((("a--b",), ""), (("ctrl-ü",), ""), ((), "é"), ((), "a" * 2000)):
         with pytest.raises(UsageError):
             parse_keys(words, text)
+
+
+def test_a_clone_gets_an_id_of_its_own(tmp_path: Path) -> None:
+    mark, _, archive = vendor_data("0123456789abcdef" * 2).partition("\n")
+    parts = {part["type"]: part["content"] for part in json.loads(archive)}
+    assert mark == "#cloud-config-archive" and parts["text/cloud-config"].startswith("#cloud-config\n")
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "dbus").mkdir()
+    own, dbus = tmp_path / "etc/machine-id", tmp_path / "dbus/machine-id"
+    script = (
+        parts["text/cloud-boothook"].replace("/etc/", f"{tmp_path}/etc/").replace("/var/lib/dbus/", f"{tmp_path}/dbus/")
+    )
+    for before in ("", "f" * 32 + "\n"):
+        own.write_text(before)
+        dbus.unlink(missing_ok=True)
+        dbus.symlink_to(own)
+        subprocess.run(["sh", "-e", "-c", script], check=True)
+        assert own.read_text() == "0123456789abcdef" * 2 + "\n" and dbus.is_symlink()

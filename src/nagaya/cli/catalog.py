@@ -72,7 +72,8 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "The machine commands under one word",
         {"ls": "ps", "prune": "prune:PRUNE_MACHINES", "inspect": "inspect:INSPECT_MACHINE"}
         | {name: name for name in MACHINES if name not in ("ps", "inspect")}
-        | {"create": "hardware:CREATE", "build": "build_machine:BUILD"},
+        | {"create": "hardware:CREATE", "build": "build_machine:BUILD"}
+        | {"attach-disk": "bay:ATTACH", "detach-disk": "bay:DETACH", "resize-disk": "bay:RESIZE"},
     ),
     "image": (
         "The image commands under one word",
@@ -115,6 +116,13 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "Move running machines to another Nagaya",
         {"send": "migrate:SEND", "receive": "migrate:RECEIVE", "resolve": "migrate:RESOLVE"},
     ),
+    "autostart": (
+        "Have machines start and stop with the host",
+        {
+            "enable": "autostart:ENABLE", "disable": "autostart:DISABLE", "ls": "autostart:LS",
+            "start": "autostart:START", "stop": "autostart:STOP",
+        },
+    ),
     "generate": ("Make files for other programs", {"systemd": "generate:SYSTEMD"}),
     "kernel": (
         "Build, list and remove the kernels that machines boot",
@@ -128,6 +136,9 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
 GROUP_SUMMARIES = {
     "machine create": "Create a whole machine from disks; or, given an image, as 'nagaya create' does",
     "machine build": "Make a disk with a system on it, from this host's package sources",
+    "machine attach-disk": "Put a disk into a whole machine, while it runs too",
+    "machine detach-disk": "Take a disk out of a whole machine",
+    "machine resize-disk": "Make a whole machine's disk larger, while it runs too",
     "machine prune": "Remove machines that do not run",
     "machine inspect": "Show everything about machines",
     "image inspect": "Show everything about images",
@@ -165,6 +176,11 @@ GROUP_SUMMARIES = {
     "migrate send": "Send a running machine to another Nagaya",
     "migrate receive": "Receive running machines",
     "migrate resolve": "Settle where a machine is whose stream broke at the last step",
+    "autostart enable": "Have machines start with the host",
+    "autostart disable": "Have machines start with the host no more",
+    "autostart ls": "List the machines that start with the host",
+    "autostart start": "Start the machines that start with the host",
+    "autostart stop": "Stop all machines that run, in good order",
     "generate systemd": "Print a unit that starts and stops a machine with the host",
     "kernel build": "Build a guest kernel from this host's source package",
     "kernel ls": "List guest kernels",

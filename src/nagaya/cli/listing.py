@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,6 +30,8 @@ class Layout(NamedTuple):
 
 def print_json(data: object) -> None:
     """One JSON document, indented, in UTF-8."""
+    import json  # lazy: 5 ms, and most lists are for people
+
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -39,6 +40,8 @@ def print_rows(rows: Sequence[Row], layout: Layout, *, format: str, no_trunc: bo
     if format in ("", "table"):
         _print_table([[str(row[name]) for name in layout.columns] for row in rows], layout, no_trunc=no_trunc)
     elif format == "json":
+        import json  # lazy: as above
+
         for row in rows:
             sys.stdout.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n")
     elif format.startswith(("table ", "table\t")):

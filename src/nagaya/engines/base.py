@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 from nagaya.errors import NagayaError
 from nagaya.model.policy import ProcessPolicy
-from nagaya.model.spec import Limits, MachineSpec
+from nagaya.model.spec import Drive, Limits, MachineSpec
 from nagaya.net.plan import LinkPlan, NetworkPlan
 from nagaya.static import NamedTuple, Protocol
 from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
@@ -117,9 +117,9 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    capabilities: frozenset[
-        str
-    ]  # subset of {"pause", "stats", "limits", "memory", "save-behind", "migrate", "oom", "offline", "init", "plug", "explain"}
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "migrate", "oom", "offline", "init", "plug", "explain",
+    # "power", "screen", "discs", "disks", "guest-agent"}.
+    capabilities: frozenset[str]
 
     missing: dict[str, str]  # those of FEATURES that it lacks: why
 
@@ -277,6 +277,34 @@ class DiscChanging(Protocol):
 
     def change_disc(self, number: int, path: str, format: str) -> None:
         """Put the image at `path` ("" = none) into drive `number` of the record, whatever the system holds shut."""
+
+
+class DiskChanging(Protocol):
+    """Of the capability "disks": a machine whose disks come, go and grow while it runs."""
+
+    def plug_disk(self, drive: Drive, path: str, *, allowed: tuple[str, ...]) -> None:
+        """Plug the image at `path` into `drive.slot`. Its backing files may lie in `allowed`, too."""
+
+    def unplug_disk(self, drive: Drive) -> None:
+        """Take it out. Raises `Conflict` when the system does not let go of it."""
+
+    def resize_disk(self, drive: Drive, number: int, size_bytes: int) -> None:
+        """Make the drive with that number in the record larger."""
+
+
+class Quiescing(Protocol):
+    """Of the capability "guest-agent": a whole machine in whose system QEMU's agent may run."""
+
+    def freeze(self) -> bool:
+        """Have its file systems written out, and no more written to; False where no agent is. Raises `RemoteError`, after
+        which they may be frozen all the same.
+        """
+
+    def thaw(self) -> None:
+        """Let them be written to again."""
+
+    def find_guest_links(self) -> list[dict[str, object]] | None:
+        """Name, MAC and addresses of its network interfaces, as its system says; None where no agent is."""
 
 
 class Screened(Protocol):

@@ -44,6 +44,7 @@ PROGRAMS = (
         "passt", "passt", "virtual machines can have user-mode networks, with published ports",
         "a plain user's machine of type kvm needs --network none, and emulated ones have QEMU's slower network",
     ),
+    Program("swtpm", "swtpm", "whole machines can have a TPM", "--tpm is refused"),
     Program("tc", "iproute2", "--net-rate limits what machines receive", "--net-rate is refused"),
 )  # fmt: skip
 

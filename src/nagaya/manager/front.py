@@ -6,13 +6,14 @@ import os
 from contextlib import ExitStack
 
 from nagaya.errors import HostError, NagayaError, NotFound, RemoteError, Unsupported
-from nagaya.model.state import ALIVE, require
+from nagaya.model.state import ALIVE, RUNNING, require
 from nagaya.static import NamedTuple
 from nagaya.storage import machines
 from nagaya.storage.disk_images.chain import open_chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.manager.bay import Bay
     from nagaya.manager.machine import Machine
 
 
@@ -83,6 +84,23 @@ class FrontPanel:
                 f"machine '{machine.name}' has no network to log in by", hint="create it with a --network"
             )
         return Login(seed.user, host, port, f"{machine.directory}/id_ed25519", f"{machine.directory}/known_hosts")
+
+    def find_guest_links(self) -> list[object] | None:
+        """Name, MAC and addresses of its network interfaces as its system says; None where it does not run QEMU's agent."""
+        if self._machine.state.phase != RUNNING:
+            return None
+        try:
+            links = self._machine.ask("guest_links").get("links")
+        except NagayaError:
+            return None  # it is just ending, or what is in it keeps to no protocol
+        return links if isinstance(links, list) else None
+
+    @property
+    def bay(self) -> Bay:
+        """Its disks: put in, taken out, made larger."""
+        from nagaya.manager.bay import Bay  # lazy: rare
+
+        return Bay(self._machine)
 
     def change_disc(self, path: str, *, drive: int = 0) -> None:
         """Put the ISO image at `path` into its CD drive number `drive`; "" takes the disc out. Also of one that is off.

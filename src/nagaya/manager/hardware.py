@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from nagaya.engines import TYPES, engine_of
 from nagaya.engines.kvm.direct import SLOW
 from nagaya.engines.kvm.known import HARDWARE, find_kvm
+from nagaya.engines.qemu.passthrough import refuse_pci
 from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions
@@ -64,6 +65,10 @@ class HardwareOptions(NamedTuple):
     boot: str = ""  # "disk" | "cdrom": what is tried first
     compat: bool = False
     seed: SeedOptions | None = None
+    tpm: bool = False
+    secure_boot: bool = False
+    usb: tuple[str, ...] = ()
+    pci: tuple[str, ...] = ()
     common: CreateOptions = CreateOptions(image="")  # network, limits, restart, labels, hostname, log
 
 
@@ -140,8 +145,11 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
     firmware = runner.firmware
     if options.boot not in ("", "disk", "cdrom"):
         raise UsageError(f"--boot: '{options.boot}' is neither disk nor cdrom")
-    own = "raw" if firmware == DIRECT else "qcow2"
-    drives = tuple(_plan_drive(each, number, disks, own) for number, each in enumerate(options.drives))
+    if firmware == DIRECT and (options.tpm or options.secure_boot or options.usb):
+        raise Unsupported("Nagaya's own VMM has no TPM, secure boot or USB", hint="use --firmware bios or uefi")
+    for address in options.pci:
+        refuse_pci(address)
+    drives = tuple(plan_drive(each, number, disks, own_format(firmware)) for number, each in enumerate(options.drives))
     if drives and options.seed is not None:
         drives += (Drive(SEED, "raw", cdrom=True, read_only=True, own=True),)
     if not drives:
@@ -183,6 +191,9 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
             boot_cdrom=options.boot == "cdrom",
             compat=options.compat,
             seed=_plan_seed(options.seed),
+            tpm=options.tpm,
+            secure_boot=options.secure_boot,
+            usb=options.usb,
         ),
     )
     _check_limits(spec.limits)
@@ -223,7 +234,12 @@ def _check_limits(limits: Limits) -> None:
             raise Unsupported(f"--{name} is for containers", hint=f"leave --{name} away")
 
 
-def _plan_drive(options: DriveOptions, number: int, disks: Disks, own: str) -> Drive:
+def own_format(firmware: str) -> str:
+    """The format of disks that are made for one machine: our own VMM reads raw ones alone."""
+    return "raw" if firmware == DIRECT else "qcow2"
+
+
+def plan_drive(options: DriveOptions, number: int, disks: Disks, own: str) -> Drive:
     """With the path of the disk that is to be used, and checked as far as its header and what lies under it go.
 
     `own` is the format of a disk that is made for the machine.
@@ -272,15 +288,19 @@ def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) ->
     for drive, wanted in zip(hardware.drives, options.drives, strict=False):  # behind them is what cloud-init reads
         if not drive.own:
             continue
-        target = f"{directory}/{drive.path}"
-        if wanted.clone:
-            base = _clone(disks, wanted, target, linked=drive.format == "qcow2")
-            if wanted.size_bytes > base.virtual_bytes:
-                disks.resize(target, "", wanted.size_bytes)
-        else:
-            disks.create(target, wanted.size_bytes, format=get_format(drive.format).name)
+        make_own_disk(disks, f"{directory}/{drive.path}", drive, wanted)
     if hardware.firmware == "uefi":
         _copy_variables(spec, f"{directory}/{rootfs.FIRMWARE_STATE}")
+
+
+def make_own_disk(disks: Disks, target: str, drive: Drive, wanted: DriveOptions) -> None:
+    """The file `target` of a drive that `plan_drive` has planned for one machine alone."""
+    if not wanted.clone:
+        disks.create(target, wanted.size_bytes, format=get_format(drive.format).name)
+        return
+    base = _clone(disks, wanted, target, linked=drive.format == "qcow2")
+    if wanted.size_bytes > base.virtual_bytes:
+        disks.resize(target, "", wanted.size_bytes)
 
 
 def _clone(disks: Disks, wanted: DriveOptions, target: str, *, linked: bool) -> Disk:
@@ -294,7 +314,8 @@ def _clone(disks: Disks, wanted: DriveOptions, target: str, *, linked: bool) -> 
 def _copy_variables(spec: MachineSpec, target: str) -> None:
     from nagaya.engines.qemu.pc_boards import find_firmware, find_pc_board  # lazy: UEFI alone
 
-    _, template = find_firmware(find_pc_board(spec.platform))
+    secure = spec.hardware is not None and spec.hardware.secure_boot
+    _, template = find_firmware(find_pc_board(spec.platform), secure=secure)
     try:
         with open(template, "rb") as file:
             write_file(target, file.read())

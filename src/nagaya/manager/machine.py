@@ -403,6 +403,7 @@ class Machine:
             **spec,
             "state": {**to_data(state), "warnings": list(state.warnings)},
             "links": self._links(),
+            **({"guest_links": self.front.find_guest_links()} if self.spec.hardware is not None else {}),
             "directory": self.directory,
             "log_path": f"{self.directory}/log",
             "snapshots": [snapshot.name for snapshot in self.snapshots.list()],

@@ -354,17 +354,25 @@ class Snapshots:
 
 def _restored_spec(now: MachineSpec, then: MachineSpec) -> MachineSpec:
     """The machine as it was, but for who it is and what does not change what runs in it."""
-    return then._replace(id=now.id, name=now.name, restart=now.restart, auto_remove=now.auto_remove, labels=now.labels)
+    return then._replace(
+        id=now.id,
+        name=now.name,
+        restart=now.restart,
+        autostart=now.autostart,
+        auto_remove=now.auto_remove,
+        labels=now.labels,
+    )
 
 
 def _tell_of_others(spec: MachineSpec) -> list[str]:
     """A whole machine's disks that are not its own lie elsewhere, and stay as they are."""
+    return [f"disk '{path}' is not in the snapshot, for it is not the machine's own" for path in _others(spec)]
+
+
+def _others(spec: MachineSpec) -> list[str]:
+    """The paths of disks that the machine writes and that are not its own."""
     drives = spec.hardware.drives if spec.hardware is not None else ()
-    return [
-        f"disk '{drive.path}' is not in the snapshot, for it is not the machine's own"
-        for drive in drives
-        if drive.path and not drive.own and not drive.read_only
-    ]
+    return [drive.path for drive in drives if drive.path and not drive.own and not drive.read_only]
 
 
 def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tuple[bool, list[str]]:
@@ -375,8 +383,13 @@ def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tu
             f"machine '{spec.name}' does not run: there is no memory to save", hint="leave --memory away",
             state="not running", required="running",
         )  # fmt: skip
-    if "memory" in engine.capabilities:
+    if "memory" in engine.capabilities and not _others(spec):
         return alive and memory is not False, []
+    if memory and _others(spec):
+        raise Unsupported(
+            f"what is in the memory of machine '{spec.name}' goes with its disks, and '{_others(spec)[0]}' is not its own",
+            hint="leave --memory away: its own disks alone are saved then",
+        )
     if memory:
         raise Unsupported(
             f"the memory of a machine of type '{spec.type}' cannot be saved: {engine.missing.get('memory', '')}",

@@ -87,6 +87,13 @@ class Restart(NamedTuple):
     max_retries: int = 0  # on-failure only; 0 = without end
 
 
+class Autostart(NamedTuple):
+    """That a machine starts with the host: those of a lower order first, each so much later than the one before it."""
+
+    order: int = 0
+    delay_s: float = 0.0
+
+
 class LogLimits(NamedTuple):
     max_bytes: int = 10 << 20
     files: int = 3
@@ -114,6 +121,7 @@ class Drive(NamedTuple):
     read_only: bool = False
     own: bool = False  # made for this machine, and removed with it
     allow_backing: bool = False  # what it stands on may lie anywhere
+    slot: int = 0  # where it is plugged in, and can be taken out while the machine runs; 0 = it cannot
 
 
 class Seed(NamedTuple):
@@ -131,6 +139,9 @@ class Hardware(NamedTuple):
     boot_cdrom: bool = False
     compat: bool = False  # devices that every system has drivers for, instead of virtio
     seed: Seed | None = None
+    tpm: bool = False
+    secure_boot: bool = False  # UEFI that starts only what is signed by a key that it knows
+    usb: tuple[str, ...] = ()  # devices of this host: "VENDOR:PRODUCT" or "BUS.DEVICE"
 
 
 class MachineSpec(NamedTuple):
@@ -170,4 +181,5 @@ class MachineSpec(NamedTuple):
     kernel: str = ""  # absolute host path of a virtual machine's kernel; "" = Nagaya's own
     append: str = ""  # words behind a virtual machine's kernel command line
     template: bool = True  # whether it may begin from one, and have one built for its kind
+    autostart: Autostart | None = None
     hardware: Hardware | None = None  # of a whole machine; `image` is empty then

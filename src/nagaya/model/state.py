@@ -31,6 +31,7 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "keys": (RUNNING,),
     "login": (RUNNING,),  # by ssh
     "disc": (RUNNING, PAUSED),
+    "plug": (RUNNING, PAUSED),  # disks in and out, and their size
     "snapshot": (RUNNING, PAUSED),
     "fork": (RUNNING,),
     "migrate": (RUNNING,),

@@ -28,6 +28,7 @@ class HardwarePlan(NamedTuple):
     paths: tuple[str, ...]
     backing_places: tuple[str, ...]  # directories in which backing files may lie beside the images' own
     firmware_state: str  # the file with UEFI's variables
+    tpm_state: str = ""  # the file of a TPM's
 
 
 class MountPlan(NamedTuple):

@@ -15,6 +15,7 @@ DATA_DISK = "data.img"
 OWN_ROOT = "root.img"
 """The root image of a machine that came with it from elsewhere."""
 FIRMWARE_STATE = "uefi-variables.fd"
+TPM_STATE = "tpm-state"
 
 
 class Layers(NamedTuple):
@@ -54,7 +55,9 @@ def load_record(directory: str, spec: MachineSpec) -> Layers:
 def is_own_file(name: str) -> bool:
     """Whether a file of a whole machine's directory is one that its system writes."""
     stem, _, ending = name.rpartition(".")
-    return name == FIRMWARE_STATE or (stem.startswith("disk") and ending in ("qcow2", "raw") and stem[4:].isdigit())
+    return name in (FIRMWARE_STATE, TPM_STATE) or (
+        stem.startswith("disk") and ending in ("qcow2", "raw") and stem[4:].isdigit()
+    )
 
 
 def load_layers(directory: str) -> tuple[str, ...]:
@@ -84,7 +87,9 @@ def plan_hardware(paths: Paths, spec: MachineSpec) -> HardwarePlan:
     for drive, path in zip(drives, found, strict=True):
         if path and not drive.read_only:
             disks.refuse_dependants(path)
-    return HardwarePlan(found, (disks.directory, directory), f"{directory}/{FIRMWARE_STATE}")
+    return HardwarePlan(
+        found, (disks.directory, directory), f"{directory}/{FIRMWARE_STATE}", f"{directory}/{TPM_STATE}"
+    )
 
 
 def plan_rootfs(directory: str, spec: MachineSpec) -> RootfsPlan:

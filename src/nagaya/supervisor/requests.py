@@ -284,6 +284,13 @@ def _find_login(machine: Supervisor, client: Client, request: dict[str, object])
         client.finish(control.reply(host=machine.state.address, port=22))
 
 
+def _find_guest_links(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """What a whole machine's system says of its network, by QEMU's agent."""
+    _require(machine, "login")
+    _need(machine, "guest-agent", "tell what its system knows")
+    client.finish(control.reply(links=machine.engine.find_guest_links()))  # type: ignore[attr-defined]
+
+
 def _change_disc(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
     """The manager has put another disc into the record: put it into the machine."""
     _require(machine, "disc")
@@ -298,9 +305,29 @@ def _change_disc(machine: Supervisor, client: Client, request: dict[str, object]
     client.finish(control.reply())
 
 
+def _change_disks(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
+    """Of a whole machine: put a disk in, take one out, make one larger."""
+    from nagaya.supervisor import plugging  # lazy: rare
+
+    _require(machine, "plug")
+    _need(machine, "disks", "change its disks while it runs")
+    machine.refuse_while_saving()
+    if request["op"] == "plug_disk":
+        plugging.plug_disk(machine, _number(request, "slot", 0, 1024))  # 0: refused by the engine, which says why
+    elif request["op"] == "unplug_disk":
+        plugging.unplug_disk(machine, _number(request, "slot", 1, 1024))
+    else:
+        plugging.resize_disk(machine, _number(request, "drive", 0, 1024), _number(request, "size_bytes", 1, 1 << 62))
+    client.finish(control.reply())
+
+
 _REQUESTS: dict[str, Any] = {
     "change_disc": _change_disc,
+    "plug_disk": _change_disks,
+    "unplug_disk": _change_disks,
+    "resize_disk": _change_disks,
     "login": _find_login,
+    "guest_links": _find_guest_links,
     "screenshot": _screenshot,
     "press_keys": _press_keys,
     "attach": _attach,

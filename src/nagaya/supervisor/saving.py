@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nagaya.supervisor.supervisor import Supervisor
 
 HELD_WITHIN_S = 60.0  # the guest writes out what it has in memory first
+THAW_TRIES = 60
+THAW_AGAIN_S = 2.0
 _MOST_TEXT = 4096
 
 
@@ -45,6 +47,7 @@ class Saving:
         self._writing: Writing | None = None
         self._warnings: list[str] = []
         self._was_paused = machine.state.phase == PAUSED
+        self._frozen = False  # the file systems of a whole machine
         self._held = False  # HOLD was sent, and CONTINUE was not
         self._stopped = False  # it was us who paused the machine
         self._held_at_ns = self._paused_at_ns = 0
@@ -58,13 +61,41 @@ class Saving:
         machine = self._machine
         assert machine.booted is not None
         if not machine.booted.setup:
-            self._stop()
+            self._freeze()
+            try:
+                self._stop()
+            except BaseException:
+                self._thaw()
+                raise
             return
         assert isinstance(machine.programs, Programs)
         self._held = True
         self._held_at_ns = time.monotonic_ns()
         machine.set_timer("held", HELD_WITHIN_S, self._not_held)
         machine.programs.hold(self._agent_held)
+
+    def _freeze(self) -> None:
+        """A whole machine's file systems, where its system has QEMU's agent. Disks and memory go together without."""
+        engine = self._machine.engine
+        if self._memory or self._was_paused or "guest-agent" not in engine.capabilities:
+            return
+        try:
+            self._frozen = engine.freeze()  # type: ignore[attr-defined]
+        except NagayaError as problem:
+            self._frozen = True  # for all we know
+            self._warnings.append(f"its file systems could not be frozen: {problem.message}")
+
+    def _thaw(self, tries: int = THAW_TRIES) -> None:
+        """Again and again, should it fail: its system stands until then."""
+        machine = self._machine
+        if not self._frozen or machine.booted is None:
+            return
+        try:
+            machine.engine.thaw()  # type: ignore[attr-defined]
+            self._frozen = False
+        except NagayaError:
+            if tries:
+                machine.set_timer("thaw", THAW_AGAIN_S, lambda: self._thaw(tries - 1))
 
     def _not_held(self) -> None:
         self._fail(RemoteError(f"the machine's agent did not come to rest within {HELD_WITHIN_S:.0f} s"))
@@ -93,10 +124,10 @@ class Saving:
             self._stopped = True
         try:
             if self._memory:
-                assert isinstance(machine.programs, Programs)  # whole machines have no memory that could be saved
                 os.makedirs(f"{self._place}/{snapshots.MEMORY}", 0o700, exist_ok=True)  # a fork's is somewhere else
                 self._save(f"{self._place}/{snapshots.MEMORY}")
-                resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
+                if isinstance(machine.programs, Programs):  # whole machines have none
+                    resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
             self._copy()
         except BaseException:
             self._go_on()
@@ -174,6 +205,7 @@ class Saving:
             self._stopped = False
             machine.engine.resume()  # type: ignore[attr-defined]
             self._times["paused_ms"] = round((time.monotonic_ns() - self._paused_at_ns) / 1e6, 1)
+        self._thaw()
         if self._held:
             self._held = False
             assert isinstance(machine.programs, Programs)

@@ -151,7 +151,7 @@ class Supervisor:
             self._spawn_main()
 
     def _load_programs(self, saved: str) -> SavedPrograms | None:
-        if not saved:
+        if not saved or self.engine.rootfs_kind == "hardware":
             return None
         from nagaya.supervisor import resuming  # lazy: only who goes on from a snapshot
 

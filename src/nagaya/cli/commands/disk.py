@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from nagaya.cli.human import format_age, format_binary_size, format_local_time, 
 from nagaya.cli.listing import Layout, print_json
 from nagaya.cli.progress import open_progress
 from nagaya.cli.template_functions import Row
-from nagaya.errors import EXIT_FAILURE, UsageError
+from nagaya.errors import EXIT_FAILURE, Conflict, UsageError
 from nagaya.storage.disk_images.store import Details, Disk
 
 DISKS = Layout(
@@ -178,10 +179,17 @@ def resize(context: Context, parsed: Parsed) -> int:
     name, text = parsed.words
     sign = text[0] if text[:1] in ("+", "-") else ""
     size = values.parse_size(text[len(sign) :], "SIZE")
-    disk = context.host.disks.resize(
-        name, sign, size, format=parsed.text("disk-format"), shrink=parsed.switch("shrink")
-    )
-    print(disk.virtual_bytes)
+    disks, shrink = context.host.disks, parsed.switch("shrink")
+    try:
+        print(disks.resize(name, sign, size, format=parsed.text("disk-format"), shrink=shrink).virtual_bytes)
+    except Conflict:
+        from nagaya.manager.bay import find_user  # lazy: a disk that is in use
+
+        path = os.path.realpath(disks.locate(name))
+        machine = find_user(context.host.machines, path)
+        if machine is None:
+            raise
+        print(machine.front.bay.resize(path, sign, size))
     return 0
 
 
@@ -301,7 +309,8 @@ RESIZE = Command(
     usage="DISK [+|-]SIZE",
     words=(2, 2),
     flags=(_FORMAT, Flag("--shrink", "Allow to cut the end off")),
-    about=f"{_DISK}Formats: qcow2, raw. File systems on it are made larger inside the machine.",
+    about=f"{_DISK}Formats: qcow2, raw. A disk that a machine is using becomes larger while"
+    " it runs. File systems on it are made larger inside the machine.",
     examples=(("nagaya disk resize web 40g", ""), ("nagaya disk resize web +10g", "")),
 )
 SNAPSHOT = Command(

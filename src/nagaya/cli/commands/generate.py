@@ -6,6 +6,7 @@ import os
 import sys
 
 from nagaya.cli import values
+from nagaya.cli.commands.autostart import STOP_S
 from nagaya.cli.context import Context
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.errors import HostError, UsageError
@@ -15,13 +16,22 @@ if TYPE_CHECKING:
     from nagaya.model.spec import MachineSpec
 
 _START_S = 300  # until its program, or its firmware, runs
+COMMON_UNIT = "nagaya-autostart.service"
 _MORE_S = 30  # than the machine's own time to stop, before systemd kills what is left
 
 
 def systemd(context: Context, parsed: Parsed) -> int:
     """Print the unit, or with --files write it to a file in this directory and print that one's name."""
-    spec = context.host.machines.get(parsed.words[0]).spec
     paths = context.host.paths
+    if parsed.switch("all") == bool(parsed.words) or (
+        parsed.switch("all") and (parsed.texts("after") or parsed.given("delay"))
+    ):
+        raise UsageError("'nagaya generate systemd' needs a machine, or --all alone")
+    if parsed.switch("all"):
+        program = (_program(), "--root", paths.root, "--run-dir", paths.run)
+        text = plan_common_unit(program, stop_s=STOP_S, user=os.geteuid() != 0)
+        return _put(text, COMMON_UNIT, to_file=parsed.switch("files"))
+    spec = context.host.machines.get(parsed.words[0]).spec
     after = [context.host.machines.get(name).spec.name for name in parsed.texts("after")]
     if spec.name in after:
         raise UsageError(f"'{spec.name}' cannot start after itself")
@@ -30,10 +40,13 @@ def systemd(context: Context, parsed: Parsed) -> int:
         spec, program=_program(), root=paths.root, run=paths.run, after=tuple(after), delay_s=delay_s,
         user=os.geteuid() != 0,
     )  # fmt: skip
-    if not parsed.switch("files"):
+    return _put(text, unit_name(spec.name), to_file=parsed.switch("files"))
+
+
+def _put(text: str, name: str, *, to_file: bool) -> int:
+    if not to_file:
         print(text, end="")
         return 0
-    name = unit_name(spec.name)
     try:
         with open(name, "w", encoding="utf-8") as file:
             file.write(text)
@@ -86,6 +99,33 @@ def plan_unit(
     return "\n".join(line for line in lines if line != "After=") + "\n"
 
 
+def plan_common_unit(program: tuple[str, ...], *, stop_s: float, user: bool) -> str:
+    """One unit for all: it starts what 'nagaya autostart enable' has named, and stops all that run when the host stops.
+
+    Machines that somebody started by hand are in other control groups: systemd stops this unit before it ends those.
+    """
+    command = " ".join(_quote(word) for word in program)
+    lines = [
+        "[Unit]",
+        "Description=Machines that start with the host (Nagaya)",
+        *(() if user else ("After=network-online.target local-fs.target", "Wants=network-online.target")),
+        "",
+        "[Service]",
+        "Type=oneshot",
+        "RemainAfterExit=yes",
+        f"ExecStart=-{command} autostart start",
+        f"ExecStop={command} autostart stop --timeout {stop_s:g}",
+        "TimeoutStartSec=infinity",
+        f"TimeoutStopSec={stop_s + _MORE_S:g}",
+        "KillMode=mixed",
+        "Delegate=yes",
+        "",
+        "[Install]",
+        f"WantedBy={'default.target' if user else 'multi-user.target'}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _quote(word: str) -> str:
     """For systemd's command lines: quoted, with its two special letters doubled."""
     word = word.replace("%", "%%").replace("$", "$$")
@@ -95,9 +135,10 @@ def _quote(word: str) -> str:
 
 SYSTEMD = Command(
     systemd,
-    usage="MACHINE",
-    words=(1, 1),
+    usage="MACHINE | --all",
+    words=(0, 1),
     flags=(
+        Flag("--all", "One unit for all machines of 'nagaya autostart'"),
         Flag("--files", "Write it to nagaya-MACHINE.service in this directory, and print that name"),
         Flag("--after", "Start it after this machine", value="MACHINE", many=True),
         Flag("--delay", "Seconds to wait before it is started", value="SECONDS"),

@@ -28,6 +28,10 @@ _OWN = (
     Flag("--type", "kvm, emulated or auto (default): what runs its CPUs", value="TYPE"),
     Flag("--boot", "What is tried first: disk (default) or cdrom", value="WHAT"),
     Flag("--compat", "Devices that every system has drivers for (IDE, e1000, plain VGA), instead of virtio"),
+    Flag("--tpm", "With a TPM 2.0 (swtpm)"),
+    Flag("--secure-boot", "UEFI that starts only what is signed (Microsoft's keys)"),
+    Flag("--usb", "A USB device of this host: VENDOR:PRODUCT or BUS.DEVICE", value="DEVICE", many=True),
+    Flag("--pci", "A PCI device of this host", value="ADDRESS", many=True),
     Flag("--stop-timeout", "Seconds from the power button to being switched off (default 60)", value="SECONDS"),
     Flag("--name", "Name of the machine; or the only word", value="NAME"),
 )  # fmt: skip
@@ -77,11 +81,15 @@ def read_options(parsed: Parsed) -> HardwareOptions:
         name=name,
         type=parsed.text("type"),
         architecture=parsed.text("arch"),
-        firmware=parsed.text("firmware"),
+        firmware=parsed.text("firmware") or ("uefi" if parsed.switch("secure-boot") else ""),
         drives=tuple(drives),
         boot=parsed.text("boot") or ("cdrom" if fresh and all(drive.cdrom for drive in drives) else "disk"),
         compat=parsed.switch("compat"),
         seed=_read_seed(parsed),
+        tpm=parsed.switch("tpm"),
+        secure_boot=parsed.switch("secure-boot"),
+        usb=tuple(parsed.texts("usb")),
+        pci=tuple(parsed.texts("pci")),
         common=_read_common(parsed),
     )
 

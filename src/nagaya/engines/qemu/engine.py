@@ -14,7 +14,6 @@ from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
 from nagaya.engines.qemu.inherited import Inherited
-from nagaya.engines.qemu.monitor import MonitorClosed
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
@@ -118,7 +117,7 @@ class EmulatedEngine:
             # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
             self._qemu.greet()
             if request.saved:
-                self._go_on_from(request.saved)
+                saved.go_on(self._qemu, saved.describe(machine), request.saved)
             failed.pop_all()
         stack.callback(self._qemu.clean_up)
         return Booted(
@@ -185,22 +184,6 @@ class EmulatedEngine:
         )
         self._qemu.start(launch)
 
-    def _go_on_from(self, directory: str) -> None:
-        """Load what was saved, and let the CPUs run."""
-        assert self._machine is not None
-        saved.check(self._machine, saved.read_version(self._qemu.monitor), directory)
-        state = os.open(f"{directory}/{saved.STATE}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            self._qemu.monitor.command("getfd", fdname="state", descriptor=state)
-            saved.await_migration(
-                self._qemu.monitor, "migrate-incoming", "fd:state", "the saved machine could not be loaded"
-            )
-            self._qemu.monitor.command("cont")
-        except MonitorClosed:
-            raise self._qemu.last_words("QEMU could not go on from the saved machine") from None
-        finally:
-            os.close(state)
-
     # -- while it runs
 
     def save(self, directory: str) -> None:
@@ -211,7 +194,7 @@ class EmulatedEngine:
                 "QEMU cannot save a machine that shares directories with this host",
                 hint="save its disks alone: --no-memory",
             )
-        saved.write(self._qemu.monitor, self._machine, directory)
+        saved.write(self._qemu.monitor, saved.describe(self._machine), directory)
 
     def check_saved(self, spec: MachineSpec, directory: str) -> None:
         """See `Saving.check_saved`."""
@@ -221,7 +204,7 @@ class EmulatedEngine:
             cards=() if spec.network == "none" else (Card(""),) * (len(spec.attachments) or 1),
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )  # fmt: skip
-        saved.check(machine, saved.ask_version(board.program), directory)
+        saved.check(saved.describe(machine)._replace(version=saved.ask_version(board.program)), directory)
 
     def pause(self) -> None:
         self._qemu.monitor.command("stop")

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import ExitStack
 
 from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
-from nagaya.engines.qemu import discs, pc_arguments, rights, screen
+from nagaya.engines.qemu import discs, guest_agent, pc_arguments, plugging, rights, saved, screen
+from nagaya.engines.qemu.guest_agent import GuestAgent
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.passthrough import find_usb
 from nagaya.engines.qemu.pc_arguments import PcMachine
 from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board
-from nagaya.engines.qemu.pc_parts import kvm_groups, open_drives, open_firmware, plug_in, require_program
+from nagaya.engines.qemu.pc_parts import kvm_groups, open_drives, open_firmware, open_usb, plug_in, require_program
 from nagaya.engines.qemu.process import QemuProcess
+from nagaya.engines.qemu.tpm import require_tpm, start_tpm
 from nagaya.engines.vm import child, rules
-from nagaya.errors import HostError, NagayaError, Unsupported, UsageError
+from nagaya.errors import HostError, NagayaError, RemoteError, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.model.policy import APPLET
-from nagaya.model.spec import Hardware, MachineSpec
+from nagaya.model.spec import Drive, Hardware, Limits, MachineSpec
+from nagaya.net.plan import LinkPlan
 from nagaya.storage.plan import HardwarePlan
 
 END_WITHIN_S = 10.0  # from being switched off until its last data must be on its disks
 CLOSED_TO_ENDED_S = 2.0
 SCREEN = "screen.sock"  # in the machine's run-time directory: VNC
-_HAS = ("pause", "stats", "own-kernel", "other-cpus", "storage")
+_HAS = ("pause", "memory", "stats", "limits", "network-connect", "own-kernel", "other-cpus", "storage")
 _WHY = "a whole machine runs a system of its own, with nothing of Nagaya's inside"
 
 
@@ -34,12 +39,20 @@ class WholeMachineEngine:
     """Boots one whole machine; one instance lives in each supervisor. `type` says what runs its CPUs."""
 
     rootfs_kind = "hardware"
-    capabilities = frozenset(("pause", "stats", "explain", "power", "screen", "discs"))
+    capabilities = frozenset(
+        ("pause", "stats", "explain", "power", "screen", "discs", "disks", "plug", "limits", "guest-agent", "memory")
+    )
 
     def __init__(self, type: str) -> None:
         self.type = type
         self.missing = {feature: rules.MISSING.get(feature, _WHY) for feature in FEATURES if feature not in _HAS}
         self._qemu = QemuProcess()
+        self._guest: GuestAgent | None = None
+        self._spec: MachineSpec | None = None
+        self._drives: tuple[Drive, ...] = ()  # as they are by now
+        self._limits = Limits()  # what it was started with
+        self._compat = False
+        self._ports: dict[str, int] = {}  # MAC address -> port of its card
         self._screen = -1  # listens for viewers
 
     # -- before a boot
@@ -59,9 +72,15 @@ class WholeMachineEngine:
         board, hardware = find_pc_board(spec.platform), _hardware(spec)
         require_program(board)
         if hardware.firmware == UEFI:
-            find_firmware(board)
+            find_firmware(board, secure=hardware.secure_boot)
         else:
             find_loader(board)
+        if hardware.secure_boot and (hardware.firmware != UEFI or hardware.compat):
+            raise UsageError("secure boot is UEFI's, of a machine without --compat", hint="use --firmware uefi")
+        if hardware.tpm:
+            require_tpm(board)
+        for text in hardware.usb:
+            find_usb(text)
         if hardware.compat and not board.vga:
             raise Unsupported(f"--compat is for PCs, and an {board.architecture} machine is none")
         disks = sum(not drive.cdrom for drive in hardware.drives)
@@ -103,6 +122,8 @@ class WholeMachineEngine:
                 log_end = self._qemu.open_log(request.runtime_dir)
                 local.callback(os.close, log_end)
                 machine = self._assemble(request, inherited, local, console_number)
+                if _hardware(request.spec).tpm:
+                    machine = machine._replace(tpm=self._add_tpm(request, log_end, inherited))
                 launch = child.Launch(
                     argv=pc_arguments.plan_pc(machine),
                     descriptors=tuple(inherited.fds),
@@ -115,6 +136,9 @@ class WholeMachineEngine:
                 )
                 self._qemu.start(launch)
             self._qemu.greet()
+            if request.saved:
+                saved.go_on(self._qemu, self._describe(request.spec), request.saved)
+                self._set_clock()
             self._screen = unix.listen(request.runtime_dir, SCREEN)
             failed.pop_all()
         stack.callback(self._cleanup)
@@ -136,6 +160,10 @@ class WholeMachineEngine:
         spec, plan = request.spec, request.rootfs
         assert isinstance(plan, HardwarePlan)  # our `rootfs_kind`
         hardware, board = _hardware(spec), find_pc_board(spec.platform)
+        guest = -1
+        if not hardware.compat:
+            ours, guest = inherited.connect()
+            self._guest = GuestAgent(ours)
         machine = PcMachine(
             board=board,
             id=spec.id,
@@ -148,11 +176,25 @@ class WholeMachineEngine:
             monitor=self._qemu.open_monitor(inherited),
             console=console,
             cards=tuple(plug_in(link, request, inherited) for link in request.network.links),
+            guest=guest,
+            secure_boot=hardware.secure_boot,
+            usb=open_usb(hardware, inherited),
+            incoming=bool(request.saved),
             forward_ssh=hardware.seed is not None,
         )
+        self._spec, self._drives = spec, hardware.drives
+        self._limits, self._compat = spec.limits, hardware.compat
+        self._ports = {card.mac: number for number, card in enumerate(machine.cards)}
         self._qemu.memory_bytes = machine.memory_bytes
         self._qemu.links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
+
+    def _add_tpm(self, request: BootRequest, log: int, inherited: Inherited) -> int:
+        """The number of QEMU's connection to it."""
+        assert isinstance(request.rootfs, HardwarePlan)
+        number, pid = start_tpm(request.rootfs.tpm_state, request.spec.id, log, inherited)
+        self._qemu.helpers.append(pid)
+        return number
 
     # -- while it runs
 
@@ -170,6 +212,41 @@ class WholeMachineEngine:
     def resume(self) -> None:
         self._qemu.monitor.command("cont")
 
+    def save(self, directory: str) -> None:
+        """See `Saving.save`."""
+        assert self._spec is not None
+        saved.write(self._qemu.monitor, self._describe(self._spec), directory)
+
+    def check_saved(self, spec: MachineSpec, directory: str) -> None:
+        """See `Saving.check_saved`."""
+        cards = 0 if spec.network == "none" else len(spec.attachments) or 1
+        self._ports = {str(number): number for number in range(cards)}
+        version = saved.ask_version(find_pc_board(spec.platform).program)
+        saved.check(self._describe(spec)._replace(version=version), directory)
+
+    def _describe(self, spec: MachineSpec) -> saved.SavedMachine:
+        """What has to be the same where it goes on: its devices stand where they stood."""
+        hardware = _hardware(spec)
+        drives = self._drives or hardware.drives
+        devices = [
+            spec.type, hardware.firmware, *(["compat"] if hardware.compat else []),
+            *(["tpm"] if hardware.tpm else []), *(["secure-boot"] if hardware.secure_boot else []),
+            *(pc_arguments.drive_name(drive, number) for number, drive in enumerate(drives)),
+            *(f"card{port}" for port in sorted(self._ports.values())),
+        ]  # fmt: skip
+        return saved.SavedMachine(
+            saved.FORMAT, "", spec.platform, rules.cpus(spec), self._qemu.memory_bytes or rules.memory_bytes(spec),
+            len(self._ports), 0, tuple(devices),
+        )  # fmt: skip
+
+    def _set_clock(self) -> None:
+        """It stood still while the machine was not there; a system without an agent has to notice by itself."""
+        try:
+            if self._guest is not None and guest_agent.is_there(self._qemu.monitor):
+                self._guest.set_time(time.time_ns())
+        except RemoteError:
+            return
+
     def screenshot(self, format: str) -> bytes:
         """See `Screened.screenshot`."""
         return screen.take_picture(self._qemu.monitor, format)
@@ -181,6 +258,76 @@ class WholeMachineEngine:
     def change_disc(self, number: int, path: str, format: str) -> None:
         """See `DiscChanging.change_disc`."""
         discs.change(self._qemu.monitor, number, path, format)
+
+    def plug_disk(self, drive: Drive, path: str, *, allowed: tuple[str, ...]) -> None:
+        """See `DiskChanging.plug_disk`."""
+        if self._compat:
+            raise Unsupported(
+                "a machine with --compat has IDE disks, which nobody plugs in while it runs",
+                hint="stop it first; it starts with the disk then",
+            )
+        plugging.plug_disk(self._qemu.monitor, drive, path, allowed=allowed)
+        self._drives += (drive,)
+
+    def unplug_disk(self, drive: Drive) -> None:
+        """See `DiskChanging.unplug_disk`."""
+        plugging.unplug_disk(self._qemu.monitor, drive)
+        self._drives = tuple(each for each in self._drives if each.slot != drive.slot)
+
+    def resize_disk(self, drive: Drive, number: int, size_bytes: int) -> None:
+        """See `DiskChanging.resize_disk`."""
+        plugging.resize_disk(self._qemu.monitor, pc_arguments.drive_name(drive, number), size_bytes)
+
+    def plug(self, link: LinkPlan) -> None:
+        """See `Pluggable.plug`."""
+        self._ports[link.mac] = plugging.plug_card(self._qemu.monitor, link, compat=self._compat)
+        self._qemu.links += (link.host_link,) if link.host_link else ()
+
+    def unplug(self, link: LinkPlan) -> None:
+        """See `Pluggable.unplug`."""
+        self._qemu.links = tuple(name for name in self._qemu.links if name != link.host_link)
+        port = self._ports.pop(link.mac, -1)
+        if port >= 0:
+            plugging.unplug_card(self._qemu.monitor, port)
+
+    def route(self, link: LinkPlan) -> None:
+        """See `Pluggable.route`: its system has routes of its own, and asks for them or is told at its next start."""
+
+    def freeze(self) -> bool:
+        """See `Quiescing.freeze`."""
+        if self._guest is None or not guest_agent.is_there(self._qemu.monitor):
+            return False
+        self._guest.freeze()
+        return True
+
+    def thaw(self) -> None:
+        """See `Quiescing.thaw`."""
+        assert self._guest is not None
+        self._guest.thaw()
+
+    def find_guest_links(self) -> list[dict[str, object]] | None:
+        """See `Quiescing.find_guest_links`."""
+        if self._guest is None or not guest_agent.is_there(self._qemu.monitor):
+            return None
+        return [each._asdict() for each in self._guest.find_links()]
+
+    def set_limits(self, limits: Limits) -> None:
+        """See `Resizable.set_limits`: the memory, as far as a balloon goes."""
+        if limits._replace(memory_bytes=0) != self._limits._replace(memory_bytes=0):
+            raise Unsupported(
+                "of a whole machine that runs the memory alone can be changed", hint="stop it first, or --memory alone"
+            )
+        wanted, most = limits.memory_bytes or rules.DEFAULT_MEMORY_BYTES, self._qemu.memory_bytes
+        if wanted < rules.LEAST_MEMORY_BYTES:
+            raise UsageError(f"a machine needs {rules.LEAST_MEMORY_BYTES >> 20} MiB of memory or more")
+        if wanted > most:
+            raise Unsupported(
+                f"the machine was started with {most >> 20} MiB of memory, and cannot get more while it runs",
+                hint="stop it first: it starts with the new size",
+            )
+        if self._compat:
+            raise Unsupported("a machine with --compat has no balloon to change its memory by", hint="stop it first")
+        plugging.set_memory(self._qemu.monitor, wanted)
 
     def find_forwarded(self) -> int:
         """The port of this host's loopback that leads to the machine's ssh; 0 = none does."""
@@ -227,6 +374,9 @@ class WholeMachineEngine:
 
     def _cleanup(self) -> None:
         self._qemu.clean_up()
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
         if self._screen >= 0:
             os.close(self._screen)
             self._screen = -1

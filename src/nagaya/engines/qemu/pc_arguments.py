@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 
 from nagaya.engines.qemu.arguments import SANDBOX, USER_NETWORK, Card, forwards
+from nagaya.engines.qemu.guest_agent import CHANNEL, CHARDEV
 from nagaya.engines.qemu.pc_boards import PcBoard
+from nagaya.model.spec import Drive
 from nagaya.static import Any, NamedTuple
 
 MOST_DRIVES = 16  # of virtio
 MOST_IDE_DRIVES = 4  # two buses with two places each; of AHCI it is 6
 MOST_CDS = 4
+SLOTS = 8  # for disks that come and go
+CARD_PORTS = 8
+_SLOTS_AT, _CARD_PORTS_AT = 0x10, 0x11  # places on the first bus, of eight functions each
 
 
 class PcDrive(NamedTuple):
@@ -24,6 +29,7 @@ class PcDrive(NamedTuple):
     descriptors: tuple[tuple[int, int], ...]  # (number of the descriptor in QEMU, N)
     cdrom: bool
     boot_index: int
+    slot: int = 0
 
 
 class PcFirmware(NamedTuple):
@@ -48,7 +54,25 @@ class PcMachine(NamedTuple):
     monitor: int
     console: int
     cards: tuple[Card, ...] = ()
+    guest: int = -1  # where QEMU's guest agent is heard; -1 = nowhere
+    secure_boot: bool = False
+    tpm: int = -1  # the connection to one; -1 = there is none
+    usb: tuple[int, ...] = ()  # devices of the host
+    incoming: bool = False  # waits to be told what to go on from
     forward_ssh: bool = False  # of a user-mode network: a port of the host's loopback, of the kernel's choice
+
+
+def drive_name(drive: Drive, number: int) -> str:
+    """Of the node and, with `device_name`, the device of the drive with that number in the record."""
+    return f"plug{drive.slot}" if drive.slot else f"{'cd' if drive.cdrom else 'disk'}{number}"
+
+
+def device_name(drive: str) -> str:
+    return f"{drive}-device"
+
+
+def card_port(number: int) -> str:
+    return f"cards{number}"
 
 
 def plan_pc(machine: PcMachine) -> list[str]:
@@ -70,9 +94,24 @@ def plan_pc(machine: PcMachine) -> list[str]:
         "-chardev", f"socket,id=console,fd={machine.console}", "-serial", "chardev:console",
     ]  # fmt: skip
     command += _firmware(machine.firmware)
+    if machine.secure_boot:
+        command += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
+    if machine.tpm >= 0:
+        command += ["-chardev", f"socket,id=tpm,fd={machine.tpm}", "-tpmdev", "emulator,id=tpm0,chardev=tpm"]
+        command += ["-device", f"{board.tpm},tpmdev=tpm0"]
     command += _screen(machine)
+    for number, descriptor in enumerate(machine.usb):
+        group = _USB_SETS + number
+        command += ["-add-fd", f"fd={descriptor},set={group}"]
+        command += ["-device", f"usb-host,bus=usb.0,hostdevice=/dev/fdset/{group}"]
+    command += _ports(machine)
     command += _drives(machine)
     command += _network(machine)
+    if machine.incoming:
+        command += ["-incoming", "defer"]
+    if machine.guest >= 0:
+        command += ["-device", "virtio-serial-pci,id=serial", "-chardev", f"socket,id={CHARDEV},fd={machine.guest}"]
+        command += ["-device", f"virtserialport,bus=serial.0,chardev={CHARDEV},name={CHANNEL}"]
     if not machine.compat:
         command += ["-device", "virtio-rng-pci"]
         command += ["-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,deflate-on-oom=on"]
@@ -84,6 +123,8 @@ def _machine(machine: PcMachine) -> str:
     text = board.compat_machine if machine.compat and board.compat_machine else board.machine
     if machine.firmware.code >= 0:
         text += ",pflash0=firmware,pflash1=variables"
+    if machine.secure_boot:
+        text += ",smm=on"  # without which a system could write to the variables behind the firmware's back
     return text
 
 
@@ -102,6 +143,7 @@ def _firmware(firmware: PcFirmware) -> list[str]:
 
 
 FIRST_SET = 3  # of the drives: two are the firmware's
+_USB_SETS = 4096
 
 
 def _screen(machine: PcMachine) -> list[str]:
@@ -116,13 +158,26 @@ def _screen(machine: PcMachine) -> list[str]:
     ]  # fmt: skip
 
 
+def _ports(machine: PcMachine) -> list[str]:
+    """Empty ones, for what comes later: nothing can be plugged into the first bus of a PCI Express machine that runs."""
+    if machine.compat:
+        return []
+    command: list[str] = []
+    places = [(f"slot{number + 1}", _SLOTS_AT, number) for number in range(SLOTS)]
+    places += [(card_port(number), _CARD_PORTS_AT, number) for number in range(CARD_PORTS)]
+    for chassis, (name, place, function) in enumerate(places, start=1):
+        address = f"addr={place:x}.{function},multifunction=on,chassis={chassis}"
+        command += ["-device", f"pcie-root-port,id={name},bus=pcie.0,{address}"]
+    return command
+
+
 def _drives(machine: PcMachine) -> list[str]:
     command: list[str] = []
     if not machine.board.vga and any(drive.cdrom for drive in machine.drives):
         command += ["-device", "virtio-scsi-pci,id=cds"]
     for number, drive in enumerate(machine.drives):
         for descriptor, group in drive.descriptors:
-            command += ["-add-fd", f"fd={descriptor},set={group}"]
+            command += ["-add-fd", f"fd={descriptor},set={group},opaque={drive.name}"]
         if drive.node is not None:
             command += ["-blockdev", json.dumps({**drive.node, "node-name": drive.name})]
         command += ["-device", _drive_device(machine, drive, number)]
@@ -135,7 +190,9 @@ def _drive_device(machine: PcMachine, drive: PcDrive, number: int) -> str:
         kind = "ide-cd" if machine.board.vga else "scsi-cd,bus=cds.0"
     elif machine.compat:
         kind = "ide-hd"
-    text = f"{kind},id={drive.name}-device,bootindex={drive.boot_index}"
+    text = f"{kind},id={device_name(drive.name)},bootindex={drive.boot_index}"
+    if drive.slot and not machine.compat:
+        text += f",bus=slot{drive.slot}"
     if drive.node is not None:
         text += f",drive={drive.name}"
     if not drive.cdrom:
@@ -154,5 +211,6 @@ def _network(machine: PcMachine) -> list[str]:
             user += ",hostfwd=tcp:127.0.0.1:0-:22"
         kind = "e1000" if machine.compat else "virtio-net-pci"
         command += ["-netdev", tap if card.tap >= 0 else user]
-        command += ["-device", f"{kind},id=card{number},netdev=net{number},mac={card.mac}"]
+        text = f"{kind},id=card{number},netdev=net{number},mac={card.mac}"
+        command += ["-device", text if machine.compat or number >= CARD_PORTS else f"{text},bus={card_port(number)}"]
     return command

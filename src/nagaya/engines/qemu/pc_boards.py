@@ -24,6 +24,8 @@ class PcBoard(NamedTuple):
     firmware: tuple[tuple[str, str], ...]
     firmware_package: str
     vga: bool  # has what every PC has: VGA, PS/2, IDE
+    secure_firmware: tuple[tuple[str, str], ...] = ()  # the same with Microsoft's keys, that starts only what is signed
+    tpm: str = ""  # the device that a TPM is; "" = there is none
     loader: tuple[str, ...] = ()  # paths of what is booted in place of UEFI, where "bios" means that
 
 
@@ -44,6 +46,11 @@ X86_64 = PcBoard(
     ),
     firmware_package="ovmf",
     vga=True,
+    secure_firmware=(
+        ("/usr/share/OVMF/OVMF_CODE_4M.ms.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+        ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
+    ),
+    tpm="tpm-crb",
 )
 AARCH64 = PcBoard(
     architecture="aarch64",
@@ -60,6 +67,7 @@ AARCH64 = PcBoard(
     ),
     firmware_package="qemu-efi-aarch64",
     vga=False,
+    tpm="tpm-tis-device",
 )
 RISCV64 = PcBoard(
     architecture="riscv64",
@@ -87,15 +95,18 @@ def find_pc_board(platform: str) -> PcBoard:
     raise Unsupported(f"there is no whole machine for {platform}", hint=f"for one of: {', '.join(ARCHITECTURES)}")
 
 
-def find_firmware(board: PcBoard) -> tuple[str, str]:
+def find_firmware(board: PcBoard, *, secure: bool = False) -> tuple[str, str]:
     """UEFI for `board`: (code, template of its variables). Raises `Unsupported` where it is not installed."""
-    for code, variables in board.firmware:
+    known = board.secure_firmware if secure else board.firmware
+    if not known:
+        raise Unsupported(f"there is no secure boot for {board.architecture} machines", hint="leave --secure-boot away")
+    for code, variables in known:
         if os.access(code, os.R_OK) and os.access(variables, os.R_OK):
             return code, variables
     raise Unsupported(
-        f"UEFI for {board.architecture} is not installed",
+        f"UEFI {'with secure boot ' if secure else ''}for {board.architecture} is not installed",
         hint=f"as root: apt-get install {board.firmware_package}",
-        finding=", ".join(code for code, _ in board.firmware),
+        finding=", ".join(code for code, _ in known),
     )
 
 

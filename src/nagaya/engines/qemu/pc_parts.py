@@ -10,10 +10,12 @@ from nagaya.engines.base import BootRequest
 from nagaya.engines.qemu import pc_arguments
 from nagaya.engines.qemu.arguments import Card
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.media import describe
+from nagaya.engines.qemu.passthrough import find_usb
 from nagaya.engines.qemu.pc_arguments import PcDrive, PcFirmware
 from nagaya.engines.qemu.pc_boards import UEFI, PcBoard, find_firmware, find_loader
 from nagaya.engines.vm import child
-from nagaya.errors import Unsupported
+from nagaya.errors import HostError, Unsupported
 from nagaya.model.spec import Hardware
 from nagaya.net import tap
 from nagaya.net.plan import LinkPlan
@@ -44,11 +46,23 @@ def open_firmware(board: PcBoard, hardware: Hardware, plan: HardwarePlan, inheri
     if hardware.firmware != UEFI:
         loader = find_loader(board)
         return PcFirmware(loader=inherited.add(os.open(loader, os.O_RDONLY | os.O_CLOEXEC))) if loader else PcFirmware()
-    code, _ = find_firmware(board)
+    code, _ = find_firmware(board, secure=hardware.secure_boot)
     return PcFirmware(
         code=inherited.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
         variables=inherited.add(os.open(plan.firmware_state, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)),
     )
+
+
+def open_usb(hardware: Hardware, inherited: Inherited) -> tuple[int, ...]:
+    """Descriptors of the host's devices. Raises as `find_usb`, and `HostError` for one that cannot be had."""
+    found = []
+    for text in hardware.usb:
+        device = find_usb(text)
+        try:
+            found.append(inherited.add(os.open(device.node, os.O_RDWR | os.O_CLOEXEC)))
+        except OSError as error:
+            raise HostError.from_os(error, f"cannot take USB device {text}") from None
+    return tuple(found)
 
 
 def open_drives(hardware: Hardware, plan: HardwarePlan, inherited: Inherited, local: ExitStack) -> tuple[PcDrive, ...]:
@@ -63,19 +77,12 @@ def open_drives(hardware: Hardware, plan: HardwarePlan, inherited: Inherited, lo
                 path, local, format=drive.format, writable=not drive.read_only, allowed=plan.backing_places,
                 allow_backing=drive.allow_backing,
             )  # fmt: skip
-            if any(layer.header.extents for layer in chain.layers):
-                raise Unsupported(
-                    f"'{path}' is a VMDK in several files, which no machine can use",
-                    hint="convert it: nagaya disk convert",
-                )
             sets = range(group, group + len(chain.layers))
             group += len(chain.layers)
             descriptors = list(zip(map(inherited.lend, chain.descriptors), sets, strict=True))
-            node = chain.node(files=tuple(f"/dev/fdset/{number}" for number in sets))
-            if not drive.read_only:
-                node["discard"] = node["file"]["discard"] = "unmap"
-        name = f"{'cd' if drive.cdrom else 'disk'}{number}"
-        found.append(PcDrive(name, node, tuple(descriptors), drive.cdrom, boot_index=1 + order.index(number)))
+            node = describe(chain, tuple(f"/dev/fdset/{number}" for number in sets))
+        name, boot_index = pc_arguments.drive_name(drive, number), 1 + order.index(number)
+        found.append(PcDrive(name, node, tuple(descriptors), drive.cdrom, boot_index, drive.slot))
     return tuple(found)
 
 

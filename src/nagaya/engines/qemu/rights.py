@@ -1,4 +1,4 @@
-"""What QEMU may do: nothing, where root starts it. Its guest may take it over; it must not gain anything by that."""
+"""What QEMU, and a TPM beside it, may do: nothing, where root starts it. Its guest may take it over; it must not gain anything by that."""
 
 from __future__ import annotations
 

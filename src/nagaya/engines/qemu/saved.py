@@ -1,4 +1,4 @@
-"""An emulated machine's memory and devices in a directory: QEMU's own migration stream, and what it is a stream of.
+"""A machine's memory and devices in a directory: QEMU's own migration stream, and what it is a stream of.
 
 state        QEMU's, as `migrate` writes it; pages of zeros take a byte each
 machine.json `SavedMachine`: another QEMU, or another machine, cannot go on from it
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from nagaya.engines.qemu.arguments import Machine
-from nagaya.engines.qemu.monitor import Monitor
+from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
+from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.vm import child
 from nagaya.errors import HostError, IntegrityError, RemoteError, Unsupported
 from nagaya.protocol.qmp import QmpError
@@ -33,13 +34,14 @@ class SavedMachine(NamedTuple):
     memory_bytes: int
     cards: int
     tsc_khz: int
+    devices: tuple[str, ...] = ()  # of a whole machine: what differs from one to the next, and where it is plugged in
 
 
-def describe(machine: Machine, version: str) -> SavedMachine:
+def describe(machine: Machine) -> SavedMachine:
+    """Without the version, which is whoever's reads or writes."""
     return SavedMachine(
-        FORMAT, version, machine.board.platform, machine.cpus, machine.memory_bytes, len(machine.cards),
-        machine.tsc_khz,
-    )  # fmt: skip
+        FORMAT, "", machine.board.platform, machine.cpus, machine.memory_bytes, len(machine.cards), machine.tsc_khz
+    )
 
 
 def read_version(monitor: Monitor) -> str:
@@ -66,7 +68,7 @@ def ask_version(program: str) -> str:
     return told.splitlines()[0].removeprefix("QEMU emulator version ") if told else ""
 
 
-def write(monitor: Monitor, machine: Machine, directory: str) -> None:
+def write(monitor: Monitor, machine: SavedMachine, directory: str) -> None:
     """Save a machine that stands. Raises `HostError`, `RemoteError` with what QEMU says."""
     try:
         fd = os.open(f"{directory}/{STATE}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -76,11 +78,26 @@ def write(monitor: Monitor, machine: Machine, directory: str) -> None:
         monitor.command("getfd", fdname=_DESCRIPTOR, descriptor=fd)
         monitor.command("migrate-set-parameters", max_bandwidth=_FASTEST)
         await_migration(monitor, "migrate", f"fd:{_DESCRIPTOR}", "the machine's memory could not be saved")
-        records.store(f"{directory}/{RECORD}", describe(machine, read_version(monitor)))
+        records.store(f"{directory}/{RECORD}", machine._replace(version=read_version(monitor)))
     except OSError as error:
         raise HostError.from_os(error, "cannot save the machine's memory") from None
     finally:
         os.close(fd)
+
+
+def go_on(qemu: QemuProcess, machine: SavedMachine, directory: str) -> None:
+    """Load what was saved into a QEMU that waits for it, and let the CPUs run. Raises `LaunchError` with its last words."""
+    monitor = qemu.monitor
+    check(machine._replace(version=read_version(monitor)), directory)
+    state = os.open(f"{directory}/{STATE}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        monitor.command("getfd", fdname="state", descriptor=state)
+        await_migration(monitor, "migrate-incoming", "fd:state", "the saved machine could not be loaded")
+        monitor.command("cont")
+    except MonitorClosed:
+        raise qemu.last_words("QEMU could not go on from the saved machine") from None
+    finally:
+        os.close(state)
 
 
 def await_migration(monitor: Monitor, command: str, uri: str, failure: str) -> None:
@@ -95,8 +112,8 @@ def await_migration(monitor: Monitor, command: str, uri: str, failure: str) -> N
             raise RemoteError(f"{failure}: {why or 'QEMU does not say why; the disk may be full'}")
 
 
-def check(machine: Machine, version: str, directory: str) -> None:
-    """Raise `Unsupported` when `machine`, under a QEMU of that version, could not go on from there; `IntegrityError`."""
+def check(now: SavedMachine, directory: str) -> None:
+    """Raise `Unsupported` when a machine like `now`, whose `version` is told, could not go on from there; `IntegrityError`."""
     try:
         saved = records.load(f"{directory}/{RECORD}", SavedMachine)
     except FileNotFoundError:
@@ -105,12 +122,11 @@ def check(machine: Machine, version: str, directory: str) -> None:
         raise Unsupported(f"the machine was saved in format {saved.format}, and this Nagaya knows {FORMAT}")
     if not os.path.isfile(f"{directory}/{STATE}"):
         raise IntegrityError(f"the saved machine in {directory} has no memory")
-    if saved.version != version:
+    if saved.version != now.version:
         raise Unsupported(
-            f"the machine was saved by QEMU {saved.version}, and this is {version}",
+            f"the machine was saved by QEMU {saved.version}, and this is {now.version}",
             hint="restore its disks alone: --no-memory",
         )
-    now = describe(machine, version)
     for name, before, here in zip(saved._fields, saved, now, strict=True):
         if before != here:
             raise Unsupported(

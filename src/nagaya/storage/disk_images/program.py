@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -9,8 +10,8 @@ from collections.abc import Callable
 
 from nagaya.errors import Conflict, HostError, IntegrityError, LaunchError, NagayaError, Unsupported
 from nagaya.kernel import capabilities, namespaces
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
-from nagaya.static import NamedTuple
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.static import NamedTuple, NoReturn
 
 PROGRAM = "qemu-img"
 _PLACES = "/usr/bin:/usr/local/bin:/bin"
@@ -60,25 +61,50 @@ def run_long(argv: list[str], progress: Progress | None, *, what: str, fds: tupl
 def _run(
     argv: list[str], *, what: str, fds: tuple[int, ...], look: bool, accept: tuple[int, ...], progress: Progress | None
 ) -> Done:
-    import subprocess  # lazy: nothing on the way to a container runs it
-
-    parent = os.getpid()
-    environment = {"PATH": os.defpath, "LC_ALL": "C", "HOME": "/"}
-    with subprocess.Popen(
-        [find_program(), *argv],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        pass_fds=fds, env=environment, preexec_fn=lambda: give_up(parent, look=look),
-    ) as process:  # fmt: skip
-        try:
-            output, said = _collect(process, progress)
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            raise
+    path, parent = find_program(), os.getpid()
+    out, their_out = os.pipe2(os.O_CLOEXEC)
+    err, their_err = os.pipe2(os.O_CLOEXEC)
+    # Without subprocess, whose import takes as long as qemu-img does for a linked clone.
+    pid = os.fork()
+    if pid == 0:
+        _execute([path, *argv], fds, (their_out, their_err), parent, look=look)
+    os.close(their_out)
+    os.close(their_err)
+    try:
+        output, said = _collect(out, err, progress)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        os.close(out)
+        os.close(err)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     done = Done(status, output, said.decode("utf-8", "replace").strip())
     if status not in accept:
         raise _failure(done, what)
     return done
+
+
+def _execute(argv: list[str], fds: tuple[int, ...], ends: tuple[int, int], parent: int, *, look: bool) -> NoReturn:
+    """In the child; never returns."""
+    try:
+        above = max((2, *fds, *ends)) + 1
+        out, err = (fcntl.fcntl(end, fcntl.F_DUPFD, above) for end in ends)  # out of the way of 0, 1 and 2
+        null = fcntl.fcntl(os.open("/dev/null", os.O_RDONLY), fcntl.F_DUPFD, above)
+        for target, source in enumerate((null, out, err)):
+            os.dup2(source, target)
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        close_all_but(fds)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            signal.signal(number, signal.SIG_DFL)
+        give_up(parent, look=look)
+        os.execve(argv[0], argv, {"PATH": os.defpath, "LC_ALL": "C", "HOME": "/"})
+    except OSError as error:
+        os.write(2, f"{PROGRAM} cannot be executed: {error.strerror}\n".encode())
+    finally:
+        os._exit(127)
 
 
 def give_up(parent: int, *, look: bool) -> None:
@@ -96,11 +122,10 @@ def give_up(parent: int, *, look: bool) -> None:
         capabilities.limit_bounding_set(_KEEP)
 
 
-def _collect(process: object, progress: Progress | None) -> tuple[bytes, bytes]:
+def _collect(out: int, err: int, progress: Progress | None) -> tuple[bytes, bytes]:
     """Both outputs; "    (12.34/100%)\\r" among the first is told to `progress`."""
     import select
 
-    out, err = process.stdout.fileno(), process.stderr.fileno()  # type: ignore[attr-defined]
     poll, kept = select.poll(), {out: bytearray(), err: bytearray()}
     for fd in kept:
         poll.register(fd, select.POLLIN)

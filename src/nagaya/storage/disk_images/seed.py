@@ -21,7 +21,14 @@ LABEL = "CIDATA"
 # Without a word of the user's: whoever has the machine's key may log in, as root as well.
 _DEFAULT_USER_DATA = "#cloud-config\ndisable_root: false\nssh_pwauth: false\n"
 # Networks are set up at every boot: an address of ours may be another one then.
-_VENDOR_DATA = "#cloud-config\nupdates:\n  network:\n    when: [boot]\n"
+_NETWORK_ANEW = "#cloud-config\nupdates:\n  network:\n    when: [boot]\n"
+# A disk that was another machine's has that one's id in it. Host keys are made anew by cloud-init, for a new instance.
+_OWN_ID = """#!/bin/sh
+for file in /etc/machine-id /var/lib/dbus/machine-id; do
+    [ -f $file ] && [ ! -L $file ] && [ "$(cat $file)" != %s ] && echo %s > $file
+done
+exit 0
+"""
 _PROGRAMS = (("genisoimage",), ("mkisofs",), ("xorrisofs",))
 
 
@@ -65,6 +72,15 @@ def network_config(links: tuple[SeedLink, ...], nameservers: tuple[str, ...], se
     return json.dumps({"version": 1, "config": config})
 
 
+def vendor_data(machine_id: str) -> str:
+    """What we have to say beside the user, whose words win: an archive of cloud-init's, which is YAML, and JSON is."""
+    parts = [
+        {"type": "text/cloud-config", "content": _NETWORK_ANEW},
+        {"type": "text/cloud-boothook", "content": _OWN_ID % (machine_id, machine_id)},
+    ]
+    return "#cloud-config-archive\n" + json.dumps(parts)
+
+
 def write_seed(directory: str, *, machine_id: str, hostname: str, keys: tuple[str, ...], network: str) -> None:
     """Make the CD in the machine's directory, of what is there and what is given."""
     own = _read(f"{directory}/{KEY}.pub").strip()
@@ -77,7 +93,7 @@ def write_seed(directory: str, *, machine_id: str, hostname: str, keys: tuple[st
     try:
         os.makedirs(place, mode=0o700, exist_ok=True)
         for name, text in (
-            ("meta-data", json.dumps(meta)), ("user-data", user_data), ("vendor-data", _VENDOR_DATA),
+            ("meta-data", json.dumps(meta)), ("user-data", user_data), ("vendor-data", vendor_data(machine_id)),
             ("network-config", network),
         ):  # fmt: skip
             write_file(f"{place}/{name}", text.encode("utf-8", "surrogateescape"))

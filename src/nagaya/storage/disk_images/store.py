@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -207,7 +206,7 @@ class Disks:
         with ExitStack() as stack:
             chain = self._open_to_change(path, stack, format=format)
             now = chain.top.header.virtual_bytes
-            wanted = _checked_size(now + bytes_ if size == "+" else now - bytes_ if size == "-" else bytes_)
+            wanted = self.plan_size(now, size, bytes_)
             kind = get_format(chain.top.format)
             if not kind.resizes:
                 raise Unsupported(
@@ -222,6 +221,10 @@ class Disks:
             argv = ["resize", "-q", *(("--shrink",) if shrink else ()), _locator(chain), str(wanted)]
             program.run(argv, what=f"cannot resize disk '{text}'", fds=chain.descriptors)
         return self.get(path, format=chain.top.format)
+
+    def plan_size(self, now_bytes: int, sign: str, bytes_: int) -> int:
+        """What a disk of `now_bytes` is to become. Raises `UsageError` for a size that no disk has."""
+        return _checked_size(now_bytes + bytes_ if sign == "+" else now_bytes - bytes_ if sign == "-" else bytes_)
 
     def snapshot(self, text: str, action: str, name: str, *, format: str = "") -> None:
         """`action` create, apply or rm: of a state kept inside a qcow2 image that nobody uses."""
@@ -521,11 +524,15 @@ def _options(kind: Format) -> list[str]:
 
 
 def _locator(chain: Chain, *, alone: bool = False) -> str:
+    import json  # lazy: as below
+
     return "json:" + json.dumps(chain.node(alone=alone))
 
 
 def _json(output: bytes) -> dict[str, Any]:
     try:
+        import json  # lazy: 5 ms, and a clone needs none
+
         data = json.loads(output)
     except ValueError:
         data = None
