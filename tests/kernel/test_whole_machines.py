@@ -229,6 +229,11 @@ def test_hardware_for_old_systems(make: Callable[..., Machine]) -> None:
     assert machine.state.exit_code == 0
 
 
+def test_an_ide_disk_is_written(make: Callable[..., Machine], boot_disk: Path) -> None:
+    with pytest.raises(Unsupported, match="IDE"):
+        make(compat=True, drives=(DriveOptions(str(boot_disk), read_only=True),))
+
+
 def test_screen_and_keys(make: Callable[..., Machine]) -> None:
     machine = make()
     with pytest.raises(Conflict):

@@ -83,6 +83,10 @@ class WholeMachineEngine:
             find_usb(text)
         if hardware.compat and not board.vga:
             raise Unsupported(f"--compat is for PCs, and an {board.architecture} machine is none")
+        if hardware.compat and any(drive.read_only and not drive.cdrom for drive in hardware.drives):
+            raise Unsupported(
+                "an IDE disk cannot be only read", hint="use --disk DISK,clone instead of ,ro, or leave --compat away"
+            )
         disks = sum(not drive.cdrom for drive in hardware.drives)
         most = pc_arguments.MOST_IDE_DRIVES if hardware.compat else pc_arguments.MOST_DRIVES
         if disks > most or len(hardware.drives) - disks > pc_arguments.MOST_CDS or (
