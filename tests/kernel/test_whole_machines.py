@@ -420,6 +420,23 @@ def test_a_debian_of_our_own(empty_cli: Cli) -> None:
         cli.ok("rm", name)
 
 
+@pytest.mark.timeout(7200)
+def test_a_debian_for_another_cpu(empty_cli: Cli) -> None:
+    """Its packages' programs run in an emulator while it is built; then it boots by UEFI to a login by ssh."""
+    _skip_unless_built()
+    for program in ("qemu-system-aarch64", "qemu-aarch64-static"):
+        require_program(program)
+    cli = empty_cli
+    ran = cli("machine", "build", "debian", "made", "--arch", "arm64", timeout_s=5400)
+    assert ran.code == 0, ran
+    cli.ok("machine", "create", "arm", "--arch", "arm64", "--disk", "made,clone", "--cloud-init")
+    cli.ok("start", "arm")
+    said = cli("ssh", "--wait", "1500", "arm", "hostname; uname -m; findmnt -no FSTYPE /", timeout_s=1600)
+    assert said.code == 0 and said.out == "arm\naarch64\next4\n", said
+    cli.ok("stop", "arm", timeout_s=120)
+    cli.ok("rm", "arm")
+
+
 def test_qemu_has_nothing_of_the_host(make: Callable[..., Machine]) -> None:
     if os.geteuid():
         pytest.skip("needs root")

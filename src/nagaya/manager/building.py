@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from nagaya.errors import HostError, LaunchError, Unsupported, UsageError
+from nagaya.images.foreign import find_emulator, foreign_programs
 from nagaya.images.progress import Progress
 from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, rewrite_suite
 from nagaya.images.sources.bootstrap import HOST_PARTS, NUMBERS, SUITES, host_suite
+from nagaya.manager.hardware import find_architecture
 from nagaya.static import NamedTuple
-from nagaya.storage.disk_images.assemble import Uuids, assemble_disk
+from nagaya.storage.disk_images.assemble import PLATFORMS, Platform, Uuids, assemble_disk
 from nagaya.storage.disk_images.store import Disk, Disks
 from nagaya.storage.lock import FileLock
 from nagaya.storage.paths import Paths, make_directory
@@ -21,20 +23,32 @@ from nagaya.storage.tree import remove_tree
 
 LEAST_BYTES = 2 << 30
 PACKAGES = (
-    "linux-image-amd64", "systemd-sysv", "udev", "dbus", "openssh-server", "cloud-init", "cloud-guest-utils",
-    "grub-pc-bin", "grub-efi-amd64-bin", "grub2-common", "dosfstools", "mtools", "e2fsprogs", "iproute2", "ifupdown",
-    "isc-dhcp-client", "netbase", "ca-certificates", "sudo", "less", "qemu-guest-agent",
+    "systemd-sysv", "udev", "dbus", "openssh-server", "cloud-init", "cloud-guest-utils", "grub2-common", "dosfstools", "mtools",
+    "e2fsprogs", "iproute2", "ifupdown", "isc-dhcp-client", "netbase", "ca-certificates", "sudo", "less", "qemu-guest-agent",
 )  # fmt: skip
+# Debian's name of each CPU, and what it boots by.
+ARCHITECTURES = {
+    "x86_64": ("amd64", ("linux-image-amd64", "grub-pc-bin", "grub-efi-amd64-bin")),
+    "aarch64": ("arm64", ("linux-image-arm64", "grub-efi-arm64-bin")),
+    "riscv64": ("riscv64", ("linux-image-riscv64", "grub-efi-riscv64-bin")),
+}
+# An initramfs with every driver takes a quarter of an hour where its programs are emulated: this has those of QEMU's `virt`.
+# The system's own next one has all of them again.
+_FEW_MODULES = {
+    "etc/initramfs-tools/conf.d/first-boot": "MODULES=list\n",
+    "etc/initramfs-tools/modules": "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\ncrc32c_generic\n",
+}
 _WORK = ".build-"
 
 
 class BuildOptions(NamedTuple):
-    """`system`: "debian" or "debian:SUITE". `disk`: the name of the new disk."""
+    """`system`: "debian" or "debian:SUITE". `disk`: the name of the new disk. `architecture`: uname(2)'s word, "" = ours."""
 
     system: str
     disk: str
     size_bytes: int
     packages: tuple[str, ...] = ()
+    architecture: str = ""
 
 
 def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Disk:
@@ -42,14 +56,19 @@ def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Dis
     suite = _find_suite(options.system)
     if os.geteuid():
         raise Unsupported("only root can make a Debian with all its owners", hint="run it as root")
-    if os.uname().machine != "x86_64":
-        raise Unsupported("a Debian is made for x86_64 only", hint="get a cloud image: nagaya disk convert")
+    architecture = find_architecture(options.architecture)
+    foreign = architecture != os.uname().machine
+    if foreign:
+        find_emulator(architecture)
     if options.size_bytes < LEAST_BYTES:
         raise UsageError(f"--size: a Debian needs {LEAST_BYTES >> 30} GiB or more")
     for name in options.packages:
         if not name.replace("-", "").replace("+", "").replace(".", "").isalnum() or name.startswith("-"):
             raise UsageError(f"--include: '{name}' is no package's name")
-    lines = rewrite_suite(find_debian_sources(), suite)
+    sources = find_debian_sources()
+    if foreign:  # a line for this host's CPU alone stands for its archive
+        sources = [one._replace(options=tuple(o for o in one.options if not o.startswith("arch="))) for one in sources]
+    lines = rewrite_suite(sources, suite)
     if not lines:
         raise Unsupported(
             "this machine's apt has no Debian sources to make a Debian from",
@@ -57,14 +76,21 @@ def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Dis
         )
     disks = Disks(paths.root)
     disks.refuse_taken(options.disk)
-    with _workplace(disks.directory) as place:
-        progress.step(f"debian {suite}: packages (takes minutes)")
-        _bootstrap(f"{place}/tree", suite, lines, options.packages)
+    with ExitStack() as stack:
+        place = stack.enter_context(_workplace(disks.directory))
+        enter = stack.enter_context(foreign_programs(architecture)) if foreign else _stay
+        progress.step(f"debian {suite} for {architecture}: packages (takes {'many ' if foreign else ''}minutes)")
+        _bootstrap(
+            f"{place}/tree", _plan_bootstrap(architecture, options.packages, foreign=foreign), suite, lines, enter
+        )
         progress.step("the disk")
         uuids = Uuids(str(uuid.uuid4()), os.urandom(4).hex())
-        _configure(f"{place}/tree", uuids)
+        platform = PLATFORMS[architecture]
+        _configure(f"{place}/tree", uuids, platform)
         try:
-            assemble_disk(f"{place}/tree", f"{place}/disk.raw", size_bytes=options.size_bytes, uuids=uuids)
+            assemble_disk(
+                f"{place}/tree", f"{place}/disk.raw", size_bytes=options.size_bytes, uuids=uuids, platform=platform, enter=enter
+            )  # fmt: skip
         except OSError as error:
             raise HostError.from_os(error, "cannot make the disk") from None
         progress.step("qcow2")
@@ -104,17 +130,35 @@ def _workplace(directory: str) -> Iterator[str]:
         lock.release()
 
 
-def _bootstrap(tree: str, suite: str, lines: list[str], packages: tuple[str, ...]) -> None:
+def _stay() -> None:
+    """Of a child whose programs are for this CPU."""
+
+
+def _plan_bootstrap(architecture: str, packages: tuple[str, ...], *, foreign: bool) -> list[str]:
+    """mmdebstrap's options."""
+    name, booted_by = ARCHITECTURES[architecture]
+    plan = ["--variant=minbase", f"--include={','.join((*PACKAGES, *booted_by, *packages))}"]
+    if not foreign:
+        return plan
+    plan += [f"--architectures={name}", "--skip=check/qemu"]  # which looks for what is registered with the host
+    for path, text in _FEW_MODULES.items():
+        words = text.replace("\n", " ").strip()
+        plan.append(f'--essential-hook=mkdir -p "$1/{os.path.dirname(path)}" && printf "%s\\n" {words} > "$1/{path}"')
+    removed = " ".join(f'"$1/{path}"' for path in _FEW_MODULES)
+    return [*plan, f"--customize-hook=rm -f {removed}"]
+
+
+def _bootstrap(tree: str, plan: list[str], suite: str, lines: list[str], enter: Callable[[], None]) -> None:
     command = [
-        "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join((*PACKAGES, *packages))}",
-        *HOST_PARTS, *(f"--aptopt={option}" for option in find_proxies()), suite, tree, *lines,
+        "mmdebstrap", "--quiet", "--mode=root", *plan, *HOST_PARTS, *(f"--aptopt={option}" for option in find_proxies()),
+        suite, tree, *lines,
     ]  # fmt: skip
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     environment.pop("TMPDIR", None)
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False,
-            process_group=0,
+            process_group=0, preexec_fn=enter,
         )  # fmt: skip
     except FileNotFoundError:
         raise Unsupported("making a Debian needs mmdebstrap", hint="as root: apt-get install mmdebstrap") from None
@@ -127,14 +171,15 @@ def _bootstrap(tree: str, suite: str, lines: list[str], packages: tuple[str, ...
         )  # fmt: skip
 
 
-def _configure(tree: str, uuids: Uuids) -> None:
+def _configure(tree: str, uuids: Uuids, platform: Platform) -> None:
     """What makes it a machine image: its file systems, and nothing that two machines must not share."""
     files = {
         "etc/fstab": f"UUID={uuids.root} / ext4 errors=remount-ro 0 1\n",
         "etc/machine-id": "",  # systemd makes one at the first boot
         "etc/hostname": "debian\n",
         "etc/default/grub.d/50_nagaya.cfg": 'GRUB_TIMEOUT=1\nGRUB_CMDLINE_LINUX_DEFAULT=""\n'
-        'GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200"\nGRUB_TERMINAL="console serial"\n',
+        f'GRUB_CMDLINE_LINUX="console=tty0 console={platform.console}"\n'
+        f'GRUB_TERMINAL="console{" serial" if platform.grub else ""}"\n',
         "etc/cloud/cloud.cfg.d/90_nagaya.cfg": "datasource_list: [NoCloud, None]\nlocale: false\n",
         "etc/network/interfaces": "auto lo\niface lo inet loopback\nsource /etc/network/interfaces.d/*\n",
     }

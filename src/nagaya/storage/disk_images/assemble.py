@@ -1,4 +1,5 @@
-"""A disk that boots by BIOS and by UEFI, made of a root file system's tree with GRUB in it; no loop device, no mount.
+"""A disk that boots by UEFI, and a PC's by BIOS too, made of a root file system's tree with GRUB in it; no loop device, no
+mount.
 
 Partitions (GPT): one for GRUB's second part on a BIOS, one for UEFI, and the root, which is last, so that it can grow.
 Sources: UEFI 2.10, chapter 5 (GPT); GRUB 2, util/setup.c (what grub-bios-setup writes, and where).
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import uuid
 import zlib
+from collections.abc import Callable
 from struct import pack, unpack_from
 
 from nagaya.errors import IntegrityError, LaunchError, NotFound
@@ -25,11 +27,33 @@ _BIOS_TYPE = "21686148-6449-6E6F-744E-656564454649"
 _ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 _LINUX_TYPE = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 _MODULES = (
-    "part_gpt", "ext2", "search", "search_fs_uuid", "normal", "configfile", "linux", "echo", "test", "serial",
-    "terminal", "gzio", "ls", "cat", "reboot", "halt",
+    "part_gpt", "ext2", "search", "search_fs_uuid", "normal", "configfile", "linux", "echo", "test", "terminal", "gzio", "ls",
+    "cat", "reboot", "halt",
 )  # fmt: skip
+_SERIAL = "serial --unit=0 --speed=115200\nterminal_input console serial\nterminal_output console serial\n"
 _KERNEL_SECTOR = 0x5C  # in boot.img: where GRUB's second part begins
 _BLOCK_LIST = 0x1F4  # in the second part's first sector: where its rest is
+
+
+class Platform(NamedTuple):
+    """What a disk for one CPU boots by. GRUB's words are those of its directories and modules."""
+
+    efi: str  # GRUB's platform for UEFI
+    program: str  # what UEFI looks for on a disk (UEFI 2.10, 3.5.1.1)
+    console: str
+    modules: tuple[str, ...] = ("efi_gop", "fat")
+    bios: bool = False
+    grub: str = ""  # lines for its own console: UEFI's leads to the serial line where there is no other
+
+
+PLATFORMS = {
+    "x86_64": Platform(
+        "x86_64-efi", "BOOTX64.EFI", "ttyS0,115200", ("efi_gop", "efi_uga", "fat", "serial"), bios=True, grub=_SERIAL
+    ),
+    "aarch64": Platform("arm64-efi", "BOOTAA64.EFI", "ttyAMA0,115200"),
+    "riscv64": Platform("riscv64-efi", "BOOTRISCV64.EFI", "ttyS0,115200"),
+}
+Enter = Callable[[], None]
 
 
 class Uuids(NamedTuple):
@@ -52,15 +76,18 @@ def find_kernel(tree: str) -> tuple[str, str]:
     raise NotFound("the root file system has no kernel with an initramfs in /boot", hint="install linux-image-amd64")
 
 
-def assemble_disk(tree: str, disk: str, *, size_bytes: int, uuids: Uuids) -> None:
+def assemble_disk(
+    tree: str, disk: str, *, size_bytes: int, uuids: Uuids, platform: Platform, enter: Enter = lambda: None
+) -> None:
     """Make the raw image `disk` of the tree, in which GRUB's files, dosfstools and mtools are installed.
 
-    Writes /boot/grub, and below /tmp of the tree. Needs root. Raises `LaunchError`, `NotFound`, `OSError`.
+    `enter` is called in each child that executes a program of the tree. Writes /boot/grub, and below /tmp of the tree. Needs
+    root. Raises `LaunchError`, `NotFound`, `OSError`.
     """
     kernel, initrd = find_kernel(tree)
-    _write_grub_files(tree, kernel, initrd, uuids)
-    core, efi = _make_grub(tree, uuids)
-    esp = _make_esp(tree, efi, uuids)
+    _write_grub_files(tree, kernel, initrd, uuids, platform)
+    core, efi = _make_grub(tree, uuids, platform, enter)
+    esp = _make_esp(tree, efi, uuids, platform, enter)
     with open(disk, "wb") as file:
         file.truncate(size_bytes)
     sectors = size_bytes // SECTOR
@@ -72,7 +99,8 @@ def assemble_disk(tree: str, disk: str, *, size_bytes: int, uuids: Uuids) -> Non
     with open(disk, "r+b") as file:
         _write_table(file.fileno(), sectors, root_sectors, uuids)
         _copy(esp, file.fileno(), _ESP_START * SECTOR)
-        install_bios(file.fileno(), f"{tree}/usr/lib/grub/i386-pc/boot.img", core)
+        if platform.bios:
+            install_bios(file.fileno(), f"{tree}/usr/lib/grub/i386-pc/boot.img", core)
 
 
 def plan_table(sectors: int, partitions: tuple[tuple[int, int, str, str], ...], disk_uuid: str) -> tuple[bytes, bytes]:
@@ -107,49 +135,51 @@ def _write_table(fd: int, sectors: int, root_sectors: int, uuids: Uuids) -> None
     os.pwrite(fd, last, (sectors - 33) * SECTOR)
 
 
-def _write_grub_files(tree: str, kernel: str, initrd: str, uuids: Uuids) -> None:
+def _write_grub_files(tree: str, kernel: str, initrd: str, uuids: Uuids, platform: Platform) -> None:
     """GRUB's own files, and what it shows until the system's update-grub writes that anew."""
-    for platform in ("i386-pc", "x86_64-efi"):
-        place = f"{tree}/boot/grub/{platform}"
+    for kind in (*(("i386-pc",) if platform.bios else ()), platform.efi):
+        place = f"{tree}/boot/grub/{kind}"
         os.makedirs(place, exist_ok=True)
-        for name in os.listdir(f"{tree}/usr/lib/grub/{platform}"):
+        for name in os.listdir(f"{tree}/usr/lib/grub/{kind}"):
             if name.endswith((".mod", ".lst")):
-                shutil.copyfile(f"{tree}/usr/lib/grub/{platform}/{name}", f"{place}/{name}")
+                shutil.copyfile(f"{tree}/usr/lib/grub/{kind}/{name}", f"{place}/{name}")
     with open(f"{tree}/boot/grub/grub.cfg", "w", encoding="utf-8") as file:
         file.write(
-            "serial --unit=0 --speed=115200\nterminal_input console serial\nterminal_output console serial\n"
-            "set timeout=1\n"
+            f"{platform.grub}set timeout=1\n"
             'menuentry "Debian" {\n'
             f"  search --no-floppy --fs-uuid --set=root {uuids.root}\n"
-            f"  linux /boot/{kernel} root=UUID={uuids.root} ro console=tty0 console=ttyS0,115200\n"
+            f"  linux /boot/{kernel} root=UUID={uuids.root} ro console=tty0 console={platform.console}\n"
             f"  initrd /boot/{initrd}\n"
             "}\n"
         )
 
 
-def _make_grub(tree: str, uuids: Uuids) -> tuple[bytes, str]:
-    """GRUB's second part for a BIOS, and the path in the tree of the program for UEFI."""
+def _make_grub(tree: str, uuids: Uuids, platform: Platform, enter: Enter) -> tuple[bytes, str]:
+    """GRUB's second part for a BIOS (b"" where there is none), and the path in the tree of the program for UEFI."""
     os.makedirs(f"{tree}/tmp", exist_ok=True)
     with open(f"{tree}/tmp/early.cfg", "w", encoding="utf-8") as file:
         file.write(f"search.fs_uuid {uuids.root} root\nset prefix=($root)/boot/grub\n")
-    for platform, output, more in (
-        ("i386-pc", "/tmp/core.img", ("biosdisk",)),
-        ("x86_64-efi", "/tmp/BOOTX64.EFI", ("efi_gop", "efi_uga", "fat")),
-    ):
-        command = ["grub-mkimage", "-O", platform, "-o", output, "-p", "/boot/grub", "-c", "/tmp/early.cfg"]
-        _run(["chroot", tree, *command, *_MODULES, *more])
-    with open(f"{tree}/tmp/core.img", "rb") as file:
-        core = file.read()
-    for name in ("early.cfg", "core.img"):
-        os.unlink(f"{tree}/tmp/{name}")
-    return core, "/tmp/BOOTX64.EFI"
+    efi, core = f"/tmp/{platform.program}", b""
+    wanted = [(platform.efi, efi, platform.modules)]
+    if platform.bios:
+        wanted.append(("i386-pc", "/tmp/core.img", ("biosdisk", "serial")))
+    for kind, output, more in wanted:
+        command = ["grub-mkimage", "-O", kind, "-o", output, "-p", "/boot/grub", "-c", "/tmp/early.cfg"]
+        _run(["chroot", tree, *command, *_MODULES, *more], enter)
+    if platform.bios:
+        with open(f"{tree}/tmp/core.img", "rb") as file:
+            core = file.read()
+        os.unlink(f"{tree}/tmp/core.img")
+    os.unlink(f"{tree}/tmp/early.cfg")
+    return core, efi
 
 
-def _make_esp(tree: str, efi: str, uuids: Uuids) -> bytes:
+def _make_esp(tree: str, efi: str, uuids: Uuids, platform: Platform, enter: Enter) -> bytes:
     image = "/tmp/esp.img"
-    _run(["chroot", tree, "mkfs.fat", "-F", "32", "-i", uuids.esp, "-n", "EFI", "-C", image, str(_ESP_SECTORS // 2)])
-    _run(["chroot", tree, "mmd", "-i", image, "::/EFI", "::/EFI/BOOT"])
-    _run(["chroot", tree, "mcopy", "-i", image, efi, "::/EFI/BOOT/BOOTX64.EFI"])
+    size = str(_ESP_SECTORS // 2)
+    _run(["chroot", tree, "mkfs.fat", "-F", "32", "-i", uuids.esp, "-n", "EFI", "-C", image, size], enter)
+    _run(["chroot", tree, "mmd", "-i", image, "::/EFI", "::/EFI/BOOT"], enter)
+    _run(["chroot", tree, "mcopy", "-i", image, efi, f"::/EFI/BOOT/{platform.program}"], enter)
     with open(f"{tree}{image}", "rb") as file:
         data = file.read()
     os.unlink(f"{tree}{image}")
@@ -180,11 +210,17 @@ def install_bios(fd: int, boot_path: str, core: bytes) -> None:
     os.pwrite(fd, bytes(second), _BIOS_START * SECTOR)
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], enter: Enter = lambda: None) -> None:
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"}
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            preexec_fn=enter,
         )
     except FileNotFoundError:
         raise NotFound(f"'{argv[0]}' is not installed", hint="apt-get install e2fsprogs coreutils") from None
