@@ -77,6 +77,7 @@ class Machine:
         self._writers = 0  # processes that write what it was
         self._parked = 0
         self._made: Parts | None = None  # until the start
+        self._kvm_fd = -1  # between a reset that failed and the next
         self._parts: Parts | None = None
         self._loops: list[Loop] = []
         self._loop_of: dict[str, Loop] = {}
@@ -427,14 +428,17 @@ class Machine:
                     raise Conflict("the machine has ended", state="ended", required="running")
             self.end(Ending("reset", "the machine was reset from outside"))
             self.wait()
-            kvm_fd = os.dup(parts.vm.kvm_fd)  # we may have no right to open it by now
-            try:
-                parts.close()
-                self._run(
-                    self._assemble(kvm_fd=kvm_fd), anew=True
-                )  # when that raises, the machine has ended by its reset
-            finally:
-                os.close(kvm_fd)
+            if self._kvm_fd < 0:  # else a reset failed before this one, and its parts are closed
+                self._kvm_fd = os.dup(parts.vm.kvm_fd)  # we may have no right to open it by now
+            parts.close()
+            # When that raises, the machine has ended by its reset.
+            self._run(self._assemble(kvm_fd=self._kvm_fd), anew=True)
+            self._close_kvm()
+
+    def _close_kvm(self) -> None:
+        fd, self._kvm_fd = self._kvm_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _require(self, *, paused: bool) -> None:
         if self._ending is not None:
@@ -489,6 +493,7 @@ class Machine:
             if self._apart is not None:
                 self._apart.close()
             self.devices, self._loops, self._apart = (), [], None
+            self._close_kvm()
 
     def __enter__(self) -> Self:
         return self
