@@ -7,6 +7,7 @@ machine.json `SavedMachine`: another QEMU, or another machine, cannot go on from
 from __future__ import annotations
 
 import os
+import time
 
 from nagaya.engines.qemu.arguments import Machine
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
@@ -20,6 +21,8 @@ from nagaya.storage import records
 FORMAT = 1
 STATE, RECORD = "state", "machine.json"
 SAVED_WITHIN_S = 600.0
+_STANDS_WITHIN_S = 5.0
+_LOOK_AGAIN_S = 0.002
 _FASTEST = 1 << 40  # bytes a second; QEMU's own idea is 128 MiB
 _DESCRIPTOR = "snapshot"
 
@@ -78,6 +81,7 @@ def write(monitor: Monitor, machine: SavedMachine, directory: str) -> None:
         monitor.command("getfd", fdname=_DESCRIPTOR, descriptor=fd)
         monitor.command("migrate-set-parameters", max_bandwidth=_FASTEST)
         await_migration(monitor, "migrate", f"fd:{_DESCRIPTOR}", "the machine's memory could not be saved")
+        _await_stand(monitor)
         records.store(f"{directory}/{RECORD}", machine._replace(version=read_version(monitor)))
     except OSError as error:
         raise HostError.from_os(error, "cannot save the machine's memory") from None
@@ -110,6 +114,13 @@ def await_migration(monitor: Monitor, command: str, uri: str, failure: str) -> N
             told = monitor.command("query-migrate")
             why = told.get("error-desc", "") if isinstance(told, dict) else ""
             raise RemoteError(f"{failure}: {why or 'QEMU does not say why; the disk may be full'}")
+
+
+def _await_stand(monitor: Monitor) -> None:
+    """QEMU says that a migration is complete a moment before it lets the machine go on, and says nothing of that."""
+    deadline_s = time.monotonic() + _STANDS_WITHIN_S
+    while monitor.command("query-status").get("status") == "finish-migrate" and time.monotonic() < deadline_s:
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def check(now: SavedMachine, directory: str) -> None:
