@@ -10,17 +10,15 @@ import os
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from benches.apart import run_apart
 from benches.measure import Check, Sample, command, report, take_turns
 from benches.stores import Stores, open_stores
 from nagaya.engines import open_engine
 from nagaya.errors import NagayaError
-from nagaya.kernel import namespaces, netlink
-from nagaya.kernel.mount import MS_PRIVATE, MS_REC, mount
 
 IPERF_S = "2"
 MACHINES = int(os.environ.get("BENCH_MACHINES", "200"))
@@ -28,23 +26,7 @@ BULK_BYTES = 64 << 20
 
 
 def main(rounds: int) -> bool:
-    """In a child: whoever leaves a network namespace does so for good."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        kept = False
-        try:
-            namespaces.unshare(namespaces.CLONE_NEWNET | namespaces.CLONE_NEWNS)
-            mount("", "/", "", MS_REC | MS_PRIVATE)
-            with netlink.Netlink() as link:
-                link.set_up(netlink.index_of("lo"))
-            kept = _main(rounds)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            os._exit(not kept)
-    return os.waitpid(pid, 0)[1] == 0
+    return run_apart(lambda: _main(rounds))
 
 
 def _main(rounds: int) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 
+from benches.apart import run_apart
 from benches.measure import Check, Sample, command, report, take_turns
 from benches.run import _bundle, _works
 from benches.stores import ULIMITS, Stores, open_stores
@@ -29,6 +30,10 @@ def _run(stores: Stores, type_: str, environment: dict[str, str]) -> Callable[[]
 
 
 def main(rounds: int) -> bool:
+    return run_apart(lambda: _main(rounds))
+
+
+def _main(rounds: int) -> bool:
     if find_kernel() is None:
         print("\nstart: left out, no guest kernel is built (nagaya kernel build)")
         return True
