@@ -14,7 +14,7 @@ from tests.e2e.command import Cli
 TOPICS = {
     *TYPES, "guest kernel", "overlayfs", "reflinks", "user namespaces", "seccomp", "network", "forwarding", "tap devices", "ports", "agent",
     "passt", "tc", "dnsmasq", "foreign firewall", "bridge filter", "mmdebstrap", "mkfs.erofs", "mke2fs",
-    "virtiofsd", "vhost", "networks in use", "criu",
+    "virtiofsd", "swtpm", "vhost", "networks in use", "criu",
 }  # fmt: skip
 MOST_S = 0.3
 
