@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,14 +67,6 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         os.pwrite(file.fileno(), first, 0)
         os.pwrite(file.fileno(), last, SIZE - len(last))
     return path
-
-
-@pytest.fixture
-def host(nagaya_root: str) -> Iterator[Host]:
-    made = Host(root=nagaya_root)
-    yield made
-    for machine in made.machines.list():
-        machine.remove(force=True)
 
 
 @pytest.fixture

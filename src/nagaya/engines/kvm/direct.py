@@ -24,7 +24,7 @@ from nagaya.kernel import unix
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Hardware as Drives
 from nagaya.model.spec import MachineSpec, PortMapping
-from nagaya.net import links, ports, tap
+from nagaya.net import ports, tap
 from nagaya.net.plan import LinkPlan
 from nagaya.storage.disk_images.boot_files import copy_out, find_boot_files, find_debugfs
 from nagaya.storage.disk_images.chain import open_chain
@@ -198,20 +198,10 @@ class DirectEngine:
         return self._ssh_port
 
     def stats(self) -> Stats:
-        """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
+        """See `Vmm.read_stats`."""
         if self._vmm is None:
             raise RemoteError("the machine has ended")
-        counters, cpu_ns, resident_bytes, sharing = self._vmm.read_usage()
-        disks = [counters.get(name, {}) for name in self._drives]
-        reading = Stats(
-            cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
-            block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
-            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks), **sharing,
-        )  # fmt: skip
-        if self._links:  # the host's ends: what they send is what the machine receives
-            sent, received = links.link_bytes(self._links)
-            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
-        return reading
+        return self._vmm.read_stats(self._drives, self._links, memory_bytes=self._memory_bytes)
 
     def _listen(self) -> None:
         """Take what the VMM has said. One that closes its log has ended, or is broken."""

@@ -28,7 +28,7 @@ from nagaya.errors import HostError, IntegrityError, NotFound, RemoteError, Unsu
 from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
-from nagaya.net import links, tap
+from nagaya.net import tap
 from nagaya.net.plan import LinkPlan
 from nagaya.protocol.setup import setup_payload
 from nagaya.static import Any
@@ -262,18 +262,8 @@ class KvmEngine:
         self._ask("leave", fds=(*stream, report_fd), terms=terms)
 
     def stats(self) -> Stats:
-        """CPU time of the machine's processes and helpers, memory of the first; what its devices have moved."""
-        counters, cpu_ns, resident_bytes, sharing = self._running().read_usage()
-        disks = [counters.get(name, {}) for name in (ROOT_SERIAL, DATA_SERIAL)]
-        reading = Stats(
-            cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self._memory_bytes,
-            block_read_bytes=sum(disk.get("read_bytes", 0) for disk in disks),
-            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in disks), **sharing,
-        )  # fmt: skip
-        if self._links:  # the host's ends: what they send is what the machine receives
-            sent, received = links.link_bytes(self._links)
-            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
-        return reading
+        """See `Vmm.read_stats`."""
+        return self._running().read_stats((ROOT_SERIAL, DATA_SERIAL), self._links, memory_bytes=self._memory_bytes)
 
     def _listen(self) -> None:
         """Take what the guest's console and the VMM have said. A VMM that closes one of them has ended, or is broken."""

@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
+from nagaya.engines.base import Stats
 from nagaya.engines.kvm import child
 from nagaya.engines.vm.child import end
 from nagaya.engines.vm.console import TextLog
@@ -82,15 +84,29 @@ class Vmm:
             except ProcessLookupError:
                 return
 
-    def read_usage(self) -> tuple[dict[str, dict[str, int]], int, int, dict[str, int]]:
-        """(what its devices count, CPU time in ns of all its processes, resident bytes of the first, `read_sharing`)."""
+    def read_stats(self, disks: Iterable[str], cards: Sequence[str], *, memory_bytes: int) -> Stats:
+        """CPU time of all its processes and helpers, memory of the first; what its `disks` have moved, and its `cards`.
+
+        `disks` by their devices' names, `cards` by the host's links; `memory_bytes` is what the guest has at most.
+        """
         from nagaya.kernel.process import read_sharing, read_usage  # lazy: only who asks
+        from nagaya.net import links
 
         answer = self.ask("counters")
         cpu_ns, resident_bytes = read_usage(self.pid)
         # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
         cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self.helpers))
-        return answer["counters"], cpu_ns, resident_bytes, read_sharing((self.pid, *answer["processes"]))
+        counted = [answer["counters"].get(name, {}) for name in disks]
+        reading = Stats(
+            cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=memory_bytes,
+            block_read_bytes=sum(disk.get("read_bytes", 0) for disk in counted),
+            block_write_bytes=sum(disk.get("written_bytes", 0) for disk in counted),
+            **read_sharing((self.pid, *answer["processes"])),
+        )  # fmt: skip
+        if cards:  # the host's ends: what they send is what the machine receives
+            sent, received = links.link_bytes(tuple(cards))
+            reading = reading._replace(net_rx_bytes=sent, net_tx_bytes=received)
+        return reading
 
     def close(self, *, reap: bool = False) -> None:
         """Give everything back. `reap`: the boot failed, and the process, should it run, is ours to end."""
