@@ -90,6 +90,17 @@ class Region(NamedTuple):
     view: memoryview
 
 
+def check_size(size_bytes: int, *, huge: bool = False) -> None:
+    """Raise `UsageError` for a size of memory that no guest can have."""
+    page_bytes = HUGE_PAGE_BYTES if huge else PAGE_BYTES
+    if not 0 < size_bytes <= _MOST_BYTES:
+        raise UsageError(
+            f"{size_bytes} bytes cannot be a guest's memory", hint=f"from {page_bytes} bytes to {_MOST_BYTES >> 30} GiB"
+        )
+    if size_bytes % page_bytes:
+        raise UsageError(f"{size_bytes} bytes cannot be a guest's memory", hint=f"a multiple of {page_bytes} bytes")
+
+
 class GuestMemory:
     """All of a guest's RAM. Slices are of the memory itself: what the guest writes meanwhile shows in them."""
 
@@ -130,14 +141,7 @@ class GuestMemory:
 
         Raises `UsageError` for a size that no guest can have, `HostError` when the host has not got it.
         """
-        page_bytes = HUGE_PAGE_BYTES if huge else PAGE_BYTES
-        if not 0 < size_bytes <= _MOST_BYTES:
-            raise UsageError(
-                f"{size_bytes} bytes cannot be a guest's memory",
-                hint=f"from {page_bytes} bytes to {_MOST_BYTES >> 30} GiB",
-            )
-        if size_bytes % page_bytes:
-            raise UsageError(f"{size_bytes} bytes cannot be a guest's memory", hint=f"a multiple of {page_bytes} bytes")
+        check_size(size_bytes, huge=huge)
         flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if huge else 0)
         try:
             fd = os.memfd_create("nagaya-guest-memory", flags)

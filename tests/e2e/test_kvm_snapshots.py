@@ -60,6 +60,7 @@ def cli(store: Cli) -> Iterator[Cli]:
 
 
 def goes_on(cli: Cli, name: str) -> None:
+    wait_for(lambda: bool(numbers(cli, name)), PATIENCE_S)  # a fork may not have counted yet
     before = numbers(cli, name)[-1]
     wait_for(lambda: numbers(cli, name)[-1] > before, PATIENCE_S)
 

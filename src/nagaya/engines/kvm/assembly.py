@@ -16,7 +16,7 @@ from nagaya.engines.kvm.vcpu import Ending, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, IntegrityError, Unsupported, UsageError
 from nagaya.kernels.arguments import plan_arguments
-from nagaya.memory import GuestMemory
+from nagaya.memory import GuestMemory, check_size
 from nagaya.static import Any, Literal, NamedTuple
 
 TYPE_CHECKING = False
@@ -73,6 +73,7 @@ def check(hardware: Hardware, devices: tuple[Device, ...]) -> None:
         raise UsageError(
             f"{hardware.memory_bytes} bytes of memory are too few for a machine", hint="give it 64 MiB or more"
         )
+    check_size(hardware.memory_bytes, huge=hardware.huge_pages)
     if len(devices) > len(layout.VIRTIO_GSIS):
         raise UsageError(
             f"{len(devices)} devices are too many", hint=f"a machine has room for {len(layout.VIRTIO_GSIS)}"
