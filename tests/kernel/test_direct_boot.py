@@ -9,29 +9,20 @@ import shutil
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nagaya import Host, Machine
-from nagaya.engines.kvm import vm
 from nagaya.engines.vm.initramfs import make_initramfs
-from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
-from nagaya.kernels import cache
+from nagaya.errors import NotFound, Unsupported, UsageError
 from nagaya.manager.hardware import DIRECT, DriveOptions, HardwareOptions
 from nagaya.manager.options import CreateOptions
 from nagaya.model.spec import Limits
-from nagaya.storage.disk_images.assemble import plan_table
-from tests.conftest import require_program
+from tests.kernel.direct_disk import MIB, ROOT, START, make_disk, require_kernel
 
 WITHIN_S = 150.0
-MIB = 1 << 20
-SIZE = 64 * MIB
-START = MIB
-ROOT = str(uuid.UUID(int=5))
-LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 SOURCE = os.path.join(os.path.dirname(__file__), "direct_init.c")
 LIMITS = Limits(memory_bytes=128 * MIB)
 # Our kernel knows no serial port but for its first messages: let the worst of them all go there.
@@ -43,30 +34,10 @@ COMMON = CreateOptions(
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a partition of ext4, and on it our kernel and direct_init.c."""
-    for program in ("mke2fs", "debugfs", "qemu-img", "cc"):
-        require_program(program)
-    try:
-        os.close(vm.open_kvm())
-        kernel = cache.get_kernel().path
-    except NagayaError as missing:
-        pytest.skip(f"needs /dev/kvm and a kernel: {missing.message}")
+    kernel = require_kernel("cc")
     place = tmp_path_factory.mktemp("direct")
-    tree = place / "tree"
-    (tree / "boot").mkdir(parents=True)
-    (tree / "etc").mkdir()
     subprocess.run(["cc", "-static", "-O1", "-o", place / "init", SOURCE], check=True)
-    (tree / "boot" / "initrd.img-6.1").write_bytes(make_initramfs(str(place / "init")))
-    (tree / "boot" / "vmlinuz-6.1").write_bytes(Path(kernel).read_bytes())
-    path = place / "disk.raw"
-    path.touch()
-    os.truncate(path, SIZE)
-    command = ["mke2fs", "-q", "-F", "-t", "ext4", "-U", ROOT, "-d", tree, "-E", f"offset={START}", path, "59392k"]
-    subprocess.run(command, check=True, capture_output=True)
-    first, last = plan_table(SIZE // 512, ((START // 512, 59392 * 2, LINUX, ROOT),), str(uuid.UUID(int=9)))
-    with open(path, "r+b") as file:
-        os.pwrite(file.fileno(), first, 0)
-        os.pwrite(file.fileno(), last, SIZE - len(last))
-    return path
+    return make_disk(place, kernel, make_initramfs(str(place / "init")))
 
 
 @pytest.fixture

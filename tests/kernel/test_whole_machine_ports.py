@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nagaya.engines.kvm import vm
-from nagaya.errors import NagayaError
-from nagaya.kernels import cache
-from nagaya.storage.disk_images.assemble import plan_table
 from tests.conftest import remove_all, require_program
 from tests.e2e.command import Cli
+from tests.kernel.direct_disk import make_disk, require_kernel
 
 AT_MOST_S = 300.0  # a software KVM on a busy host
 MIB = 1 << 20
 SIZE, START, BLOCKS = 64 * MIB, MIB, "59392k"
-ROOT = str(uuid.UUID(int=6))
-LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 INIT = """#!/bin/busybox sh
 busybox mount -t proc proc /proc
 busybox ip link set lo up
@@ -41,29 +34,9 @@ echo "$ip" > /www/index.html
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a partition of ext4, and on it our kernel and busybox."""
-    for program in ("mke2fs", "debugfs", "qemu-img", "busybox"):
-        require_program(program)
-    try:
-        os.close(vm.open_kvm())
-        kernel = cache.get_kernel().path
-    except NagayaError as missing:
-        pytest.skip(f"needs /dev/kvm and a kernel: {missing.message}")
+    kernel = require_kernel("busybox")
     place = tmp_path_factory.mktemp("ports")
-    boot = place / "tree/boot"
-    boot.mkdir(parents=True)
-    (place / "tree/etc").mkdir()
-    (boot / "initrd.img-6.1").write_bytes(_pack(place / "root"))
-    (boot / "vmlinuz-6.1").write_bytes(Path(kernel).read_bytes())
-    path = place / "disk.raw"
-    path.touch()
-    os.truncate(path, SIZE)
-    options = ["-t", "ext4", "-U", ROOT, "-d", str(place / "tree"), "-E", f"offset={START}"]
-    subprocess.run(["mke2fs", "-q", "-F", *options, path, BLOCKS], check=True, capture_output=True)
-    first, last = plan_table(SIZE // 512, ((START // 512, 59392 * 2, LINUX, ROOT),), str(uuid.UUID(int=9)))
-    with open(path, "r+b") as file:
-        os.pwrite(file.fileno(), first, 0)
-        os.pwrite(file.fileno(), last, SIZE - len(last))
-    return path
+    return make_disk(place, kernel, _pack(place / "root"))
 
 
 def _pack(root: Path) -> bytes:
