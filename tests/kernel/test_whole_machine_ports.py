@@ -15,7 +15,6 @@ from tests.kernel.direct_disk import make_disk, require_kernel
 
 AT_MOST_S = 300.0  # a software KVM on a busy host
 MIB = 1 << 20
-SIZE, START, BLOCKS = 64 * MIB, MIB, "59392k"
 INIT = """#!/bin/busybox sh
 busybox mount -t proc proc /proc
 busybox ip link set lo up
