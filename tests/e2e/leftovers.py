@@ -7,6 +7,7 @@ On a CI machine (`CI` is set) nobody else is there, and everything new counts.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import subprocess
@@ -30,6 +31,7 @@ class Footprint(NamedTuple):
     tables: frozenset[str]
     locks: frozenset[str]
     runtimes: frozenset[str]
+    unwaited: frozenset[str]
 
     def beyond(self, earlier: Footprint) -> list[str]:
         """What is there and was not there earlier."""
@@ -53,6 +55,7 @@ def take_footprint(scratch: str) -> Footprint:
         tables=frozenset(_tables(stores, everything=everything)),
         locks=frozenset(path for path in _lock_files(stores) if is_held(path)),
         runtimes=frozenset(path for store in stores for path in glob.glob(f"{store}/run/{'[0-9a-f]' * 32}")),
+        unwaited=frozenset(own_children()),
     )
 
 
@@ -92,6 +95,15 @@ def cgroups() -> list[str]:
     """Control groups of machines, in every hierarchy."""
     paths = glob.glob("/sys/fs/cgroup/nagaya/*/") + glob.glob("/sys/fs/cgroup/*/nagaya/*/")
     return [path.rstrip("/") for path in paths]
+
+
+def own_children() -> set[str]:
+    """Pids of this process's children, the dead ones that nobody has waited for among them, whichever thread began them."""
+    found: set[str] = set()
+    for path in glob.glob("/proc/self/task/*/children"):
+        with contextlib.suppress(FileNotFoundError), open(path) as file:  # a thread that has just ended
+            found.update(file.read().split())
+    return found
 
 
 def processes_with(text: bytes) -> list[int]:

@@ -111,7 +111,7 @@ def test_dhcp_gives_what_the_store_has_given(net: Cli) -> None:
 
 
 SOLICIT = """
-import socket, struct, sys, time
+import errno, socket, struct, sys, time
 mac, wanted = bytes.fromhex(sys.argv[1].replace(":", "")), socket.inet_pton(socket.AF_INET6, sys.argv[2])
 option = lambda number, value: struct.pack(">HH", number, len(value)) + value
 with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:  # RFC 8415
@@ -120,9 +120,14 @@ with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as client:  # RFC 8415
     client.settimeout(1)
     message = struct.pack(">I", 1 << 24 | 77) + option(1, b"\\0\\3\\0\\1" + mac) + option(3, bytes(4) + bytes(8))
     for _ in range(15):
-        client.sendto(message, ("ff02::1:2", 547, 0, socket.if_nametoindex("eth0")))
-        try: answer = client.recv(2048)
+        try:
+            client.sendto(message, ("ff02::1:2", 547, 0, socket.if_nametoindex("eth0")))
+            answer = client.recv(2048)
         except TimeoutError: continue
+        except OSError as error:  # no address to send from: that of the link is still being looked for twice
+            if error.errno != errno.EADDRNOTAVAIL: raise
+            time.sleep(0.5)
+            continue
         sys.exit(0 if answer[0] == 2 and option(5, wanted)[:2] + struct.pack(">H", 24) + wanted in answer else repr(answer))
 sys.exit("no answer")
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nagaya import Host, Machine
+from nagaya.kernel import process
 from nagaya.kernels import cache
 from nagaya.manager.hardware import DriveOptions, HardwareOptions
 from nagaya.manager.options import CreateOptions
@@ -19,6 +20,13 @@ from tests.kernel.guest_init import compile_init, pack_initramfs
 MKFS = "/usr/sbin/mkfs.ext4"
 SOURCE = os.path.join(os.path.dirname(__file__), "boot_sector.S")
 QUIET = CreateOptions(image="", network="none", stop_timeout_s=30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_orphans_later() -> Iterator[None]:
+    """A supervisor adopts orphans, so a test that is one makes pytest do so: whoever a later test kills would stay as dead."""
+    yield
+    process.prctl(process.PR_SET_CHILD_SUBREAPER, 0)
 
 
 @pytest.fixture(scope="session")

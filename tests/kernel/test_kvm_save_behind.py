@@ -21,6 +21,7 @@ from nagaya.engines.kvm.saved import Saved
 from nagaya.errors import IntegrityError
 from nagaya.kernel import unix
 from nagaya.memory import PAGE_BYTES
+from tests.e2e.leftovers import own_children
 from tests.kernel.test_kvm_machine import COUNTER_GPA, PATIENCE_S
 from tests.kernel.test_kvm_snapshot import (
     count_of,
@@ -214,17 +215,6 @@ def test_a_base_that_is_missing_damaged_or_another_is_told(
     saved.read(str(upper)).close()
 
 
-def own_children() -> set[int]:
-    """Of any of our threads."""
-    found = set()
-    for task in os.listdir("/proc/self/task"):
-        try:
-            found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
-        except FileNotFoundError:
-            continue
-    return found
-
-
 @pytest.mark.parametrize("end", ["killed", "given up"])
 def test_a_writer_that_ends_leaves_nothing_whole_and_the_machine_running(
     directory: Path, kernel: str, disk: Path, tmp_path: Path, end: str
@@ -235,14 +225,14 @@ def test_a_writer_that_ends_leaves_nothing_whole_and_the_machine_running(
         before = own_children()
         machine.pause()
         under_way = Behind(machine, place)
-        (writer,) = own_children() - before
+        (writer,) = map(int, own_children() - before)
         machine.resume()
         if end == "killed":
             os.kill(writer, signal.SIGKILL)  # our child, which a thread of ours waits for: at worst it has just ended
             under_way.finish()
         else:
             os.close(under_way.fd)
-        wait_for(lambda: writer not in own_children())
+        wait_for(lambda: str(writer) not in own_children())
         count = count_of(machine)
         wait_for(lambda: count_of(machine) > count)
         again = place_of(tmp_path, 1)
