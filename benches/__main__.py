@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 
-from benches import disks, emulated, kvm, machine, network, run, snapshots, start, supervisor, virtio, vmm
+from benches import disks, emulated, kvm, machine, migration, network, run, snapshots, start, supervisor, virtio, vmm
 from benches import exec as exec_
 
 BENCHES = {
     "run": (run.main, 30), "exec": (exec_.main, 30), "supervisor": (supervisor.main, 1), "vmm": (vmm.main, 20),
     "virtio": (virtio.main, 20), "emulated": (emulated.main, 10), "kvm": (kvm.main, 20),
     "disks": (disks.main, 20), "machine": (machine.main, 15), "start": (start.main, 30),
-    "snapshots": (snapshots.main, 20), "network": (network.main, 20),
+    "snapshots": (snapshots.main, 20), "network": (network.main, 20), "migration": (migration.main, 10),
 }  # fmt: skip
 
 

@@ -124,6 +124,7 @@ def test_there_and_back_with_its_address_and_its_programs(two: Two) -> None:
         assert sent.code == 0, sent
         events = [json.loads(line) for line in sent.out.splitlines()]
         assert events[-1]["event"] == "moved" and events[-1]["machine_id"] == id_ and events[-1]["downtime_ms"] > 0
+        assert abs(sum(events[-1]["downtime_steps_ms"].values()) - events[-1]["downtime_ms"]) < 1
         assert finish(receiver)[0] == 0
         assert source.machines() == []
         now = shell(target, CHECK)

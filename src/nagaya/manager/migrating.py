@@ -43,10 +43,13 @@ class Terms(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A machine that runs elsewhere by now. `downtime_ms` is from its standing here to its running there."""
+    """A machine that runs elsewhere by now. `downtime_ms` is from its standing here to its running there, `downtime_steps_ms`
+    where that went (pause, state, rest, adopt, note, run), which another type may have fewer of.
+    """
 
     machine_id: str
     downtime_ms: float
+    downtime_steps_ms: dict[str, float]
     total_s: float
     rounds: int
     sent_bytes: int
@@ -77,9 +80,9 @@ def send(
                 raise
             if not _ask_and_settle(machine, to):
                 raise
-            return Sent(machine.id, 0.0, time.monotonic() - began_s, 0, 0, terms.post_copy)
+            return Sent(machine.id, 0.0, {}, time.monotonic() - began_s, 0, 0, terms.post_copy)
     return Sent(
-        machine.id, _number(moved, "paused_ms"), time.monotonic() - began_s, int(_number(moved, "rounds")),
+        machine.id, _number(moved, "paused_ms"), _steps(moved), time.monotonic() - began_s, int(_number(moved, "rounds")),
         int(_number(moved, "sent_bytes")), bool(moved.get("post_copy")),
     )  # fmt: skip
 
@@ -87,6 +90,11 @@ def send(
 def _number(answer: dict[str, object], name: str) -> float:
     value = answer.get(name)
     return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _steps(answer: dict[str, object]) -> dict[str, float]:
+    steps = answer.get("steps_ms")
+    return {name: float(took) for name, took in steps.items()} if isinstance(steps, dict) else {}
 
 
 def _check(machine: Machine) -> None:

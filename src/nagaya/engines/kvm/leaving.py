@@ -58,6 +58,28 @@ def start(machine: Machine, stream_fds: tuple[int, int], report_fd: int, terms: 
     threading.Thread(target=leaving.run, name="leaving", daemon=True).start()
 
 
+class Steps:
+    """Where the time goes while a machine stands: pause (its CPUs and devices), state (reading it), rest (sending that, and
+    what had been left), adopt (until the target has made the machine of it), note (that it is handed over, on disk), run.
+    """
+
+    def __init__(self) -> None:
+        self.took_ms: dict[str, float] = {}
+        self._since_s = 0.0
+
+    def begin(self) -> None:
+        self._since_s = time.monotonic()
+
+    def end(self, name: str) -> None:
+        now_s = time.monotonic()
+        self.took_ms[name] = round(1000 * (now_s - self._since_s), 1)
+        self._since_s = now_s
+
+    @property
+    def total_ms(self) -> float:
+        return round(sum(self.took_ms.values()), 1)
+
+
 class Leaving:
     """One migration. It ends with the machine's process, or with the machine running here as before."""
 
@@ -69,7 +91,7 @@ class Leaving:
         self._fds = {*stream_fds, report_fd}
         self._release: Callable[[], None] | None = None
         self._paused = False
-        self._paused_at_s = 0.0
+        self._steps = Steps()
         self._handed_over = False
         self._told_s = 0.0
         self._rate = 0.0  # bytes per second, of the last round that was worth measuring
@@ -195,15 +217,17 @@ class Leaving:
         machine = self._machine
         self._report.tell("freeze")  # the agent's stream: what is said to it from now on waits
         self._report.hear()
-        self._paused_at_s = time.monotonic()
+        self._steps.begin()
         machine.pause()
         self._paused = True
         self._release = machine.hold_devices()
+        self._steps.end("pause")
         waiting = b"".join(
             port.take_waiting() for device in machine.devices if isinstance(device, Console) for port in device.ports
         )
         self._report.tell("standing", waiting=waiting.hex())
         state = machine.save_standing()
+        self._steps.end("state")
         memory = merge_runs(memory + machine.take_written())
         for start, count in merge_runs(blocks + self._disk.take()):
             self._send_disk(start, count, first=False)
@@ -216,22 +240,25 @@ class Leaving:
                 self._send_memory(start, count, first=False)
         programs = self._report.hear()["programs"]
         self._stream.send_json(frames.STATE, {"machine": state, "programs": programs})
-        paused_ms = 0.0
+        self._steps.end("rest")
         if post_copy:
-            ran_s = serve_missing(self._stream, machine.memory.whole, memory, time.monotonic)
-            paused_ms = 1000 * (ran_s - self._paused_at_s)
+            serve_missing(self._stream, machine.memory.whole, memory, on_running=lambda: self._steps.end("adopt"))
             skip_wanted(self._stream)
         else:
             self._stream.expect(frames.READY, patience_s=_READY_WITHIN_S)
+            self._steps.end("adopt")
         self._report.tell("ready")
         self._report.hear()  # that it is written down
         self._handed_over = True
+        if not post_copy:
+            self._steps.end("note")
         self._stream.send(frames.COMMIT)
         self._stream.expect(frames.RUNNING, patience_s=_RUNNING_WITHIN_S)
-        paused_ms = paused_ms or 1000 * (time.monotonic() - self._paused_at_s)
+        if not post_copy:
+            self._steps.end("run")
         self._report.tell(
-            "gone", paused_ms=round(paused_ms, 1), rounds=self._round, sent_bytes=self._stream.sent_bytes,
-            post_copy=post_copy,
+            "gone", paused_ms=self._steps.total_ms, steps_ms=self._steps.took_ms, rounds=self._round,
+            sent_bytes=self._stream.sent_bytes, post_copy=post_copy,
         )  # fmt: skip
 
     def _give_up(self, problem: NagayaError) -> None:

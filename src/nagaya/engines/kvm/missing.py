@@ -31,12 +31,14 @@ RAN, COMMITTED, DONE = b"r", b"c", b"d"
 # -- the source
 
 
-def serve_missing(stream: Stream, whole: memoryview, runs: list[tuple[int, int]], now_s: Callable[[], float]) -> float:
-    """Send what is in `runs`, and what is wanted before the rest; when the machine began to run there, by `now_s`.
+def serve_missing(
+    stream: Stream, whole: memoryview, runs: list[tuple[int, int]], *, on_running: Callable[[], None]
+) -> None:
+    """Send what is in `runs`, and what is wanted before the rest. `on_running`: the machine has begun to run there.
 
     Raises `RemoteError`, and what the target refuses with.
     """
-    ran_s = 0.0
+    runs_there = False
     left = {
         at: min(_PUSH_BYTES, start + count - at)
         for start, count in runs
@@ -44,11 +46,12 @@ def serve_missing(stream: Stream, whole: memoryview, runs: list[tuple[int, int]]
     }
     # Pieces begin where their runs do: whoever wants a page is sent the piece that has it.
     piece_of = {page: at for at, count in left.items() for page in range(at, at + count, PAGE_BYTES)}
-    while left or not ran_s:
+    while left or not runs_there:
         if not left or stream.is_readable():
             frame = stream.receive()
             if frame.type == frames.RUNNING:
-                ran_s = now_s()
+                runs_there = True
+                on_running()
                 continue
             if frame.type in (frames.REFUSE, frames.ABORT):
                 raise frames.parse_refusal(frame)
@@ -61,7 +64,6 @@ def serve_missing(stream: Stream, whole: memoryview, runs: list[tuple[int, int]]
             at = next(iter(left))
         count = left.pop(at)
         stream.send(frames.PAGES, at, bytes(whole[at : at + count]))
-    return ran_s
 
 
 def skip_wanted(stream: Stream) -> None:
