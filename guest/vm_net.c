@@ -221,10 +221,18 @@ static int become_own(struct link *link)
 	return 0;
 }
 
+static int configure_prepared(struct link *link, const unsigned char *field)
+{
+	int failed = become_own(link) || configure4(link, field) || configure6(link, field);
+
+	is_prepared = 0; /* whoever renews the link takes it down first */
+	return failed ? -1 : 0;
+}
+
 static int configure(struct link *link, const unsigned char *field)
 {
 	if (is_prepared) /* its name and its MTU are right, and it is up */
-		return become_own(link) || configure4(link, field) || configure6(link, field) ? -1 : 0;
+		return configure_prepared(link, field);
 	if (link->has_placeholder && set_mac(link))
 		return -1;
 	return name_link(link, field) || configure4(link, field) || configure6(link, field) ? -1 : 0;

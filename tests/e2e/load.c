@@ -289,7 +289,9 @@ static int look(void)
 	while ((got = read(fd, text, sizeof text)) > 0)
 		if (write(1, text, got) != got)
 			return 1;
-	printf("bad_files %d\nnewest %llu\n", check_files(&newest), (unsigned long long)newest);
+	int bad = check_files(&newest);
+
+	printf("bad_files %d\nnewest %llu\n", bad, (unsigned long long)newest);
 	printf("monotonic_ns %lld\n", (long long)now_ns(CLOCK_MONOTONIC));
 	printf("real_ns %lld\n", (long long)now_ns(CLOCK_REALTIME));
 	return 0;

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from nagaya.kernels.arguments import DEPRIVILEGED, SOFTWARE_KVM, SOFTWARE_KVM_ONE_CPU, plan_arguments
+from nagaya.kernels.arguments import (
+    DEPRIVILEGED,
+    SOFTWARE_KVM,
+    SOFTWARE_KVM_CLOCK,
+    SOFTWARE_KVM_ONE_CPU,
+    plan_arguments,
+)
 
 
 def test_hardware_gets_nothing_but_quiet() -> None:
@@ -11,13 +17,15 @@ def test_hardware_gets_nothing_but_quiet() -> None:
 
 
 def test_a_software_kvm_gets_what_spares_its_emulator() -> None:
-    assert plan_arguments(software_kvm=True) == ["quiet", *SOFTWARE_KVM, *SOFTWARE_KVM_ONE_CPU]
-    assert plan_arguments(software_kvm=True, cpus=2, quiet=False) == list(SOFTWARE_KVM)
+    clock = SOFTWARE_KVM_CLOCK
+    assert plan_arguments(software_kvm=True) == ["quiet", *SOFTWARE_KVM, *clock, *SOFTWARE_KVM_ONE_CPU]
+    assert plan_arguments(software_kvm=True, cpus=2, quiet=False) == [*SOFTWARE_KVM, *clock]
 
 
 def test_a_kernel_in_user_mode_has_no_emulator_to_spare() -> None:
-    assert plan_arguments(software_kvm=True, deprivileged=True, cpus=2) == ["quiet", *DEPRIVILEGED]
-    assert plan_arguments(software_kvm=True, deprivileged=True) == ["quiet", *DEPRIVILEGED, *SOFTWARE_KVM_ONE_CPU]
+    several = ["quiet", *DEPRIVILEGED, *SOFTWARE_KVM_CLOCK]
+    assert plan_arguments(software_kvm=True, deprivileged=True, cpus=2) == several
+    assert plan_arguments(software_kvm=True, deprivileged=True) == [*several, *SOFTWARE_KVM_ONE_CPU]
 
 
 def test_each_is_one_word() -> None:

@@ -24,6 +24,9 @@ SOFTWARE_KVM = (
 DEPRIVILEGED_START = "depriv_start"
 """The function that a kernel has which can run in user mode there, and does when it is told."""
 DEPRIVILEGED = ("depriv", "rodata=off")
+# A software KVM's guest has the host's TSC, whatever KVM is told of it: the clock of a machine that goes on from where it was saved
+# would leap by all the time between, and stand still on a host that has been up for less time. kvm-clock is set back.
+SOFTWARE_KVM_CLOCK = ("clocksource=kvm-clock",)
 # LOCK prefixes stay, instead of being patched away one by one: 2.8 s, and 0.3 s where the kernel runs in user mode.
 SOFTWARE_KVM_ONE_CPU = ("noreplace-smp",)
 
@@ -40,6 +43,8 @@ def plan_arguments(
         arguments += DEPRIVILEGED
     elif software_kvm:
         arguments += SOFTWARE_KVM
-    if (deprivileged or software_kvm) and cpus == 1:
-        arguments += SOFTWARE_KVM_ONE_CPU
+    if deprivileged or software_kvm:
+        arguments += SOFTWARE_KVM_CLOCK
+        if cpus == 1:
+            arguments += SOFTWARE_KVM_ONE_CPU
     return arguments

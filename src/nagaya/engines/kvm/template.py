@@ -25,6 +25,8 @@ from nagaya.static import NamedTuple
 SWITCH = "NAGAYA_TEMPLATES"
 PLACEHOLDER_MAC = b"\x02nagay"
 """guest/proto.h: the agent knows by it that the card has no address of its machine's yet."""
+REVISION = 2
+"""Of how they are booted and prepared, beside what the key names: 2 has another clock on a software KVM."""
 MOST = 24
 """Kept at a time; the one that was used longest ago goes first."""
 DATA = "data"
@@ -62,7 +64,7 @@ class Mold(NamedTuple):
     def key(self) -> str:
         """What tells it from others, in words. Files are known by their size and time: whatever changes one makes it anew."""
         words = [
-            f"format {saved.FORMAT} {__version__}", f"kernel {_identify(self.kernel)}", f"agent {_identify(self.agent)}",
+            _origin(), f"kernel {_identify(self.kernel)}", f"agent {_identify(self.agent)}",
             f"line {self.command_line}", f"memory {self.memory_bytes} cpus {self.cpus} card {self.card} kvm {self.kvm}",
         ]  # fmt: skip
         if self.prepared is not None:
@@ -81,6 +83,10 @@ class Template(NamedTuple):
     memory_bytes: int
     cpus: int
     card: str
+
+
+def _origin() -> str:
+    return f"format {saved.FORMAT}.{REVISION} {__version__}"
 
 
 def _identify(path: str) -> str:
@@ -176,7 +182,7 @@ def is_current(one: Template) -> bool:
     except (NagayaError, KeyError):
         return False
     lines = key.splitlines()
-    if lines[0] != f"format {saved.FORMAT} {__version__}":
+    if lines[0] != _origin():
         return False
     known = [line.partition(" ")[2] for line in lines if line.startswith(("kernel ", "agent ", "image "))]
     try:
