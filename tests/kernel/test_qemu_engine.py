@@ -194,7 +194,7 @@ def test_what_was_synced_survives_a_kill(disks: DiskPlan, tmp_path: Path, monkey
     with EmulatedMachine(disks, tmp_path, spec) as first:
         first.sh("echo kept > /root/note && sync")
         with pytest.raises(Conflict, match="in use"):
-            parts.open_data(disks.data)
+            parts.open_data(disks)
         first.engine.kill()
         assert first.ended()
         assert first.engine.explain_end(os.waitid(os.P_PIDFD, first.booted.pidfd, os.WEXITED | os.WNOWAIT)) is None
@@ -279,7 +279,7 @@ def test_nothing_outlives_a_killed_supervisor(disks: DiskPlan, tmp_path: Path) -
     shared = tmp_path / "shared"
     shared.mkdir()
     assert len(in_child(partial(_boot_and_be_killed, disks, tmp_path, shared))) == 2
-    os.close(parts.open_data(disks.data))  # and the disk is free
+    os.close(parts.open_data(disks))  # and the disk is free
 
 
 # -- networks

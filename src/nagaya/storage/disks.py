@@ -94,6 +94,11 @@ def format_data_disk(fd: int) -> None:
         raise HostError.from_os(error, "cannot make the machine's disk") from None
 
 
+def describe_format(size_bytes: int) -> str:
+    """What an empty file system of that size is made by: disks of one description differ by what is random alone."""
+    return " ".join(_format_command(size_bytes))
+
+
 def copy_data_disk(source: str, fd: int) -> None:
     """Make what was reserved a copy of another disk, of the same size; until it is whole, it is blank. Raises `OSError`."""
     other = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -20,6 +20,7 @@ class DiskPlan(NamedTuple):
     image: str  # a read-only file system, as `images/rootimage.py` makes it
     data: str  # raw and sparse, with ext4 on it; the machine writes it
     read_only: bool = False  # the root as programs see it
+    blanks: str = ""  # the directory of what an empty disk looks like (storage/blank_disks.py)
 
 
 class HardwarePlan(NamedTuple):

@@ -164,7 +164,7 @@ class KvmEngine:
         self._console = TextLog(console, f"{request.runtime_dir}/console.log")
         daemon = shares.socket if shares is not None else -1
         bare = json.loads(request.incoming.described) if request.incoming is not None else None
-        data = _held(open_data(disks.data, form=not source.data and bare is None), local)
+        data = _held(open_data(disks, form=not source.data and bare is None), local)
         if source.data:
             copy_data_disk(source.data, data)
         initrd = _held(open_initramfs(), local) if source.saved is None and bare is None else -1

@@ -151,7 +151,7 @@ class EmulatedEngine:
             kernel=inherited.add(_open_kernel(request.spec, board)),
             initrd=inherited.add(open_initramfs(board.architecture)),
             root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
-            data=inherited.add(open_data(disks.data)),
+            data=inherited.add(open_data(disks)),
             monitor=self._qemu.open_monitor(inherited),
             agent=-1,
             console=console_number,

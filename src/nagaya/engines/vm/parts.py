@@ -9,7 +9,9 @@ import time
 from nagaya.engines.vm.agent import agent_path
 from nagaya.engines.vm.initramfs import make_initramfs
 from nagaya.errors import Conflict
-from nagaya.storage.disks import format_data_disk, is_blank
+from nagaya.storage.blank_disks import fill_blank
+from nagaya.storage.disks import is_blank
+from nagaya.storage.plan import DiskPlan
 
 # Above all ranges of user namespaces (engines/container/userns.py) and below 2**31, one id for each machine: a VMM that
 # was taken over by its guest can neither trace nor signal another machine's.
@@ -23,13 +25,13 @@ def user_id(machine_id: str) -> int:
     return FIRST_ID + int(machine_id[:6], 16)
 
 
-def open_data(path: str, *, form: bool = True) -> int:
+def open_data(disks: DiskPlan, *, form: bool = True) -> int:
     """The machine's disk, locked until the last copy of the descriptor is closed: a VMM that is being killed has one.
 
     With `form`, a disk that was only reserved so far gets its file system. Raises `OSError`, `Conflict`, and what
-    `format_data_disk` raises.
+    `fill_blank` raises.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(disks.data, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     deadline_s = time.monotonic() + _DISK_FREE_WITHIN_S
     try:
         while True:
@@ -41,7 +43,7 @@ def open_data(path: str, *, form: bool = True) -> int:
                     raise Conflict("the machine's disk is in use", hint="another VMM has it open") from None
                 time.sleep(0.01)  # nobody tells when a lock is free but flock itself, which has no time-out
         if form and is_blank(fd):
-            format_data_disk(fd)
+            fill_blank(fd, disks.blanks)
         return fd
     except BaseException:
         os.close(fd)
