@@ -245,8 +245,8 @@ class Parts:
         """Whether the kernel can leave privileged mode by itself."""
         if state is not None:
             return is_deprivileged(state)
-        if hardware.plain:
-            return False
+        if hardware.plain or not hardware.interrupts:
+            return False  # it is not Linux
         from nagaya.engines.kvm.speed import can_leave_privileged_mode
 
         return can_leave_privileged_mode(hardware.kernel)

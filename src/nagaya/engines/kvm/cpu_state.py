@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-from nagaya.engines.kvm.ticks import MSR_TSC, MSR_TSC_DEADLINE
-from nagaya.engines.kvm.vcpu import Vcpu
+from nagaya.engines.kvm.vcpu import MSR_TSC, MSR_TSC_DEADLINE, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import Unsupported
 from nagaya.kernel import kvm

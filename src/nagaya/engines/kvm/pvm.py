@@ -12,15 +12,18 @@ from struct import Struct
 
 from nagaya.engines.kvm import cpuid
 from nagaya.engines.kvm.cpuid import ALL, EAX, EBX, ECX, EDX, Mask
-from nagaya.engines.kvm.instructions import LONGEST, Instruction, address_of, decode
-from nagaya.engines.kvm.ticks import MSR_TSC, MSR_TSC_DEADLINE, ThreadTimes, Ticks
-from nagaya.engines.kvm.vcpu import Vcpu
+from nagaya.engines.kvm.vcpu import MSR_TSC, MSR_TSC_DEADLINE, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import GuestFault
 from nagaya.kernel import kvm
 from nagaya.kernel.kvm import kvm_run
 from nagaya.memory import PAGE_BYTES, GuestMemory
 from nagaya.static import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # a kernel that leaves privileged mode needs neither
+    from nagaya.engines.kvm.instructions import Instruction
+    from nagaya.engines.kvm.ticks import ThreadTimes, Ticks
 
 PORT = 0xB7
 """Of nobody else: 0xf4 is the exit port of test programs."""
@@ -90,6 +93,7 @@ class Pvm:
         vm.enable(kvm.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
         self._ticks: dict[int, Ticks] = {}
         self._times: list[ThreadTimes] = []
+        self._begin_spent = False
         if not deprivileged:
             self._watch_msrs(vm)
 
@@ -105,16 +109,23 @@ class Pvm:
     def prepare(self, vcpu: Vcpu) -> None:
         """Have KVM copy the general registers into the shared page at each exit: system calls come by the thousand."""
         _U64.pack_into(vcpu.page, _VALID_AT, kvm.KVM_SYNC_X86_REGS)
-        if self.deprivileged:
-            return
-        khz = kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ)
-        self._times.append(ThreadTimes())
-        self._ticks[vcpu.index] = Ticks(khz, self._times[-1])
+
+    def _ticks_of(self, vcpu: Vcpu) -> Ticks:
+        """Made when the guest sets its first timer."""
+        if vcpu.index not in self._ticks:
+            from nagaya.engines.kvm.ticks import ThreadTimes, Ticks
+
+            self._times.append(ThreadTimes())
+            ticks = Ticks(kvm.ioctl("KVM_GET_TSC_KHZ", vcpu.fd, kvm.KVM_GET_TSC_KHZ), self._times[-1])
+            if self._begin_spent:
+                ticks.begin_spent()
+            self._ticks[vcpu.index] = ticks
+        return self._ticks[vcpu.index]
 
     def wrote_msr(self, vcpu: Vcpu, index: int, value: int) -> bool:
         """Of the two that are looked at. See `Quirks`."""
         if index == MSR_TSC_DEADLINE:
-            value = self._ticks[vcpu.index].grant(value, vcpu.msr(MSR_TSC))
+            value = self._ticks_of(vcpu).grant(value, vcpu.msr(MSR_TSC))
         try:
             vcpu.set_msr(index, value)
         except OSError:
@@ -133,8 +144,7 @@ class Pvm:
     def restore(self, saved: dict[str, Any]) -> None:
         """After the vCPUs' registers."""
         self._stub = saved["stub"]
-        for ticks in self._ticks.values():
-            ticks.begin_spent()
+        self._begin_spent = True
 
     def close(self) -> None:
         """No vCPU runs any more."""
@@ -207,6 +217,8 @@ class Pvm:
     def emulation_failed(self, vcpu: Vcpu) -> bool:
         """Complete the instruction at RIP in KVM's place."""
         registers = vcpu.regs()
+        from nagaya.engines.kvm.instructions import LONGEST, decode
+
         instruction = decode(_read(vcpu, self._memory, registers.rip, LONGEST))
         if instruction is None:
             return False
@@ -318,6 +330,8 @@ def _advance(vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> b
 
 
 def _address(vcpu: Vcpu, registers: kvm.kvm_regs, instruction: Instruction) -> int:
+    from nagaya.engines.kvm.instructions import address_of
+
     return address_of(
         instruction, lambda name: int(getattr(registers, name)), lambda name: int(getattr(vcpu.sregs(), name).base)
     )

@@ -14,8 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 
-MSR_TSC = 0x10
-MSR_TSC_DEADLINE = 0x6E0
 BUSY_NS = 100_000_000
 """Of work, for one interrupt."""
 IDLE_NS = 25_000_000

@@ -19,6 +19,9 @@ from nagaya.kernel.kvm import kvm_run
 from nagaya.kernel.threads import interrupt_thread, make_thread_interruptible, make_thread_punctual
 from nagaya.static import NamedTuple, Protocol
 
+MSR_TSC = 0x10
+MSR_TSC_DEADLINE = 0x6E0
+
 _EXIT = kvm_run.exit.offset
 _REASON = Struct("=I")
 _REASON_AT = kvm_run.exit_reason.offset
