@@ -376,7 +376,7 @@ def _read_link(data: bytes) -> Link:
     return Link(
         number=index,
         name=parts.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "replace"),
-        kind=info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode("ascii", "replace"),
+        kind=info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace"),
         mac=":".join(f"{byte:02x}" for byte in parts.get(IFLA_ADDRESS, b"")),
         master=int.from_bytes(parts.get(IFLA_MASTER, b""), "little"),
         mtu=int.from_bytes(parts.get(IFLA_MTU, b""), "little"),

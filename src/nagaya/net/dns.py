@@ -104,7 +104,7 @@ def find(bridge: str, port: int = 0) -> int:
     """A pidfd of the network's dnsmasq, or -1 when none runs."""
     path = _pid_file(bridge, port)
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             pid = int(file.read())
         fd = os.pidfd_open(pid)
     except (OSError, ValueError):

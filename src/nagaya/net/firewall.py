@@ -227,8 +227,11 @@ def has_exactly(root: str, wanted: Elements, nftables: Nftables) -> bool:
 
 
 def change(root: str, nftables: Nftables, *, add: Elements | None = None, remove: Elements | None = None) -> bool:
-    """Put elements into tables that are whole, and take others out, in one transaction; whether that went well."""
-    if not is_whole(root, nftables):
+    """Put elements into tables that are whole, and take others out, in one transaction; whether that went well.
+
+    Where none are put in, damage is left to the next start, or command, that looks for it.
+    """
+    if add and not is_whole(root, nftables):
         return False
     try:
         nftables.change(table_name(root), add=elements.encode(add or []), remove=elements.encode(remove or []))

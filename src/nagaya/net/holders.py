@@ -18,7 +18,7 @@ def _find_sockets(protocol: str, address: str, port: int) -> set[str]:
     found = set()
     for suffix in ("", "6"):
         try:
-            with open(f"/proc/net/{protocol}{suffix}", encoding="ascii") as file:
+            with open(f"/proc/net/{protocol}{suffix}", encoding="utf-8") as file:
                 lines = file.readlines()[1:]
         except OSError:
             continue

@@ -156,7 +156,7 @@ def _other(port: int) -> int:
 
 def _first_unprivileged() -> int:
     try:
-        with open(UNPRIVILEGED, encoding="ascii") as file:
+        with open(UNPRIVILEGED, encoding="utf-8") as file:
             return int(file.read())
     except (OSError, ValueError):
         return 1024
