@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.engines.kvm import acpi, mptable
+from nagaya.engines.kvm import acpi, layout, mptable
 from nagaya.engines.kvm.boot.load import load_kernel
 from tests.carrier import make_carrier
 from tests.conftest import require_program
@@ -19,7 +19,7 @@ from tests.kernel_images import make_bzimage, make_payload, ram
 MEMORY_BYTES = 256 << 20
 CPUS = 2
 # hw/i386/microvm.c: eight transports of 512 bytes; QEMU gives devices the last ones.
-DEVICES = [acpi.MmioDevice(0xFEB0_0000 + i * 512, 512, 5 + i) for i in range(8)]
+DEVICES = [layout.MmioDevice(0xFEB0_0000 + i * 512, 512, 5 + i) for i in range(8)]
 PORTS = acpi.Ports(sleep_control=0x600, sleep_status=0x601, reset=0x602, reset_value=1)
 BY_COMMAND_LINE = " ".join(f"virtio_mmio.device={d.size_bytes}@{d.gpa:#x}:{d.gsi}" for d in DEVICES)
 

@@ -13,7 +13,7 @@ from nagaya.engines.kvm import acpi, aml, layout, mptable
 from nagaya.errors import UsageError
 
 PORTS = acpi.Ports(sleep_control=0x600, sleep_status=0x601, reset=0x602, reset_value=1, panic=0x505)
-DEVICES = [acpi.MmioDevice(0xD000_0000 + i * 0x1000, 0x200, gsi) for i, gsi in enumerate(layout.VIRTIO_GSIS)]
+DEVICES = [layout.MmioDevice(0xD000_0000 + i * 0x1000, 0x200, gsi) for i, gsi in enumerate(layout.VIRTIO_GSIS)]
 FULL = acpi.Machine(3, PORTS, DEVICES, acpi.SerialPort(0x3F8, 4), cpu_objects=True)
 MACHINES = [acpi.Machine(1, PORTS._replace(panic=0)), FULL, FULL._replace(cpus=300)]
 IDS = ["least", "full", "300-cpus"]

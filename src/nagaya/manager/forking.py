@@ -106,7 +106,7 @@ def _memory_of(source: Machine, place: str) -> Iterator[None]:
 def _start(made: list[Machine], saved: str) -> None:
     """Start all of them, some at a time: each takes a while in which it waits, and all at once would wait too long."""
     if len(made) > 1 and launch.will_fork():
-        _preload(made[0].spec.type)
+        _preload(made[0].spec)
     at_once = max(_LEAST_AT_ONCE, 2 * (os.cpu_count() or 1))
     under_way: list[tuple[Machine, Connection]] = []
     try:
@@ -121,14 +121,21 @@ def _start(made: list[Machine], saved: str) -> None:
             connection.close()
 
 
-def _preload(type_: str) -> None:
+def _preload(spec: MachineSpec) -> None:
     """Import here, once, what each supervisor would import by itself: it is a fork of this process."""
+    import gc
+
     from nagaya.supervisor import entry, resuming, supervisor
 
     del entry, resuming, supervisor
-    preload = getattr(open_engine(type_), "preload", None)
+    if spec.network not in ("none", "host"):
+        from nagaya.net import attach
+
+        del attach
+    preload = getattr(open_engine(spec.type), "preload", None)
     if preload is not None:
         preload()
+    gc.freeze()  # a collection writes to each object that it looks at: all pages would be copied
 
 
 def _await(machine: Machine, connection: Connection) -> None:

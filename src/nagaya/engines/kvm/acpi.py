@@ -54,14 +54,6 @@ class Ports(NamedTuple):
     """pvpanic; 0: none."""
 
 
-class MmioDevice(NamedTuple):
-    """A virtio device on the mmio transport. Its interrupt is an edge."""
-
-    gpa: int
-    size_bytes: int
-    gsi: int
-
-
 class SerialPort(NamedTuple):
     """An 8250 or one of its kind."""
 
@@ -75,7 +67,7 @@ class Machine(NamedTuple):
     cpus: int
     """vCPUs; the local APIC's id of each is its number."""
     ports: Ports
-    devices: Sequence[MmioDevice] = ()
+    devices: Sequence[layout.MmioDevice] = ()
     serial: SerialPort | None = None
     cpu_objects: bool = False
     """An object in the namespace for each CPU too. Linux needs none, and evaluates every one."""
@@ -193,7 +185,7 @@ def _describe_events() -> bytes:
     )
 
 
-def _describe_virtio(index: int, device: MmioDevice) -> bytes:
+def _describe_virtio(index: int, device: layout.MmioDevice) -> bytes:
     resources = aml.memory32_fixed(device.gpa, device.size_bytes), aml.interrupt(device.gsi)
     return aml.device(
         f"VR{index:02X}",

@@ -11,6 +11,7 @@ from nagaya.engines.kvm.boot.image import EntryState, write_image
 from nagaya.engines.kvm.boot.load import Protocol, load_kernel
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.known import HARDWARE, PVM
+from nagaya.engines.kvm.layout import MmioDevice
 from nagaya.engines.kvm.power import Power
 from nagaya.engines.kvm.vcpu import Ending, Vcpu
 from nagaya.engines.kvm.vm import Vm
@@ -21,7 +22,6 @@ from nagaya.static import Any, Literal, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not need: 8 ms
-    from nagaya.engines.kvm.acpi import MmioDevice
     from nagaya.engines.kvm.cpuid import Leaf
     from nagaya.engines.kvm.pvm import Pvm
     from nagaya.engines.kvm.saved import Saved
@@ -252,7 +252,6 @@ class Parts:
         return can_leave_privileged_mode(hardware.kernel)
 
     def _attach(self, devices: tuple[tuple[Device, Loop], ...]) -> list[MmioDevice]:
-        from nagaya.engines.kvm.acpi import MmioDevice
         from nagaya.virtio.mmio import QUEUE_NOTIFY, SIZE_BYTES, MmioTransport
 
         places = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from nagaya.static import NamedTuple
+
 # Below 1 MiB, RAM: what the loader leaves for the kernel's first steps.
 MP_POINTER_GPA = 0
 """Linux looks here first. Where it is told of no table, it maps and reads the BIOS area 16 bytes at a time, twice."""
@@ -37,3 +39,11 @@ POWER_BUTTON_GSI = 9
 _RESERVED_GSIS = {0, 1, 2, 4, 8, POWER_BUTTON_GSI, 13}
 VIRTIO_GSIS = tuple(gsi for gsi in range(5, 24) if gsi not in _RESERVED_GSIS)
 """One for each device, so this is how many devices a machine can have."""
+
+
+class MmioDevice(NamedTuple):
+    """A virtio device on the mmio transport. Its interrupt is an edge."""
+
+    gpa: int
+    size_bytes: int
+    gsi: int
