@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from benches.measure import NAGAYA, Check, command, report, take_turns
 
-DATA_MIB = 512
+DATA_MIB = 2048  # of less, a good part of the time is the start of two programs and not the conversion
 
 
 def _fresh(call: Callable[[], float], path: str) -> Callable[[], float]:
@@ -56,7 +56,7 @@ def main(rounds: int) -> bool:
                 "nagaya disk convert": _fresh(command([*ours, "convert", "-q", source, "new"]), f"{disks}/new.qcow2"),
                 "qemu-img convert, sync": _fresh(command(["sh", "-c", bare]), f"{directory}/bare.qcow2"),
             },
-            rounds=max(3, rounds // 4),
+            rounds=max(5, rounds // 3),
         )
         by_name = {sample.name: sample.median for sample in conversions}
         ratio = by_name["nagaya disk convert"] / by_name["qemu-img convert, sync"]

@@ -196,7 +196,7 @@ def test_limits_hold_and_change_live(start: Start) -> None:
     limits = Limits(memory_bytes=64 << 20, pids=20, cpus_milli=500)
     machine = start("sleep", "600", limits=limits)
     assert machine.stats().memory_limit_bytes in (-1, 64 << 20)
-    result = machine.run(["sh", "-c", "for i in $(seq 1 60); do sleep 5 & done; wait"], timeout_s=PATIENCE_S)
+    result = machine.run(["sh", "-c", "for i in $(seq 1 60); do sleep 2 & done; wait"], timeout_s=PATIENCE_S)
     assert b"fork" in result.stderr
     fixed = "limits" in machine.inspect()["missing"]  # type: ignore[operator]
     if fixed:
@@ -210,11 +210,9 @@ def test_limits_hold_and_change_live(start: Start) -> None:
         machine.update(UpdateOptions(memory_bytes=96 << 20))
     assert machine.stats().memory_limit_bytes in (-1, 96 << 20)
     assert machine.spec.limits.memory_bytes == 96 << 20
-    if fixed:
-        return  # a virtual machine has whole CPUs
-    began = time.monotonic()
-    machine.run(["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"], timeout_s=PATIENCE_S)
-    used = machine.stats().cpu_ns / 1e9
+    before_ns, began = machine.stats().cpu_ns, time.monotonic()
+    machine.run(["sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"], timeout_s=PATIENCE_S)
+    used = (machine.stats().cpu_ns - before_ns) / 1e9
     assert used < 0.75 * (time.monotonic() - began) + 0.2
 
 

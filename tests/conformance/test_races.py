@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nagaya import CreateOptions, Host, Machine, Mount, Restart
-from nagaya.engines.container.cgroup import find_cgroup
+from nagaya.engines.cgroups.group import find_cgroup
 from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
 from nagaya.manager import machine as machine_module
 from nagaya.storage import machines as records

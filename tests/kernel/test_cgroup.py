@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
-from nagaya.engines.container.cgroup_v2 import CgroupV2
+from nagaya.engines.cgroups.group import Cgroup, create_cgroup, find_cgroup, host_hierarchy
+from nagaya.engines.cgroups.v2 import CgroupV2
+from nagaya.engines.container.devices import device_rules
 from nagaya.model.spec import Device, Limits
 
 ID = f"{os.getpid():032x}"
@@ -24,7 +25,7 @@ def _root() -> None:
 
 @pytest.fixture
 def group() -> Iterator[Cgroup]:
-    made = create_cgroup(ID, Limits(), devices=())
+    made = create_cgroup(ID, Limits(), devices=device_rules(()))
     yield made
     made.kill()
     made.remove()
@@ -130,7 +131,7 @@ def test_version_2_freezes_kills_and_filters_devices() -> None:
     if not root:
         pytest.skip("needs a cgroup2 mount")
     group = CgroupV2(root, ID)
-    group.create((Device("/dev/fuse", "/dev/fuse", "r"),) if os.path.exists("/dev/fuse") else ())
+    group.create(device_rules((Device("/dev/fuse", "/dev/fuse", "r"),) if os.path.exists("/dev/fuse") else ()))
     code = """
 import os
 os.close(os.open("/dev/null", os.O_RDWR))

@@ -452,8 +452,13 @@ def test_what_no_emulated_machine_can_be(options: dict[str, object], error: type
         engine_module.EmulatedEngine().check(make_spec(**options))
 
 
-def test_what_is_done_otherwise_is_said() -> None:
-    warnings = engine_module.EmulatedEngine().check(make_spec(limits=Limits(cpus_milli=1500, cpuset_cpus="0")))
+def test_what_a_plain_user_does_without_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(limits=Limits(cpus_milli=1500, cpuset_cpus="0"))
+    engine = engine_module.EmulatedEngine()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert engine.check(spec) == []
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    warnings = engine.check(spec)
     assert len(warnings) == 2 and "gives it 2" in warnings[0]
 
 

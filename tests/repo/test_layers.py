@@ -32,7 +32,11 @@ MAY_IMPORT = {
     "static": set(),
 }
 FRONT_DOOR = {"nagaya", "nagaya.__main__"}  # the library's surface, and `python -m nagaya`
-ENGINES = {"container", "kvm", "qemu"}  # siblings; what the engines of virtual machines share is below them: engines.vm
+ENGINES = {
+    "container",
+    "kvm",
+    "qemu",
+}  # siblings; below them is what they share: engines.cgroups, and of virtual ones engines.vm
 VIRTUAL = {"kvm", "qemu"}
 
 
@@ -48,9 +52,9 @@ def find_violations(module: str, tree: ast.AST) -> list[str]:
             ours, theirs = {*parts[2:3]} & ENGINES, {*target[2:3]} & ENGINES
             if layer == "engines" and ours and theirs and ours != theirs:
                 found.append(f"{module}:{line} imports its sibling {name}")
-            if layer == "engines" and parts[2:3] == ["vm"] and theirs:
+            if layer == "engines" and parts[2:3] in (["vm"], ["cgroups"]) and theirs:
                 found.append(f"{module}:{line} imports {name}, which stands on it")
-            if layer == "engines" and ours - VIRTUAL and target[2:3] == ["vm"]:
+            if layer == "engines" and (ours - VIRTUAL or parts[2:3] == ["cgroups"]) and target[2:3] == ["vm"]:
                 found.append(f"{module}:{line} imports {name}, which is for virtual machines")
         elif target[1] not in MAY_IMPORT[layer] | {"static"}:
             found.append(f"{module}:{line} imports {name}")
@@ -78,6 +82,8 @@ def test_imports_go_down() -> None:
         ("nagaya.model.spec", "from . import state"),
         ("nagaya.engines.vm.setup", "from nagaya.engines.kvm import vm"),
         ("nagaya.engines.container.boot", "from nagaya.engines.vm import setup"),
+        ("nagaya.engines.cgroups.group", "from nagaya.engines.container import devices"),
+        ("nagaya.engines.cgroups.group", "from nagaya.engines.vm import rules"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, text: str) -> None:

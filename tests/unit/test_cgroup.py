@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.engines.container import cgroup, cgroup_files
-from nagaya.engines.container.cgroup_v1 import CgroupV1
-from nagaya.engines.container.cgroup_v2 import CgroupV2
-from nagaya.engines.container.devices import DeviceRule, device_rules
+from nagaya.engines.cgroups import files
+from nagaya.engines.cgroups import group as hierarchies
+from nagaya.engines.cgroups.devices import DeviceRule
+from nagaya.engines.cgroups.v1 import CgroupV1
+from nagaya.engines.cgroups.v2 import CgroupV2
+from nagaya.engines.container.devices import device_rules
 from nagaya.errors import Unsupported
 from nagaya.kernel import bpf
 from nagaya.model.spec import Limits
@@ -27,9 +29,9 @@ HYBRID = """30 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
 
 
 def test_hierarchies() -> None:
-    assert cgroup.find_hierarchy(PURE) == cgroup.Hierarchy({}, "/sys/fs/cgroup")
-    assert cgroup.find_hierarchy(PURE).pure_v2
-    found = cgroup.find_hierarchy(HYBRID)
+    assert hierarchies.find_hierarchy(PURE) == hierarchies.Hierarchy({}, "/sys/fs/cgroup")
+    assert hierarchies.find_hierarchy(PURE).pure_v2
+    found = hierarchies.find_hierarchy(HYBRID)
     assert not found.pure_v2
     assert found.v2 == "/sys/fs/cgroup/unified"
     assert found.v1 == {
@@ -38,7 +40,7 @@ def test_hierarchies() -> None:
         "memory": "/sys/fs/cgroup/memory",
         "pids": "/sys/fs/cgroup/with space",
     }
-    assert cgroup.find_hierarchy("nonsense\n\n") == cgroup.Hierarchy({}, "")
+    assert hierarchies.find_hierarchy("nonsense\n\n") == hierarchies.Hierarchy({}, "")
 
 
 def _v2(tmp_path: Path, *names: str) -> tuple[CgroupV2, Path]:
@@ -114,7 +116,7 @@ def test_v1_limits_in_an_order_that_the_kernel_takes(tmp_path: Path, monkeypatch
         written.append((Path(path).name, text))
         Path(path).write_text(text if text != "-1" else "9223372036854771712")
 
-    monkeypatch.setattr(cgroup_files, "write", write)
+    monkeypatch.setattr(files, "write", write)
     group = CgroupV1({"memory": str(tmp_path / "memory")}, ID)
     group.set_limits(Limits(memory_bytes=100 << 20))  # down from no limit: memory first, or swap would lie below it
     group.set_limits(Limits(memory_bytes=200 << 20))  # up: swap first

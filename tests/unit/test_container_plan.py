@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nagaya.engines.cgroups.devices import DeviceRule
 from nagaya.engines.container import devices, engine, userns
-from nagaya.engines.container.devices import DeviceNode, DeviceRule
+from nagaya.engines.container.devices import DeviceNode
 from nagaya.engines.container.engine import ContainerEngine
 from nagaya.errors import IntegrityError, NotFound, Unsupported, UsageError
 from nagaya.model.spec import Device, MachineSpec, Mount, Process, Security, Ulimit

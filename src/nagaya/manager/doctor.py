@@ -28,7 +28,7 @@ def _refused(topic: str, error: NagayaError) -> Finding:
 
 
 def look_at_containers() -> Finding:
-    from nagaya.engines.container.cgroup import host_hierarchy
+    from nagaya.engines.cgroups.group import host_hierarchy
     from nagaya.engines.container.engine import ContainerEngine
 
     try:

@@ -228,10 +228,11 @@ def _plan_seed(options: SeedOptions | None) -> Seed | None:
 
 
 def _check_limits(limits: Limits) -> None:
-    unsupported = {"pids": limits.pids, "cpuset-cpus": limits.cpuset_cpus, "blkio-weight": limits.blkio_weight}
-    for name, value in unsupported.items():
-        if value:
-            raise Unsupported(f"--{name} is for containers", hint=f"leave --{name} away")
+    if limits.pids:
+        raise Unsupported(
+            "--pids-limit is for machines from images: a whole machine's system counts its processes itself",
+            hint="leave --pids-limit away",
+        )
 
 
 def own_format(firmware: str) -> str:

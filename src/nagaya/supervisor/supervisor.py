@@ -396,13 +396,16 @@ class Supervisor:
         if booted.agent < 0 and status is None and ended is not None and ended.si_code == os.CLD_EXITED:
             status = ended.si_status  # the system has switched its machine off, or we have
             self._problem = self._problem or (self._explain(ended) if status else None)
-        oom = programs.out_of_memory
-        if "oom" in self.engine.capabilities:
-            oom = self.engine.oom_killed()  # type: ignore[attr-defined]
+        host_oom = "oom" in self.engine.capabilities and self.engine.oom_killed()  # type: ignore[attr-defined]
+        oom = programs.out_of_memory or host_oom
         if status is None:
             status = KILLED
             if self._problem is None and not self.state.stop_requested:
-                self._problem = self._explain(ended) or LaunchError("the machine's init was killed from outside")
+                self._problem = self._explain(ended) or LaunchError(
+                    "the machine took more of this host's memory than it may have, and the kernel killed it"
+                    if host_oom
+                    else "the machine's init was killed from outside"
+                )
         try:
             self._stack.close()
         except NagayaError as problem:  # something of it stays on the host: its status is told all the same

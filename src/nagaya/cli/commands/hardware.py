@@ -18,7 +18,7 @@ from nagaya.storage.disk_images.seed import MOST_USER_DATA
 
 _SHARED = (
     "hostname", "label", "label-file", "network", "ip", "ip6", "mac-address", "network-alias", "publish", "net-rate",
-    "allow-host", "cpus", "memory", "restart", "log-opt", "rm", "append",
+    "allow-host", "cpus", "memory", "cpuset-cpus", "blkio-weight", "restart", "log-opt", "rm", "append",
 )  # fmt: skip
 _OWN = (
     Flag("--disk", "A disk: a size for a new one, or DISK[,clone][,ro][,format=F][,size=S][,allow-backing]", value="DISK", many=True),
@@ -165,6 +165,8 @@ def _read_common(parsed: Parsed) -> CreateOptions:
         limits=Limits(
             memory_bytes=values.parse_size(*create_flags.settled(parsed, settings, "memory", "0")),
             cpus_milli=values.parse_cpus(*create_flags.settled(parsed, settings, "cpus", "0")),
+            cpuset_cpus=values.parse_cpuset(parsed.text("cpuset-cpus")),
+            blkio_weight=values.parse_weight(parsed.text("blkio-weight", "0")),
         ),
         restart=values.parse_restart(parsed.text("restart", "no")),
         log=values.parse_log_options(parsed.texts("log-opt")),

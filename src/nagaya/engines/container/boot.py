@@ -21,8 +21,8 @@ import os
 import signal
 
 from nagaya.engines.base import BootRequest
+from nagaya.engines.cgroups.group import Cgroup
 from nagaya.engines.container import mounts, policy, rootfs
-from nagaya.engines.container.cgroup import Cgroup
 from nagaya.engines.container.devices import LINKS, DeviceNode
 from nagaya.errors import NagayaError, to_wire
 from nagaya.kernel import capabilities, namespaces, process, seccomp, unix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+from nagaya.engines.cgroups.devices import ANY, DeviceRule
 from nagaya.errors import NotFound, UsageError
 from nagaya.model.spec import Device
 from nagaya.static import NamedTuple
@@ -26,7 +27,6 @@ LINKS = (
     ("ptmx", "pts/ptmx"),
     ("core", "/proc/kcore"),
 )
-ANY = -1
 
 
 class DeviceNode(NamedTuple):
@@ -52,24 +52,6 @@ def plan_nodes(devices: tuple[Device, ...]) -> tuple[DeviceNode, ...]:
             )
         )
     return tuple(nodes)
-
-
-class DeviceRule(NamedTuple):
-    """One line of the allow-list; -1 stands for any number."""
-
-    type: str  # "c" or "b"
-    major: int
-    minor: int
-    access: str  # out of "rwm"
-
-    def v1(self) -> str:
-        """As devices.allow takes it."""
-        numbers = [("*" if number == ANY else str(number)) for number in (self.major, self.minor)]
-        return f"{self.type} {numbers[0]}:{numbers[1]} {self.access}"
-
-    def bpf(self) -> tuple[str, int, int, str]:
-        """As `kernel.bpf.device_program` takes it."""
-        return (self.type, self.major, self.minor, self.access)
 
 
 def device_rules(devices: tuple[Device, ...]) -> list[DeviceRule]:

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 
 from nagaya.engines import mount_rules
 from nagaya.engines.base import Booted, BootRequest, Stats
+from nagaya.engines.cgroups.group import Cgroup, create_cgroup, find_cgroup, host_hierarchy
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
-from nagaya.engines.container.cgroup import Cgroup, create_cgroup, find_cgroup, host_hierarchy
-from nagaya.engines.container.devices import look_at, plan_nodes
+from nagaya.engines.container.devices import device_rules, look_at, plan_nodes
 from nagaya.errors import HostError, Unsupported, UsageError, from_wire
 from nagaya.kernel import namespaces, process, unix
 from nagaya.model.policy import ProcessPolicy
@@ -185,7 +185,7 @@ class ContainerEngine:
 
     def _make_cgroup(self, spec: MachineSpec, stack: ExitStack) -> Cgroup:
         try:
-            self._cgroup = create_cgroup(spec.id, spec.limits, devices=spec.devices)
+            self._cgroup = create_cgroup(spec.id, spec.limits, devices=device_rules(spec.devices))
         except OSError as error:
             raise HostError.from_os(error, "cannot make the machine's control group") from None
         stack.callback(self._cleanup)

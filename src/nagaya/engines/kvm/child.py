@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     control: int
     kept: tuple[int, ...]
     log: int  # its standard error
+    enter: Callable[[], None]  # the machine's control group, still with all rights
     id: int = -1  # user and group to become; -1 = stay who we are
     reboots: bool = False  # a guest that asks for a reset gets it; otherwise that is the machine's end
     incoming: Incoming | None = None  # what the machine, which `assemble` makes bare, comes from
@@ -58,6 +59,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
         _keep_only(plan)
+        plan.enter()
         for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
         signal.set_wakeup_fd(-1)

@@ -17,6 +17,7 @@ from nagaya.engines.kvm.known import HARDWARE, find_kvm
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.vmm import Vmm
 from nagaya.engines.vm import rules
+from nagaya.engines.vm.bounds import Bounds, reclaim
 from nagaya.engines.vm.parts import user_id
 from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.errors import Conflict, HostError, NagayaError, RemoteError, Unsupported
@@ -35,7 +36,7 @@ MOST_DRIVES = 8
 SLOW = "this host's KVM is a software one, on which a kernel that was not made for it takes many minutes to boot"
 _SSH = 22
 _END_WITHIN_S = 10.0
-_HAS = ("pause", "stats", "own-kernel", "storage")
+_HAS = ("pause", "stats", "own-kernel", "storage", "cpuset", "blkio")
 _WHY = "a whole machine runs a system of its own, with nothing of Nagaya's inside"
 
 
@@ -44,7 +45,7 @@ class DirectEngine:
 
     type = "kvm"
     rootfs_kind = "hardware"
-    capabilities = frozenset(("pause", "stats", "explain", "power"))
+    capabilities = frozenset(("pause", "stats", "explain", "oom", "power"))
 
     def __init__(self) -> None:
         self.missing = {feature: rules.MISSING.get(feature, _WHY) for feature in FEATURES if feature not in _HAS}
@@ -54,6 +55,7 @@ class DirectEngine:
         self._links: tuple[str, ...] = ()
         self._drives: tuple[str, ...] = ()
         self._ssh_port = 0
+        self._bounds = Bounds()
 
     # -- before a boot
 
@@ -98,20 +100,21 @@ class DirectEngine:
             )
         if spec.network == "user" or (os.geteuid() and spec.network == "bridge"):
             require_passt()
-        return [SLOW] if find_kvm().kind != HARDWARE else []
+        return [*rules.warn_of_limits(spec), *([SLOW] if find_kvm().kind != HARDWARE else [])]
 
     # -- boot
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
+            self._bounds.make(request.spec, stack, translates=False)
             with ExitStack() as failed, ExitStack() as local:
                 console, console_end = unix.socket_pair()
                 failed.callback(os.close, console)
                 local.callback(os.close, console_end)
                 os.set_blocking(console, False)
                 os.set_blocking(console_end, False)
-                vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local)
+                vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local, self._bounds)
                 failed.callback(self._close, reap=True)
                 vmm.start(self._plan(request, vmm, console_end, local))
                 local.close()  # the child's ends are the child's alone now: each of us hears when the other ends
@@ -122,7 +125,7 @@ class DirectEngine:
         stack.callback(self._close)
         return Booted(
             pid=vmm.pid, pidfd=os.dup(vmm.pidfd), agent=-1, console=console, policy=APPLET,
-            warnings=tuple(self.check(request.spec)), helpers=tuple(vmm.helpers), watch=((vmm.log.fd, self._listen),),
+            warnings=(*self.check(request.spec), *self._bounds.warnings), helpers=tuple(vmm.helpers), watch=((vmm.log.fd, self._listen),),
             end_timeout_s=_END_WITHIN_S,
         )  # fmt: skip
 
@@ -146,6 +149,7 @@ class DirectEngine:
             control=vmm.control_end,
             kept=(console, kernel, initrd, *(fd for fd, _ in (*disks, *cards))),
             log=vmm.log_end,
+            enter=self._bounds.enter,
             id=user_id(spec.id) if os.geteuid() == 0 else -1,
             reboots=True,
         )
@@ -162,7 +166,7 @@ class DirectEngine:
             ports.release(held)
             self._ssh_port = held[0].mapping.host_port
             network = network._replace(forwards=(*network.forwards, held[0].mapping))
-        passt = start_passt(link, network, request.spec.id, vmm.log_end, local)
+        passt = start_passt(link, network, request.spec.id, vmm.log_end, local, enter=self._bounds.enter)
         vmm.helpers.append(passt.pid)
         return passt.socket
 
@@ -220,6 +224,11 @@ class DirectEngine:
 
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device and its locks with it."""
+        reclaim(machine_id)
+
+    def oom_killed(self) -> bool:
+        """See `OomAware.oom_killed`."""
+        return self._bounds.oom_killed()
 
     def _close(self, *, reap: bool = False) -> None:
         vmm, self._vmm = self._vmm, None

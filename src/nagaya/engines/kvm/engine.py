@@ -17,6 +17,7 @@ from nagaya.engines.kvm.sources import MIGRATED, Source, command_line, find_sour
 from nagaya.engines.kvm.vmm import Vmm
 from nagaya.engines.vm import rules
 from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.bounds import Bounds, reclaim
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
@@ -52,7 +53,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "offline", "memory", "save-behind", "migrate"))
+    capabilities = frozenset(("pause", "stats", "oom", "offline", "memory", "save-behind", "migrate"))
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
@@ -60,6 +61,7 @@ class KvmEngine:
         self._memory_bytes = 0
         self._links: tuple[str, ...] = ()
         self._console: TextLog | None = None
+        self._bounds = Bounds()
 
     # -- before a boot
 
@@ -106,6 +108,7 @@ class KvmEngine:
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
+            self._bounds.make(request.spec, stack, translates=False)
             if request.incoming is not None:
                 return self._boot(request, Source(MIGRATED), stack)
             if request.saved:
@@ -131,8 +134,8 @@ class KvmEngine:
             with ExitStack() as local:
                 agent, theirs = _connect(local)
                 failed.callback(os.close, agent)
-                vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local)
-                shares = _share(request, vmm, local)
+                vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local, self._bounds)
+                shares = _share(request, vmm, local, self._bounds)
                 plan = self._plan(request, source, vmm, theirs, shares, local)
                 if source.hello:
                     os.write(theirs, source.hello)  # said when the template was made: it will not say so again
@@ -148,7 +151,7 @@ class KvmEngine:
         stack.callback(self._close)
         return Booted(
             pid=vmm.pid, pidfd=os.dup(vmm.pidfd), agent=agent, policy=rules.plan_policy(spec),
-            warnings=tuple(rules.check_spec(spec)), helpers=tuple(vmm.helpers), setup=payload,
+            warnings=(*rules.check_spec(spec), *self._bounds.warnings), helpers=tuple(vmm.helpers), setup=payload,
             copies=plan_copies(request.mounts) if shares is None and not request.saved and not request.incoming else (), origin=source.origin,
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
@@ -184,14 +187,16 @@ class KvmEngine:
         return child.Plan(
             assemble=assemble, control=vmm.control_end,
             kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
-            log=vmm.log_end,
+            log=vmm.log_end, enter=self._bounds.enter,
             id=user_id(spec.id) if os.geteuid() == 0 else -1, incoming=request.incoming,
         )  # fmt: skip
 
     def _plug(self, plan: LinkPlan, request: BootRequest, vmm: Vmm, local: ExitStack) -> int:
         """What a network card of the machine's is plugged into."""
         if plan.driver == "user":
-            link = start_passt(plan, request.network, request.spec.id, vmm.log_end, local)
+            link = start_passt(
+                plan, request.network, request.spec.id, vmm.log_end, local, enter=self._bounds.enter
+            )  # fmt: skip
             vmm.helpers.append(link.pid)
             return link.socket
         return _held(tap.open_link(plan), local)
@@ -224,6 +229,7 @@ class KvmEngine:
         """See `SavingBehind.begin_save`."""
         from nagaya.engines.kvm.writing import Writing  # lazy: most machines are never saved
 
+        self._bounds.make_room(directory, self._memory_bytes)
         return Writing(directory, base, lambda fds, details: self._ask("save", fds=fds, **details))
 
     def find_base(self, directory: str) -> str:
@@ -297,7 +303,12 @@ class KvmEngine:
         return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
     def reclaim(self, machine_id: str) -> None:
-        """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it: nothing is left."""
+        """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it."""
+        reclaim(machine_id)
+
+    def oom_killed(self) -> bool:
+        """See `OomAware.oom_killed`."""
+        return self._bounds.oom_killed()
 
     def _ask(self, what: str, *, fds: tuple[int, ...] = (), **details: object) -> dict[str, Any]:
         return self._running().ask(what, fds=fds, **details)
@@ -320,9 +331,9 @@ class KvmEngine:
             vmm.close(reap=reap)
 
 
-def _share(request: BootRequest, vmm: Vmm, local: ExitStack) -> Shares | None:
+def _share(request: BootRequest, vmm: Vmm, local: ExitStack, bounds: Bounds) -> Shares | None:
     """A virtiofsd for the machine's mounts, which writes to the VMM's log too."""
-    shares = start_shares(request.mounts, request.runtime_dir, vmm.log_end, local)
+    shares = start_shares(request.mounts, request.runtime_dir, vmm.log_end, local, enter=bounds.enter)
     if shares is not None:
         vmm.helpers.append(shares.pid)
     return shares

@@ -130,9 +130,7 @@ def plan_prepared(bare: Mold, request: BootRequest) -> Mold | None:
     """The prepared template's; None where the machine has been started before, or wants what is not the same for all."""
     spec, disks = request.spec, request.rootfs
     assert isinstance(disks, DiskPlan)
-    if (
-        request.mounts or spec.sysctls or spec.devices or not spec.image_id
-    ):  # the last: one for work on a stopped machine
+    if request.mounts or spec.sysctls or spec.devices or rules.is_errand(spec):
         return None
     try:
         fd = os.open(disks.data, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

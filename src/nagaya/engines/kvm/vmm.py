@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 from nagaya.engines.base import Stats
 from nagaya.engines.kvm import child
+from nagaya.engines.vm.bounds import Bounds
 from nagaya.engines.vm.child import end
 from nagaya.engines.vm.console import TextLog
 from nagaya.errors import LaunchError, RemoteError, from_wire
@@ -26,10 +27,11 @@ SAVED_WITHIN_S = 300.0  # a full memory onto a slow disk
 class Vmm:
     """One run of one machine. What it says on its outputs is kept in `log_path`."""
 
-    def __init__(self, log_path: str, local: ExitStack) -> None:
-        """`local` closes what is the child's once that has been started."""
+    def __init__(self, log_path: str, local: ExitStack, bounds: Bounds) -> None:
+        """`bounds` are those of its processes and its helpers'. `local` closes what is the child's once that has been started."""
         self.pid = self.pidfd = -1
         self.helpers: list[int] = []  # children of ours beside it
+        self._bounds = bounds
         self._unread = b""
         log, self.log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         local.callback(os.close, self.log_end)
@@ -95,7 +97,9 @@ class Vmm:
         answer = self.ask("counters")
         cpu_ns, resident_bytes = read_usage(self.pid)
         # Of those beside it, virtiofsd too, the CPU time alone: their memory is nearly all the machine's.
-        cpu_ns += sum(read_usage(pid)[0] for pid in (*answer["processes"], *self.helpers))
+        counted_ns = self._bounds.read_cpu_ns()
+        others = (*answer["processes"], *self.helpers)
+        cpu_ns = counted_ns if counted_ns >= 0 else cpu_ns + sum(read_usage(pid)[0] for pid in others)
         counted = [answer["counters"].get(name, {}) for name in disks]
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=memory_bytes,

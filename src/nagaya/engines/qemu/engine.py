@@ -17,6 +17,7 @@ from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.bounds import reclaim
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs
@@ -47,7 +48,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "explain", "memory", "offline"))
+    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "offline"))
     missing = rules.MISSING | {
         "migrate": "Nagaya moves machines of type 'emulated' while they stand: stop it, and export a snapshot"
     }
@@ -90,6 +91,8 @@ class EmulatedEngine:
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         spec = request.spec
         board = find_board(spec.platform)
+        bounds = self._qemu.bounds
+        bounds.make(spec, stack, translates=True)
         with ExitStack() as failed:
             failed.callback(self._qemu.abandon)
             with ExitStack() as local:
@@ -100,7 +103,7 @@ class EmulatedEngine:
                 local.callback(os.close, log_end)
                 machine = self._assemble(request, board, log_end, inherited)
                 machine = machine._replace(agent=agent_number, incoming=bool(request.saved))
-                shares = start_shares(request.mounts, request.runtime_dir, log_end, local)
+                shares = start_shares(request.mounts, request.runtime_dir, log_end, local, enter=bounds.enter)
                 if shares is not None:
                     self._qemu.helpers.append(shares.pid)
                     machine = machine._replace(shares=(Share(SHARES_TAG, inherited.add(os.dup(shares.socket))),))
@@ -127,6 +130,7 @@ class EmulatedEngine:
             policy=rules.plan_policy(spec),
             warnings=(
                 *rules.check_spec(spec),
+                *bounds.warnings,
                 *((USER_NETWORK_WARNING,) if request.network.is_user and not find_passt() else ()),
             ),
             setup=payload,
@@ -170,7 +174,7 @@ class EmulatedEngine:
         if not find_passt():
             return Card(link.mac, ports=request.network.forwards)
         with ExitStack() as local:
-            passt = start_passt(link, request.network, request.spec.id, log, local)
+            passt = start_passt(link, request.network, request.spec.id, log, local, enter=self._qemu.bounds.enter)
             self._qemu.helpers.append(passt.pid)
             return Card(link.mac, stream=inherited.add(os.dup(passt.socket)))
 
@@ -180,6 +184,7 @@ class EmulatedEngine:
             argv=arguments.plan_command(machine),
             descriptors=tuple(inherited.fds),
             log=log,
+            enter=self._qemu.bounds.enter,
             prepare=rights.plan_rights(machine.name, host_network=user_network),
         )
         self._qemu.start(launch)
@@ -194,6 +199,7 @@ class EmulatedEngine:
                 "QEMU cannot save a machine that shares directories with this host",
                 hint="save its disks alone: --no-memory",
             )
+        self._qemu.bounds.make_room(directory, self._machine.memory_bytes)
         saved.write(self._qemu.monitor, saved.describe(self._machine), directory)
 
     def check_saved(self, spec: MachineSpec, directory: str) -> None:
@@ -252,7 +258,12 @@ class EmulatedEngine:
         return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
     def reclaim(self, machine_id: str) -> None:
-        """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU: nothing is left."""
+        """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU."""
+        reclaim(machine_id)
+
+    def oom_killed(self) -> bool:
+        """See `OomAware.oom_killed`."""
+        return self._qemu.bounds.oom_killed()
 
 
 def list_platforms() -> list[str]:

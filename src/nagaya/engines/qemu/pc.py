@@ -21,6 +21,7 @@ from nagaya.engines.qemu.pc_parts import kvm_groups, open_drives, open_firmware,
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.qemu.tpm import require_tpm, start_tpm
 from nagaya.engines.vm import child, rules
+from nagaya.engines.vm.bounds import reclaim
 from nagaya.errors import HostError, NagayaError, RemoteError, Unsupported, UsageError
 from nagaya.kernel import unix
 from nagaya.model.policy import APPLET
@@ -31,7 +32,9 @@ from nagaya.storage.plan import HardwarePlan
 END_WITHIN_S = 10.0  # from being switched off until its last data must be on its disks
 CLOSED_TO_ENDED_S = 2.0
 SCREEN = "screen.sock"  # in the machine's run-time directory: VNC
-_HAS = ("pause", "memory", "stats", "limits", "network-connect", "own-kernel", "other-cpus", "storage")
+_HAS = (
+    "pause", "memory", "stats", "limits", "network-connect", "own-kernel", "other-cpus", "storage", "cpuset", "blkio",
+)  # fmt: skip
 _WHY = "a whole machine runs a system of its own, with nothing of Nagaya's inside"
 
 
@@ -40,7 +43,20 @@ class WholeMachineEngine:
 
     rootfs_kind = "hardware"
     capabilities = frozenset(
-        ("pause", "stats", "explain", "power", "screen", "discs", "disks", "plug", "limits", "guest-agent", "memory")
+        (
+            "pause",
+            "stats",
+            "explain",
+            "oom",
+            "power",
+            "screen",
+            "discs",
+            "disks",
+            "plug",
+            "limits",
+            "guest-agent",
+            "memory",
+        )
     )
 
     def __init__(self, type: str) -> None:
@@ -105,7 +121,7 @@ class WholeMachineEngine:
                 "a virtual machine has a network of its own and cannot use the host's",
                 hint="use --network bridge, user or none",
             )
-        return []
+        return rules.warn_of_limits(spec)
 
     # -- boot
 
@@ -117,6 +133,7 @@ class WholeMachineEngine:
             raise HostError.from_os(error, "cannot start the machine") from None
 
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
+        self._qemu.bounds.make(request.spec, stack, translates=self.type != "kvm")
         with ExitStack() as failed:
             failed.callback(self._abandon)
             with ExitStack() as local:
@@ -132,6 +149,7 @@ class WholeMachineEngine:
                     argv=pc_arguments.plan_pc(machine),
                     descriptors=tuple(inherited.fds),
                     log=log_end,
+                    enter=self._qemu.bounds.enter,
                     prepare=rights.plan_rights(
                         machine.id,
                         host_network=any(card.tap < 0 for card in machine.cards),
@@ -152,6 +170,7 @@ class WholeMachineEngine:
             agent=-1,
             console=console,
             policy=APPLET,
+            warnings=self._qemu.bounds.warnings,
             watch=(
                 *((source.fd, self.listen) for source in self._qemu.sources()),
                 (self._screen, self._admit_viewer),
@@ -196,7 +215,9 @@ class WholeMachineEngine:
     def _add_tpm(self, request: BootRequest, log: int, inherited: Inherited) -> int:
         """The number of QEMU's connection to it."""
         assert isinstance(request.rootfs, HardwarePlan)
-        number, pid = start_tpm(request.rootfs.tpm_state, request.spec.id, log, inherited)
+        number, pid = start_tpm(
+            request.rootfs.tpm_state, request.spec.id, log, inherited, enter=self._qemu.bounds.enter
+        )  # fmt: skip
         self._qemu.helpers.append(pid)
         return number
 
@@ -219,6 +240,7 @@ class WholeMachineEngine:
     def save(self, directory: str) -> None:
         """See `Saving.save`."""
         assert self._spec is not None
+        self._qemu.bounds.make_room(directory, self._qemu.memory_bytes)
         saved.write(self._qemu.monitor, self._describe(self._spec), directory)
 
     def check_saved(self, spec: MachineSpec, directory: str) -> None:
@@ -370,6 +392,11 @@ class WholeMachineEngine:
 
     def reclaim(self, machine_id: str) -> None:
         """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device and its locks with QEMU."""
+        reclaim(machine_id)
+
+    def oom_killed(self) -> bool:
+        """See `OomAware.oom_killed`."""
+        return self._qemu.bounds.oom_killed()
 
     def _abandon(self) -> None:
         """A boot that failed: nothing runs on."""

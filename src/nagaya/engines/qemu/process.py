@@ -12,6 +12,7 @@ from nagaya.engines.qemu.last_words import launch_error
 from nagaya.engines.qemu.measures import block_bytes
 from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child
+from nagaya.engines.vm.bounds import Bounds
 from nagaya.engines.vm.console import TextLog
 from nagaya.errors import LaunchError
 from nagaya.kernel.process import read_sharing, read_usage
@@ -29,6 +30,7 @@ class QemuProcess:
         self.memory_bytes = 0
         self.links: tuple[str, ...] = ()  # the host's ends
         self.helpers: list[int] = []  # children of ours beside QEMU
+        self.bounds = Bounds()  # of all of them
         self.console: TextLog | None = None  # where nobody but a log reads it
         self._log: TextLog | None = None
         self._monitor: Monitor | None = None
@@ -82,7 +84,8 @@ class QemuProcess:
     def stats(self) -> Stats:
         """CPU time of QEMU's process and its helpers, memory of the first; counters of the guest's devices."""
         cpu_ns, resident_bytes = read_usage(self.pid)
-        cpu_ns += sum(read_usage(pid)[0] for pid in self.helpers)
+        counted_ns = self.bounds.read_cpu_ns()
+        cpu_ns = counted_ns if counted_ns >= 0 else cpu_ns + sum(read_usage(pid)[0] for pid in self.helpers)
         reading = Stats(
             cpu_ns=cpu_ns, memory_bytes=resident_bytes, memory_limit_bytes=self.memory_bytes, **read_sharing((self.pid,))
         )  # fmt: skip

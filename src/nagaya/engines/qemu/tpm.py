@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from nagaya.engines.qemu import rights
 from nagaya.engines.qemu.inherited import Inherited
@@ -27,7 +28,9 @@ def require_tpm(board: PcBoard) -> None:
         )  # fmt: skip
 
 
-def start_tpm(state: str, machine_id: str, log: int, inherited: Inherited) -> tuple[int, int]:
+def start_tpm(
+    state: str, machine_id: str, log: int, inherited: Inherited, *, enter: Callable[[], None]
+) -> tuple[int, int]:  # fmt: skip
     """(the number of QEMU's connection to it, its pid). It ends when QEMU does. Raises `OSError`."""
     ours, theirs = unix.socket_pair()
     number = inherited.add(ours)
@@ -42,7 +45,7 @@ def start_tpm(state: str, machine_id: str, log: int, inherited: Inherited) -> tu
             "--tpmstate", f"backend-uri=file:///proc/self/fd/{child.FIRST_FD + 1}",
         ]  # fmt: skip
         return number, child.start(
-            child.Launch(argv, (theirs, file), log, prepare=rights.plan_rights(machine_id, host_network=False))
+            child.Launch(argv, (theirs, file), log, enter, rights.plan_rights(machine_id, host_network=False))
         )
     finally:
         os.close(theirs)

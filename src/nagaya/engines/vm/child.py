@@ -25,7 +25,8 @@ class Launch(NamedTuple):
     argv: list[str]
     descriptors: tuple[int, ...]
     log: int
-    prepare: Callable[[], None] = lambda: None  # called in the child, still with our rights: raises OSError
+    enter: Callable[[], None]  # the machine's control group: called in the child, still with our rights: raises OSError
+    prepare: Callable[[], None] = lambda: None  # then this, likewise
 
 
 def start(launch: Launch) -> int:
@@ -53,6 +54,7 @@ def _run(launch: Launch, parent: int) -> NoReturn:
         for number in (signal.SIGPIPE, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        launch.enter()
         launch.prepare()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # only now: whoever changes its ids loses it

@@ -55,13 +55,15 @@ def plan_passt(link: LinkPlan, plan: NetworkPlan, socket: int) -> list[str]:
     return argv
 
 
-def start_passt(link: LinkPlan, plan: NetworkPlan, machine_id: str, log: int, stack: ExitStack) -> UserLink:
-    """Start it for one machine. `stack` closes the socket; whoever calls waits for its pid. Raises `OSError`."""
+def start_passt(
+    link: LinkPlan, plan: NetworkPlan, machine_id: str, log: int, stack: ExitStack, *, enter: Callable[[], None]
+) -> UserLink:  # fmt: skip
+    """Start it for one machine, whose control group it enters. `stack` closes the socket; whoever calls waits for its pid. Raises `OSError`."""
     ours, theirs = unix.socket_pair()
     stack.callback(os.close, ours)
     try:
         argv = plan_passt(link, plan, child.FIRST_FD)
-        pid = child.start(child.Launch(argv, (theirs,), log, prepare=_plan_rights(machine_id)))
+        pid = child.start(child.Launch(argv, (theirs,), log, enter, _plan_rights(machine_id)))
     finally:
         os.close(theirs)
     os.set_blocking(ours, False)

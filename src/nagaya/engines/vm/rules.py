@@ -24,8 +24,6 @@ MISSING = {
     "network-connect": "a virtual machine's network cards are those that it was started with",
     "userns": "a virtual machine's root is nobody on this host in any case",
     "seccomp-profile": "a virtual machine's programs speak to its own kernel, not to this host's",
-    "cpuset": "a virtual machine's CPUs run where this host has room",
-    "blkio": "a virtual machine's disk has no weight",
 }
 APPEND_MAX = 1024  # x86's whole command line is 2048 bytes (COMMAND_LINE_SIZE), and ours is in it too
 HOSTNAME_MAX = 64  # sethostname(2)
@@ -52,14 +50,27 @@ def check_spec(spec: MachineSpec) -> list[str]:
             f"--memory: a virtual machine needs {LEAST_MEMORY_BYTES >> 20} MiB or more, for its own kernel is in it",
             hint="give it more, or use --type container",
         )
-    warnings = []
+    return [*warn_of_limits(spec), *warn_of_copies(spec, why_not())]
+
+
+def warn_of_limits(spec: MachineSpec) -> list[str]:
+    """What a plain user's machine does without: control groups are root's."""
+    if not os.geteuid():
+        return []
+    limits, warnings = spec.limits, []
     if limits.cpus_milli % 1000:
-        warnings.append(f"a virtual machine has whole CPUs: --cpus {limits.cpus_milli / 1000:g} gives it {cpus(spec)}")
-    if limits.cpuset_cpus:
-        warnings.append("--cpuset-cpus is not applied to virtual machines: their CPUs run where the host has room")
-    if limits.blkio_weight:
-        warnings.append("--blkio-weight is not applied to virtual machines")
-    return [*warnings, *warn_of_copies(spec, why_not())]
+        warnings.append(
+            f"a plain user's virtual machine has whole CPUs: --cpus {limits.cpus_milli / 1000:g} gives it {cpus(spec)}"
+        )
+    for option, value in (("--cpuset-cpus", limits.cpuset_cpus), ("--blkio-weight", limits.blkio_weight)):
+        if value:
+            warnings.append(f"{option} is not applied to a plain user's virtual machines: it takes a control group")
+    return warnings
+
+
+def is_errand(spec: MachineSpec) -> bool:
+    """Whether it is booted for work on the disks of a machine that does not run (`offline.py`), and not a machine itself."""
+    return not spec.image_id and spec.hardware is None
 
 
 def _check_walls(spec: MachineSpec) -> None:

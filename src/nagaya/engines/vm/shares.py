@@ -51,7 +51,9 @@ def why_not() -> str:
     return ""
 
 
-def start_shares(mounts: tuple[MountPlan, ...], runtime_dir: str, log: int, stack: ExitStack) -> Shares | None:
+def start_shares(
+    mounts: tuple[MountPlan, ...], runtime_dir: str, log: int, stack: ExitStack, *, enter: Callable[[], None]
+) -> Shares | None:  # fmt: skip
     """Serve the binds among `mounts`; None without any, or where they cannot be shared. What virtiofsd says goes to `log`.
 
     `stack` closes the socket, upon which virtiofsd ends; whoever calls waits for its pid. Raises `OSError`.
@@ -69,7 +71,7 @@ def start_shares(mounts: tuple[MountPlan, ...], runtime_dir: str, log: int, stac
         # The connection waits in the listener's queue until virtiofsd is there to accept it: nobody has to wait.
         options = f"source={stage},sandbox=chroot,xattr,cache=auto,log_level=warn"
         argv = [find_program(), f"--fd={child.FIRST_FD}", "-f", "-o", options]
-        pid = child.start(child.Launch(argv, (listener,), log, _stage(binds, stage)))
+        pid = child.start(child.Launch(argv, (listener,), log, enter, _stage(binds, stage)))
     finally:
         os.close(listener)
         os.unlink(f"{runtime_dir}/{SOCKET}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 
 from nagaya.engines.base import Stats
+from nagaya.engines.cgroups.devices import DeviceRule
 from nagaya.errors import Unsupported
-from nagaya.model.spec import Device, Limits
+from nagaya.model.spec import Limits
 from nagaya.static import NamedTuple, Protocol
 
 PARENT = "nagaya"
@@ -71,23 +72,40 @@ def host_hierarchy() -> Hierarchy:
         return find_hierarchy(file.read())
 
 
-def create_cgroup(machine_id: str, limits: Limits, *, devices: tuple[Device, ...]) -> Cgroup:
-    """Make a machine's control group with its limits and its device list. Raises `Unsupported`, `OSError`."""
+def find_controllers(hierarchy: Hierarchy) -> frozenset[str]:
+    """What a group can be limited in, by version 1's names of the controllers."""
+    if not hierarchy.pure_v2:
+        return frozenset(hierarchy.v1)
+    try:
+        with open(f"{hierarchy.v2}/cgroup.controllers", encoding="ascii") as file:
+            there = file.read().split()
+    except OSError:
+        return frozenset()
+    return frozenset("blkio" if name == "io" else name for name in there)
+
+
+def create_cgroup(
+    machine_id: str, limits: Limits, *, devices: list[DeviceRule] | None, controllers: tuple[str, ...] = ()
+) -> Cgroup:
+    """Make a machine's control group with its limits and its device list (None: any device). Raises `Unsupported`, `OSError`.
+
+    `controllers`: version 1 has a tree for each, and each takes its time; () = all that containers need.
+    """
     hierarchy = host_hierarchy()
     cgroup: Cgroup
     if hierarchy.pure_v2:
-        from nagaya.engines.container.cgroup_v2 import CgroupV2
+        from nagaya.engines.cgroups.v2 import CgroupV2
 
         cgroup = CgroupV2(hierarchy.v2, machine_id)
         cgroup.create(devices)
     elif hierarchy.v1:
-        from nagaya.engines.container.cgroup_v1 import CgroupV1
+        from nagaya.engines.cgroups.v1 import CONTROLLERS, CgroupV1
 
         cgroup = CgroupV1(hierarchy.v1, machine_id)
-        cgroup.create(devices)
+        cgroup.create(devices, controllers=controllers or CONTROLLERS)
     else:
         raise Unsupported(
-            "no control groups are mounted on this host, and containers need them",
+            "no control groups are mounted on this host, and a machine is to have one",
             hint="mount -t cgroup2 none /sys/fs/cgroup",
             finding="/proc/self/mountinfo has no cgroup and no cgroup2",
         )
@@ -104,11 +122,11 @@ def find_cgroup(machine_id: str) -> Cgroup | None:
     hierarchy = host_hierarchy()
     found: Cgroup
     if hierarchy.pure_v2:
-        from nagaya.engines.container.cgroup_v2 import CgroupV2
+        from nagaya.engines.cgroups.v2 import CgroupV2
 
         found = CgroupV2(hierarchy.v2, machine_id)
         return found if os.path.isdir(f"{hierarchy.v2}/{PARENT}/{machine_id}") else None
-    from nagaya.engines.container.cgroup_v1 import CgroupV1
+    from nagaya.engines.cgroups.v1 import CgroupV1
 
     found = CgroupV1(hierarchy.v1, machine_id)
     return found if any(os.path.isdir(f"{mount}/{PARENT}/{machine_id}") for mount in hierarchy.v1.values()) else None

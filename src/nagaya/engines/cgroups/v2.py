@@ -7,11 +7,11 @@ import select
 import time
 
 from nagaya.engines.base import Stats
-from nagaya.engines.container import cgroup_files as files
-from nagaya.engines.container.devices import device_rules
+from nagaya.engines.cgroups import files
+from nagaya.engines.cgroups.devices import DeviceRule
 from nagaya.errors import HostError, Unsupported
 from nagaya.kernel import bpf
-from nagaya.model.spec import Device, Limits
+from nagaya.model.spec import Limits
 
 PARENT = "nagaya"
 WANTED = ("memory", "pids", "cpu", "cpuset", "io")
@@ -27,13 +27,15 @@ class CgroupV2:
         self._root = root
         self._path = f"{root}/{PARENT}/{machine_id}"
 
-    def create(self, devices: tuple[Device, ...]) -> None:
+    def create(self, devices: list[DeviceRule] | None) -> None:
+        """`devices`: all that may be used; None = whatever the processes' own rights allow."""
         files.make(os.path.dirname(self._path))
         for directory in (self._root, os.path.dirname(self._path)):
             self._enable(directory)
         files.make(self._path)
         try:
-            self._allow_devices(devices)
+            if devices is not None:
+                self._allow_devices(devices)
         except BaseException:
             files.remove(self._path)
             raise
@@ -53,8 +55,8 @@ class CgroupV2:
                     hint="in a container, processes in the root group must be moved into a child group first",
                 ) from None
 
-    def _allow_devices(self, devices: tuple[Device, ...]) -> None:
-        program = bpf.device_program([rule.bpf() for rule in device_rules(devices)])
+    def _allow_devices(self, rules: list[DeviceRule]) -> None:
+        program = bpf.device_program([rule.bpf() for rule in rules])
         group = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             loaded = bpf.load_device_program(program)

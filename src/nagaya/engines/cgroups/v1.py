@@ -6,10 +6,10 @@ import os
 import time
 
 from nagaya.engines.base import Stats
-from nagaya.engines.container import cgroup_files as files
-from nagaya.engines.container.devices import device_rules
+from nagaya.engines.cgroups import files
+from nagaya.engines.cgroups.devices import DeviceRule
 from nagaya.errors import HostError, Unsupported
-from nagaya.model.spec import Device, Limits
+from nagaya.model.spec import Limits
 
 PARENT = "nagaya"
 CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "freezer", "devices", "blkio")
@@ -32,25 +32,27 @@ class CgroupV1:
     def _directories(self) -> list[str]:
         return list(dict.fromkeys(self._paths.values()))
 
-    def create(self, devices: tuple[Device, ...]) -> None:
+    def create(self, devices: list[DeviceRule] | None, *, controllers: tuple[str, ...] = CONTROLLERS) -> None:
+        """`devices`: all that may be used; None = whatever the processes' own rights allow."""
         made = []
         try:
-            for name in CONTROLLERS:
+            for name in controllers:
                 if name in self._paths:
                     files.make(self._paths[name])
                     made.append(self._paths[name])
-            self._allow_devices(devices)
+            if devices is not None:
+                self._allow_devices(devices)
         except BaseException:
             for path in made:
                 files.remove(path)
             raise
 
-    def _allow_devices(self, devices: tuple[Device, ...]) -> None:
+    def _allow_devices(self, rules: list[DeviceRule]) -> None:
         path = self._paths.get("devices")
         if path is None:
             raise Unsupported("this host has no control group for devices", finding="no devices controller is mounted")
         files.write(f"{path}/devices.deny", "a")
-        for rule in device_rules(devices):
+        for rule in rules:
             files.write(f"{path}/devices.allow", rule.v1())
 
     def enter(self) -> None:
