@@ -1,7 +1,7 @@
 """The start-time table: `run --rm busybox true`, whole commands, of every type and of podman and runc, in turns.
 
-Beside the wall clock, the CPU time of the VMM of a start from a template, from its restore to the program's end: on a
-shared host the former says how busy that was.
+And what a restore takes inside of a supervisor: from the fork of the VMM's process to the agent's answer to its set-up, by when
+the guest's user space has run for some time already.
 """
 
 from __future__ import annotations
@@ -10,16 +10,28 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from benches.apart import run_apart
 from benches.measure import Check, Sample, command, report, take_turns
 from benches.run import _bundle, _works
 from benches.stores import ULIMITS, Stores, open_stores
+from nagaya import Host
+from nagaya.engines.base import BootRequest
+from nagaya.engines.kvm.engine import KvmEngine
+from nagaya.engines.kvm.sources import TEMPLATE
 from nagaya.kernels.cache import cache_directory, find_kernel
+from nagaya.manager.options import CreateOptions
+from nagaya.net.plan import NetworkPlan
+from nagaya.protocol.agent import SETUP
+from nagaya.protocol.frame import Decoder, encode
+from nagaya.storage import rootfs
+from nagaya.supervisor.etc import write_etc
 
 COLD_ROUNDS = 10
-OF_PODMAN, WHOLE_MS = 1.0, 200.0
+OF_PODMAN, WHOLE_MS, RESTORE_MS = 1.0, 200.0, 15.0
 
 
 def _run(stores: Stores, type_: str, environment: dict[str, str]) -> Callable[[], float]:
@@ -41,8 +53,9 @@ def _main(rounds: int) -> bool:
         os.mkdir(f"{cache}/nagaya")
         os.symlink(cache_directory(), f"{cache}/nagaya/kernels")
         warm = {"XDG_CACHE_HOME": cache, "NAGAYA_TEMPLATES": "1"}
-        built = ["env", f"XDG_CACHE_HOME={cache}", *stores.nagaya, "template", "build", "-q", "busybox"]
-        subprocess.run(built, check=True, stdout=subprocess.DEVNULL)
+        for network in ("bridge", "none"):
+            built = ["env", f"XDG_CACHE_HOME={cache}", *stores.nagaya, "template", "build", "-q", "--network", network]
+            subprocess.run([*built, "busybox"], check=True, stdout=subprocess.DEVNULL)
         off = {"NAGAYA_TEMPLATES": "0"}
         contestants: dict[str, Callable[[], float]] = {}
         if stores.podman:
@@ -62,4 +75,47 @@ def _main(rounds: int) -> bool:
         checks = [Check("kvm from a template, ms", template, WHOLE_MS)]
         if stores.podman:
             checks.append(Check("kvm from a template, of podman's time", template / samples[0].median, OF_PODMAN))
-        return report("run --rm busybox true", [*samples, *cold], checks)
+        kept = report("run --rm busybox true", [*samples, *cold], checks)
+        os.environ |= warm
+        return _bench_restore(f"{stores.directory}/nagaya", rounds) and kept
+
+
+def _bench_restore(root: str, rounds: int) -> bool:
+    host = Host(root=root)
+    times = []
+    KvmEngine().preload()
+    for _ in range(rounds):
+        machine = host.machines.create(CreateOptions(image="busybox", type="kvm", network="none", command=("true",)))
+        with ExitStack() as stack:
+            runtime = stack.enter_context(tempfile.TemporaryDirectory())
+            disks = rootfs.plan_disks(machine.directory, machine.spec)
+            network = NetworkPlan("none")
+            etc = write_etc(f"{machine.directory}/etc", machine.spec, network)
+            began_s = _restore(BootRequest(machine.spec, disks, (), network, etc, runtime), stack)
+            times.append((time.perf_counter() - began_s) * 1e3)
+        machine.remove(force=True)
+    sample = Sample("restore, from the VMM's fork to the agent's answer", tuple(times))
+    return report("a machine from a template", [sample], [Check("restore, ms", sample.median, RESTORE_MS)])
+
+
+def _restore(request: BootRequest, stack: ExitStack) -> float:
+    """When its VMM was forked."""
+    forks = []
+    fork = os.fork
+
+    def watched() -> int:
+        forks.append(time.perf_counter())
+        return fork()
+
+    os.fork = watched
+    try:
+        booted = KvmEngine().boot(request, stack)
+    finally:
+        os.fork = fork
+    assert booted.origin == TEMPLATE
+    os.set_blocking(booted.agent, True)
+    os.write(booted.agent, encode(SETUP, 0, booted.setup))
+    decoder, frames = Decoder(), 0
+    while frames < 2:  # HELLO, READY
+        frames += len(decoder.feed(os.read(booted.agent, 65536)))
+    return forks[-1]
