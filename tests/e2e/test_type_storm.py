@@ -157,7 +157,7 @@ class Storm:
 
     def _is_there(self, name: str) -> bool:
         ran = self.cli("inspect", "--type", "machine", name)
-        assert ran.code == 0 or "there is no machine" in ran.err, ran
+        assert ran.code == 0 or any(words in ran.err for words in ("there is no machine", "has been removed")), ran
         return ran.code == 0
 
     def _check(self, dice: random.Random, name: str) -> None:
