@@ -21,7 +21,7 @@ demo: .cache/packages-run $(VENV)/installed agent bytecode
 	@tools/demo
 
 test: .cache/packages-test $(VENV)/installed agent bytecode lint kernel
-	$(PY) -m pytest $(if $(CI),--require=all)
+	$(PY) -m pytest $(if $(CI),--require=all --durations=40)
 
 # What a developer runs by habit: under a minute.
 check: .cache/packages-run $(VENV)/installed agent lint unit
