@@ -16,10 +16,10 @@ import pytest
 
 from nagaya.migration import frames
 from tests.conformance.types import find_obstacle
-from tests.conftest import remove_all
 from tests.e2e.command import Cli, Ran
 from tests.e2e.processes import below, supervisors
 from tests.e2e.test_lifecycle import wait_for
+from tests.e2e.two_stores import Two, open_two
 
 KILLS = int(os.environ.get("NAGAYA_MIGRATION_KILLS", "3"))
 SEED = int(os.environ.get("NAGAYA_MIGRATION_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
@@ -37,52 +37,13 @@ CHECK = (
 pytestmark = pytest.mark.timeout(400)
 
 
-class Two:
-    """Two stores, each in a network namespace of its own, and a socket between them."""
-
-    def __init__(self, here: Cli, there: Cli, socket: str) -> None:
-        self.here, self.there, self.socket = here, there, socket
-        self.to = f"unix:{socket}"
-
-    def listen(self, *flags: str, to: Cli | None = None) -> subprocess.Popen[bytes]:
-        if os.path.exists(self.socket):
-            os.unlink(self.socket)
-        receiver = (to or self.there).popen("migrate", "receive", *flags, self.to)
-        wait_for(lambda: os.path.exists(self.socket))
-        return receiver
-
-    def states(self, name: str) -> list[str]:
-        """What the machine is on each side; "" = it is not there."""
-        return [
-            next((one["state"] for one in side.machines() if one["name"] == name), "")
-            for side in (self.here, self.there)
-        ]
-
-
 @pytest.fixture
 def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Two]:
     obstacle = find_obstacle("kvm")
     if obstacle:
         pytest.skip(f"needs kvm: {obstacle}")
-    place = tmp_path_factory.mktemp("two")
-    spaces = [f"ngymig{os.getpid()}{letter}" for letter in "ab"]
-    sides = []
-    try:
-        for space in spaces:
-            subprocess.run(["ip", "netns", "add", space], check=True)
-            subprocess.run(["ip", "-n", space, "link", "set", "lo", "up"], check=True)
-            root = place / space
-            root.mkdir()
-            subprocess.run(["cp", "-a", f"{busybox_root}/images", str(root)], check=True)
-            sides.append(Cli(str(root), prefix=("nsenter", f"--net=/run/netns/{space}")))
-            sides[-1].ok("network", "create", "--subnet", "172.31.77.0/24", "--subnet", "fd6e:77::/64", "house")
-        yield Two(sides[0], sides[1], str(place / "s"))
-        for side in sides:
-            remove_all(side)
-            side.ok("network", "rm", "house")
-    finally:
-        for space in spaces:
-            subprocess.run(["ip", "netns", "del", space], check=False)
+    with open_two(tmp_path_factory.mktemp("two"), f"{busybox_root}/images") as made:
+        yield made
 
 
 def start(side: Cli, *program: str, flags: tuple[str, ...] = ("--network", "none")) -> str:
