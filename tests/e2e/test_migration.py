@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.migration import frames
 from tests.conformance.types import find_obstacle
 from tests.e2e.command import Cli, Ran
 from tests.e2e.processes import below, supervisors
@@ -33,6 +32,8 @@ CHECK = (
     'for f in /w/f?; do cat $f > /dev/shm/c; [ "$(tail -n +2 /dev/shm/c | md5sum)" = "$(head -n 1 /dev/shm/c)" ] || echo bad $f; done;'
     " cat /dev/shm/n"
 )
+
+RELAY = str(Path(__file__).with_name("relay.py"))
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -213,57 +214,71 @@ def settle(two: Two, here: Cli, there: Cli) -> None:
         time.sleep(0.3)
 
 
-# Hands frames on to the socket argv[1], and back; of the type argv[2] none, and with argv[3] nothing back from then on.
-RELAY = """
-import os, socket, sys, threading
-from nagaya.migration import frames
-far = socket.socket(socket.AF_UNIX)
-far.connect(sys.argv[1])
-cut = threading.Event()
-def back():
-    while (data := far.recv(1 << 16)) and not cut.is_set():
-        os.write(1, data)
-    os._exit(0)
-threading.Thread(target=back, daemon=True).start()
-def take(count):
-    data = b""
-    while len(data) < count:
-        part = os.read(0, count - len(data))
-        if not part:
-            os._exit(0)
-        data += part
-    return data
-far.sendall(take(frames.PREFACE_BYTES))
-while True:
-    header = take(frames.HEADER.size)
-    payload = take(frames.parse_header(header)[1])
-    if header[0] == int(sys.argv[2]):
-        cut.set()
-        if sys.argv[3] == "drop":
-            os._exit(0)
-        far.sendall(header + payload)
-        os.close(1)
-        os.read(0, 1)
-        os._exit(0)
-    far.sendall(header + payload)
-"""
+FAST = (
+    "head -c 8m /dev/urandom > /dev/shm/kept; md5sum /dev/shm/kept > /dev/shm/sum; "
+    "while :; do for i in $(seq 16); do cat /bin/busybox > /dev/shm/x$i; done; echo > /dev/shm/n; done"
+)
+SLOW_STREAM_BYTES_PER_S = 16 << 20
 
 
-def test_a_stream_that_breaks_at_the_last_step_is_asked_about(two: Two, tmp_path: Path) -> None:
+def send_slowly(two: Two, *flags: str) -> Ran:
+    """A machine that writes faster than that stream is."""
+    start(two.here, "sh", "-c", FAST)
+    wait_for(lambda: two.here("exec", "m", "ls", "/dev/shm/n").code == 0, 120)
+    receiver = two.listen()
+    relay = f"exec:{sys.executable} {RELAY} {two.socket} --rate {SLOW_STREAM_BYTES_PER_S}"
+    ran = two.here("migrate", "send", "--json", *flags, "m", "--to", relay, timeout_s=180)
+    assert finish(receiver)[0] == ran.code
+    return ran
+
+
+def goes_on(side: Cli) -> bool:
+    """It writes, and what it had written before is what it was."""
+    shell(side, "rm /dev/shm/n")
+    wait_for(lambda: side("exec", "m", "ls", "/dev/shm/n").code == 0, 60)
+    return side("exec", "m", "sh", "-c", "md5sum -s -c /dev/shm/sum").code == 0
+
+
+def test_one_that_writes_faster_than_the_stream_says_so_and_stays(two: Two) -> None:
+    ran = send_slowly(two)
+    assert ran.code == 1 and "does not converge" in ran.err and "--max-downtime" in ran.err, ran
+    assert "--post-copy" in ran.err
+    assert two.states("m") == ["running", ""]
+    assert os.listdir(f"{two.there.root}/machines") == os.listdir(f"{two.there.root}/names") == []
+    assert supervisors(two.there.root) == []
+    assert goes_on(two.here)
+
+
+def test_with_post_copy_it_runs_there_before_its_memory_is_there(two: Two) -> None:
+    ran = send_slowly(two, "--post-copy")
+    assert ran.code == 0, ran
+    moved = json.loads(ran.out.splitlines()[-1])
+    assert moved["post_copy"] and moved["downtime_ms"] > 0, moved
+    assert set(moved["downtime_steps_ms"]) == {"pause", "state", "rest", "adopt"}
+    print(f"stood for {moved['downtime_ms']} ms, {moved['rounds']} rounds, {moved['total_s']:.1f} s in all")
+    assert two.states("m") == ["", "running"]
+    assert goes_on(two.there)
+
+
+def break_at_commit(two: Two, order: str) -> str:
+    """Where to send a machine, so that the stream breaks at the last step: before it, or "p" behind it."""
+    return f"exec:{sys.executable} {RELAY} {two.socket} --at out:COMMIT --order {order}"
+
+
+def test_a_stream_that_breaks_at_the_last_step_is_asked_about(two: Two) -> None:
     start(two.here, "sleep", "600")
-    (tmp_path / "relay.py").write_text(RELAY)
     receiver = two.listen("--keep")
 
-    def send(how: str) -> Ran:
-        command = f"exec:{sys.executable} {tmp_path}/relay.py {two.socket} {frames.COMMIT} {how}"
+    def send(order: str) -> Ran:
+        command = break_at_commit(two, order)
         return two.here("migrate", "send", "m", "--to", command, "--max-downtime", "30000", timeout_s=120)
 
     try:
-        lost = send("drop")  # it was never heard: the target says so, and the machine goes on here
+        lost = send("b")  # it was never heard: the target says so, and the machine goes on here
         assert lost.code == 1, lost
         assert two.states("m") == ["running", ""]
         assert shell(two.here, "echo here") == "here\n"
-        unheard = send("pass")  # it was heard, and that was not: the target says so, and the machine is gone from here
+        unheard = send("p")  # it was heard, and that was not: the target says so, and the machine is gone from here
         assert unheard.code == 0, unheard
         assert two.states("m") == ["", "running"]
         assert shell(two.there, "echo there") == "there\n"
@@ -272,11 +287,10 @@ def test_a_stream_that_breaks_at_the_last_step_is_asked_about(two: Two, tmp_path
         receiver.communicate()
 
 
-def test_who_cannot_ask_says_where_it_is(two: Two, tmp_path: Path) -> None:
+def test_who_cannot_ask_says_where_it_is(two: Two) -> None:
     start(two.here, "sleep", "600")
-    (tmp_path / "relay.py").write_text(RELAY)
     receiver = two.listen()  # takes one machine, and ends
-    command = f"exec:{sys.executable} {tmp_path}/relay.py {two.socket} {frames.COMMIT} drop"
+    command = break_at_commit(two, "b")
     doubt = two.here("migrate", "send", "m", "--to", command, "--max-downtime", "30000", timeout_s=120)
     finish(receiver)
     assert doubt.code == 1 and "nagaya migrate resolve" in doubt.err, doubt

@@ -92,11 +92,12 @@ class Relay(threading.Thread):
     """Hands frames on from one side to the other, up to the first that `stop` is true of: there the stream breaks."""
 
     def __init__(
-        self, source: socket.socket, target: socket.socket, stop: Callable[[int], bool], *, round_s: float = 0
-    ) -> None:
-        """`round_s`: how long each round takes at least."""
+        self, source: socket.socket, target: socket.socket, stop: Callable[[int], bool], *, round_s: float = 0,
+        behind: int = -1,
+    ) -> None:  # fmt: skip
+        """`round_s`: how long each round takes at least. Behind a frame of the type `behind` the stream breaks too."""
         super().__init__(daemon=True)
-        self.source, self.target, self.stop, self.round_s = source, target, stop, round_s
+        self.source, self.target, self.stop, self.round_s, self.behind = source, target, stop, round_s, behind
         self.seen: list[int] = []
 
     def run(self) -> None:
@@ -109,6 +110,8 @@ class Relay(threading.Thread):
                 self.seen.append(type_)
                 time.sleep(self.round_s if type_ == frames.ROUND else 0)
                 self.target.sendall(header + payload)
+                if type_ == self.behind:
+                    break
         except OSError:
             pass  # the other direction was cut
         for end in (self.source, self.target):
@@ -132,7 +135,7 @@ class Move:
 
     def __init__(
         self, kernel: str, place: Path, *, stop_out: int = -1, stop_back: int = -1, terms: Terms | None = None,
-        answers: dict[str, dict[str, Any]] | None = None, round_s: float = 0,
+        answers: dict[str, dict[str, Any]] | None = None, round_s: float = 0, behind: int = -1,
     ) -> None:  # fmt: skip
         self.disks = place / "source", place / "target"
         self.disks[0].write_bytes(b"disk" * (DISK_BYTES // 8) + bytes(DISK_BYTES // 2))
@@ -147,7 +150,7 @@ class Move:
         self.target.make()
         (here, relay_here), (relay_there, there) = socket.socketpair(), socket.socketpair()
         self.relays = (
-            Relay(relay_here, relay_there, lambda type_: type_ == stop_out, round_s=round_s),
+            Relay(relay_here, relay_there, lambda type_: type_ == stop_out, round_s=round_s, behind=behind),
             Relay(relay_there, relay_here, lambda type_: type_ == stop_back),
         )
         self.here_supervisor, self.there_supervisor = Supervisor(answers), Supervisor(answers)
@@ -168,13 +171,11 @@ class Move:
 
     def arrive(self) -> None:
         fd = self.there.fileno()
-        userfault_fd = open_userfaultfd()
+        incoming = Incoming(fd, fd, self.there_supervisor.report_fd, "{}")
         try:
-            arriving.arrive(self.target, Incoming(fd, fd, self.there_supervisor.report_fd, "{}"), userfault_fd)
+            arriving.arrive(self.target, incoming, open_userfaultfd())
         except NagayaError:
             return  # as the supervisor has heard
-        finally:
-            os.close(userfault_fd)
 
     def close(self) -> None:
         for relay in self.relays:
@@ -265,6 +266,18 @@ def test_a_stream_that_breaks_before_commit_is_heard_leaves_doubt_and_can_be_set
 def test_a_stream_that_breaks_behind_commit_leaves_it_there(kernel: str, tmp_path: Path) -> None:
     with Move(kernel, tmp_path, stop_back=frames.RUNNING) as move:
         assert move.here_supervisor.wait_for("gone", "stayed", "doubt")["what"] == "doubt"
+        wait_for(lambda: runs(move.target))
+        assert not runs(move.source)
+
+
+@pytest.mark.parametrize("post_copy", [False, True], ids=["", "post-copy"])
+def test_a_target_that_has_heard_commit_goes_on_when_it_cannot_say_so(
+    kernel: str, tmp_path: Path, post_copy: bool
+) -> None:
+    terms = EARLY if post_copy else None
+    with Move(kernel, tmp_path, behind=frames.COMMIT, terms=terms, round_s=0.1 if post_copy else 0) as move:
+        assert move.here_supervisor.wait_for("gone", "stayed", "doubt")["what"] == "doubt"
+        assert move.there_supervisor.wait_for("failed", "running")["what"] == "running"
         wait_for(lambda: runs(move.target))
         assert not runs(move.source)
 

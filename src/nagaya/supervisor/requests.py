@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from nagaya.engines.base import Stats
-from nagaya.errors import Conflict, NagayaError, RemoteError, Unsupported
+from nagaya.errors import Conflict, HostError, NagayaError, RemoteError, Unsupported
 from nagaya.model import state as phases
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Process
@@ -190,8 +190,10 @@ def _leave(machine: Supervisor, client: Client, request: dict[str, object]) -> N
             socket, max_downtime_ms=_number(request, "max_downtime_ms", 1, 1 << 30),
             post_copy=bool(request.get("post_copy")),
         )  # fmt: skip
-    except BaseException:
+    except BaseException as problem:
         machine.saving = None
+        if isinstance(problem, OSError):
+            raise HostError.from_os(problem, "cannot migrate the machine") from None
         raise
 
 

@@ -7,6 +7,7 @@ machine's own memory, disk and state.
 from __future__ import annotations
 
 import os
+import signal
 
 from nagaya.engines.base import Incoming
 from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
@@ -26,19 +27,23 @@ _COMMIT_WITHIN_S = 60.0
 _SILENCE_S = 60.0
 
 
-def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1) -> None:
+def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1, *, process: int = 0) -> None:
     """Fill the machine, which has been made bare, and start it when the source hands it over.
 
-    `userfault_fd` -1: its memory has to come first. When it raises, the machine must end: the source's goes on. The
-    supervisor hears it by way of `report_fd`.
+    `userfault_fd`, which becomes ours: -1 = its memory has to come first. When this raises, the machine must end: the
+    source's goes on. The supervisor hears it by way of `report_fd`. `process` is killed when the machine waits for memory
+    that will never come, and so cannot be told: the one that it has to itself.
     """
     report = Report(incoming.report_fd)
     try:
+        arriving = Arriving(machine, incoming, report, userfault_fd, process)
         try:
-            Arriving(machine, incoming, report, userfault_fd).run()
+            arriving.run()
         except (OSError, ValueError) as error:
             problem = HostError.from_os(error, "cannot receive the machine") if isinstance(error, OSError) else None
             raise problem or RemoteError(f"the machine in the stream makes no sense: {error}") from None
+        finally:
+            arriving.close()
     except NagayaError as problem:
         report.fail("failed", problem)
         raise
@@ -47,7 +52,7 @@ def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1) -> None
 class Arriving:
     """One machine that comes."""
 
-    def __init__(self, machine: Machine, incoming: Incoming, report: Report, userfault_fd: int) -> None:
+    def __init__(self, machine: Machine, incoming: Incoming, report: Report, userfault_fd: int, process: int) -> None:
         self._machine = machine
         self._report = report
         self._stream = Stream(incoming.read_fd, incoming.write_fd, alarm=incoming.report_fd, on_alarm=report.look)
@@ -55,6 +60,7 @@ class Arriving:
         self._disk_fd, self._disk_bytes = _find_disk(machine)
         self._unsynced = False
         self._userfault_fd = userfault_fd
+        self._process = process
         self._strange: list[tuple[int, int]] = []  # what the source has written since it sent it
 
     def run(self) -> None:
@@ -76,7 +82,10 @@ class Arriving:
         self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
         self._settle()
         self._machine.start()
-        self._stream.send_json(frames.RUNNING, {"running": True})
+        try:
+            self._stream.send_json(frames.RUNNING, {"running": True})
+        except RemoteError:
+            pass  # the machine is ours all the same: the source is gone, or will ask
         self._report.tell("running")
 
     def _start_pager(self) -> Pager:
@@ -86,9 +95,22 @@ class Arriving:
                 finding="userfaultfd: this user may not use it",
             )  # fmt: skip
         self._machine.memory.keep_from_children()
-        pager = Pager(self._userfault_fd, self._machine.memory, merge_runs(self._strange), self._stream)
+        pager = Pager(
+            self._userfault_fd, self._machine.memory, merge_runs(self._strange), self._stream, on_lost=self._lost
+        )
         pager.start()
+        self._userfault_fd = -1
         return pager
+
+    def _lost(self, problem: NagayaError) -> None:
+        """In the pager: no thread of the machine's process can be relied on to say it, or to end."""
+        self._report.fail("failed", problem)
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
+
+    def close(self) -> None:
+        if self._userfault_fd >= 0:
+            os.close(self._userfault_fd)
 
     def _run_early(self, pager: Pager, state: dict[str, Any]) -> None:
         """Run before the memory is there; when it is, and only then, the machine is ours. The stream is the pager's."""

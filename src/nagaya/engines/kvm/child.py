@@ -78,7 +78,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         if plan.incoming is not None:
             from nagaya.engines.kvm.arriving import arrive  # lazy: migrations alone
 
-            arrive(machine, plan.incoming, userfault_fd)
+            arrive(machine, plan.incoming, userfault_fd, process=os.getpid())
         ending = machine.wait()
         while plan.reboots and ending is not None and ending.kind == "reset":
             machine.reset()

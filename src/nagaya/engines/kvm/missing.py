@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from nagaya.errors import NagayaError, RemoteError
+from nagaya.errors import HostError, NagayaError, RemoteError
 from nagaya.kernel import userfaultfd
 from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
 from nagaya.memory import PAGE_BYTES, GuestMemory
@@ -84,9 +84,16 @@ def skip_wanted(stream: Stream) -> None:
 class Pager:
     """The process that brings a machine's pages. `start` it before anything looks at the memory; it dies with ours."""
 
-    def __init__(self, userfault_fd: int, memory: GuestMemory, runs: list[tuple[int, int]], stream: Stream) -> None:
-        """Of `runs`, what the memory has is forgotten. Raises `OSError`."""
+    def __init__(
+        self, userfault_fd: int, memory: GuestMemory, runs: list[tuple[int, int]], stream: Stream, *,
+        on_lost: Callable[[NagayaError], None],
+    ) -> None:  # fmt: skip
+        """Of `runs`, what the memory has is forgotten. Raises `OSError`.
+
+        `on_lost` is called in that process, when the pages will never come: whoever waits for one may be holding all else.
+        """
         self._fd = userfault_fd
+        self._on_lost = on_lost
         self._base = memory.regions[0].hva
         self._size_bytes = memory.size_bytes
         self._stream = Stream(stream.read_fd, stream.write_fd)  # without the alarm, which stays our process's
@@ -98,20 +105,26 @@ class Pager:
         self._reads, self._writes = os.pipe(), os.pipe()
 
     def start(self) -> None:
-        """Fork. From here on the stream is the process's. Raises `OSError`."""
+        """Fork. From here on the stream is the process's, and the descriptor: were it open here too, whoever waits for a page
+        of a process that was killed would wait for ever. Raises `OSError`.
+        """
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
             self._run(parent)
+        os.close(self._fd)
         os.close(self._reads[1])
         os.close(self._writes[0])
 
     def tell(self, what: bytes) -> None:
-        """RAN: that the machine runs; DONE: that it is ours. Raises `OSError` when the process is gone."""
-        os.write(self._writes[1], what)
+        """RAN: that the machine runs; DONE: that it is ours. A process that is gone is not told: `wait` says so."""
+        try:
+            os.write(self._writes[1], what)
+        except BrokenPipeError:
+            return
 
     def finish(self) -> None:
-        """Let it say that the machine runs, and end. Raises `OSError`."""
+        """Let it say that the machine runs, and end. Should it be gone, the source asks."""
         self.tell(DONE)
         self._close()
 
@@ -135,14 +148,20 @@ class Pager:
                 os._exit(1)
             os.close(self._reads[0])
             os.close(self._writes[1])
-            self._bring_all()
-            self._stream.send_json(frames.READY, {"ready": True})
-            self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
-            os.write(self._reads[1], COMMITTED)
-            if os.read(self._writes[0], 1) == DONE:
-                self._stream.send_json(frames.RUNNING, {"running": True})
-        except NagayaError as problem:
-            print(f"the machine's memory does not come: {problem.message}", file=sys.stderr)
+            try:
+                self._bring_all()
+                self._stream.send_json(frames.READY, {"ready": True})
+                self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
+            except NagayaError as problem:
+                self._on_lost(problem)
+            except OSError as problem:
+                self._on_lost(HostError.from_os(problem, "cannot bring the machine's memory"))
+            else:
+                os.write(self._reads[1], COMMITTED)
+                if os.read(self._writes[0], 1) == DONE:
+                    self._stream.send_json(frames.RUNNING, {"running": True})
+        except NagayaError:
+            pass  # it cannot be said that the machine runs: the source asks
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:

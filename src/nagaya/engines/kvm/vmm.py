@@ -134,7 +134,10 @@ class Vmm:
             left_s = deadline_s - time.monotonic()
             if not poll.poll(max(0.0, left_s) * 1000):
                 raise RemoteError(f"the machine's VMM did not answer within {within_s:.0f} s")
-            data = os.read(self._control, 1 << 16)
+            try:
+                data = os.read(self._control, 1 << 16)
+            except ConnectionResetError:  # it was killed before it had read what it was asked
+                data = b""
             if not data:
                 raise RemoteError("the machine's VMM has ended")
             self._unread += data
