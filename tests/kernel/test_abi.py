@@ -18,6 +18,7 @@ from nagaya.kernel import (
     files,
     inotify,
     kvm,
+    kvm_state,
     libc,
     mount,
     namespaces,
@@ -82,6 +83,7 @@ RENAMED: dict[ModuleType, dict[str, str]] = {
     inotify: {},
     tun: {},
     kvm: {"API_VERSION": "KVM_API_VERSION"},
+    kvm_state: {},
     threads: {"INTERRUPT": "SIGRTMIN + 4"},
     files: {},
     userfaultfd: {},
@@ -157,10 +159,15 @@ def ours() -> dict[str, int]:
 
 
 def kvm_layouts() -> dict[str, int]:
-    """C expression -> our value, for every structure of `nagaya.kernel.kvm`."""
+    """C expression -> our value, for every structure of `nagaya.kernel.kvm` and `kvm_state`."""
     found: dict[str, int] = {}
-    for name, structure in vars(kvm).items():
-        if not name.startswith("kvm_") or not issubclass(structure, ctypes.Structure) or structure in _RUN_MEMBERS:
+    for name, structure in (vars(kvm) | vars(kvm_state)).items():
+        if (
+            not name.startswith("kvm_")
+            or not isinstance(structure, type)
+            or not issubclass(structure, ctypes.Structure)
+            or structure in _RUN_MEMBERS
+        ):
             continue
         # `kvm_run` is cut off after what x86 has in its last union.
         if structure is not kvm.kvm_run:

@@ -25,19 +25,19 @@ def _request(direction: int, number: int, size: int) -> int:
     return direction << 30 | size << 16 | _KVMIO << 8 | number
 
 
-def _io(number: int) -> int:
+def io(number: int) -> int:
     return _request(_NONE, number, 0)
 
 
-def _ior(number: int, kind: type[ctypes._CData]) -> int:
+def ior(number: int, kind: type[ctypes._CData]) -> int:
     return _request(_READ, number, sizeof(kind))
 
 
-def _iow(number: int, kind: type[ctypes._CData]) -> int:
+def iow(number: int, kind: type[ctypes._CData]) -> int:
     return _request(_WRITE, number, sizeof(kind))
 
 
-def _iowr(number: int, kind: type[ctypes._CData]) -> int:
+def iowr(number: int, kind: type[ctypes._CData]) -> int:
     return _request(_READ | _WRITE, number, sizeof(kind))
 
 
@@ -95,12 +95,6 @@ class kvm_msrs(Structure):
     _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
 
 
-class kvm_msr_list(Structure):
-    """The head; `nmsrs` 32-bit indices follow it."""
-
-    _fields_ = [("nmsrs", c_uint32)]
-
-
 class kvm_cpuid_entry2(Structure):
     _fields_ = [
         ("function", c_uint32), ("index", c_uint32), ("flags", c_uint32), ("eax", c_uint32), ("ebx", c_uint32),
@@ -137,51 +131,6 @@ class kvm_ioeventfd(Structure):
 
 class kvm_pit_config(Structure):
     _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
-
-
-class kvm_pit_channel_state(Structure):
-    _fields_ = [
-        ("count", c_uint32), ("latched_count", c_uint16), ("count_latched", c_uint8), ("status_latched", c_uint8),
-        ("status", c_uint8), ("read_state", c_uint8), ("write_state", c_uint8), ("write_latch", c_uint8),
-        ("rw_mode", c_uint8), ("mode", c_uint8), ("bcd", c_uint8), ("gate", c_uint8), ("count_load_time", ctypes.c_int64),
-    ]  # fmt: skip
-
-
-class kvm_pit_state2(Structure):
-    _fields_ = [("channels", kvm_pit_channel_state * 3), ("flags", c_uint32), ("reserved", c_uint32 * 9)]
-
-
-class kvm_clock_data(Structure):
-    _fields_ = [
-        ("clock", c_uint64), ("flags", c_uint32), ("pad0", c_uint32), ("realtime", c_uint64), ("host_tsc", c_uint64),
-        ("pad", c_uint32 * 4),
-    ]  # fmt: skip
-
-
-class kvm_mp_state(Structure):
-    _fields_ = [("mp_state", c_uint32)]
-
-
-class kvm_lapic_state(Structure):
-    _fields_ = [("regs", c_char * 0x400)]
-
-
-class kvm_xsave(Structure):
-    _fields_ = [("region", c_uint32 * 1024)]
-
-
-class kvm_xcr(Structure):
-    _fields_ = [("xcr", c_uint32), ("reserved", c_uint32), ("value", c_uint64)]
-
-
-class kvm_xcrs(Structure):
-    _fields_ = [("nr_xcrs", c_uint32), ("flags", c_uint32), ("xcrs", kvm_xcr * 16), ("padding", c_uint64 * 16)]
-
-
-class kvm_debugregs(Structure):
-    _fields_ = [
-        ("db", c_uint64 * 4), ("dr6", c_uint64), ("dr7", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 9),
-    ]  # fmt: skip
 
 
 class kvm_translation(Structure):
@@ -271,54 +220,39 @@ class kvm_run(Structure):
 
 API_VERSION = 12
 
-KVM_GET_API_VERSION = _io(0x00)
-KVM_CREATE_VM = _io(0x01)
-KVM_GET_MSR_INDEX_LIST = _iowr(0x02, kvm_msr_list)
-KVM_CHECK_EXTENSION = _io(0x03)
-KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
-KVM_GET_SUPPORTED_CPUID = _iowr(0x05, kvm_cpuid2)
-KVM_CREATE_VCPU = _io(0x41)
-KVM_GET_DIRTY_LOG = _iow(0x42, kvm_dirty_log)
-KVM_SET_USER_MEMORY_REGION = _iow(0x46, kvm_userspace_memory_region)
-KVM_SET_TSS_ADDR = _io(0x47)
-KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, c_uint64)
-KVM_CREATE_IRQCHIP = _io(0x60)
-KVM_IRQ_LINE = _iow(0x61, kvm_irq_level)
-KVM_GET_IRQCHIP = _iowr(0x62, kvm_irqchip)
-KVM_SET_IRQCHIP = _ior(0x63, kvm_irqchip)
+KVM_GET_API_VERSION = io(0x00)
+KVM_CREATE_VM = io(0x01)
+KVM_CHECK_EXTENSION = io(0x03)
+KVM_GET_VCPU_MMAP_SIZE = io(0x04)
+KVM_GET_SUPPORTED_CPUID = iowr(0x05, kvm_cpuid2)
+KVM_CREATE_VCPU = io(0x41)
+KVM_GET_DIRTY_LOG = iow(0x42, kvm_dirty_log)
+KVM_SET_USER_MEMORY_REGION = iow(0x46, kvm_userspace_memory_region)
+KVM_SET_TSS_ADDR = io(0x47)
+KVM_SET_IDENTITY_MAP_ADDR = iow(0x48, c_uint64)
+KVM_CREATE_IRQCHIP = io(0x60)
+KVM_IRQ_LINE = iow(0x61, kvm_irq_level)
+KVM_GET_IRQCHIP = iowr(0x62, kvm_irqchip)
+KVM_SET_IRQCHIP = ior(0x63, kvm_irqchip)
 """The header says _IOR where data goes in: so the number has the read bit."""
-KVM_IRQFD = _iow(0x76, kvm_irqfd)
-KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
-KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
-KVM_SET_CLOCK = _iow(0x7B, kvm_clock_data)
-KVM_GET_CLOCK = _ior(0x7C, kvm_clock_data)
-KVM_RUN = _io(0x80)
-KVM_GET_REGS = _ior(0x81, kvm_regs)
-KVM_SET_REGS = _iow(0x82, kvm_regs)
-KVM_GET_SREGS = _ior(0x83, kvm_sregs)
-KVM_SET_SREGS = _iow(0x84, kvm_sregs)
-KVM_TRANSLATE = _iowr(0x85, kvm_translation)
-KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
-KVM_SET_MSRS = _iow(0x89, kvm_msrs)
-KVM_GET_LAPIC = _ior(0x8E, kvm_lapic_state)
-KVM_SET_LAPIC = _iow(0x8F, kvm_lapic_state)
-KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
-KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
-KVM_SET_MP_STATE = _iow(0x99, kvm_mp_state)
-KVM_GET_PIT2 = _ior(0x9F, kvm_pit_state2)
-KVM_GET_VCPU_EVENTS = _ior(0x9F, kvm_vcpu_events)
-KVM_SET_PIT2 = _iow(0xA0, kvm_pit_state2)
-KVM_SET_VCPU_EVENTS = _iow(0xA0, kvm_vcpu_events)
-KVM_GET_DEBUGREGS = _ior(0xA1, kvm_debugregs)
-KVM_SET_DEBUGREGS = _iow(0xA2, kvm_debugregs)
-KVM_GET_TSC_KHZ = _io(0xA3)
-KVM_ENABLE_CAP = _iow(0xA3, kvm_enable_cap)
-KVM_GET_XSAVE = _ior(0xA4, kvm_xsave)
-KVM_SET_XSAVE = _iow(0xA5, kvm_xsave)
-KVM_GET_XCRS = _ior(0xA6, kvm_xcrs)
-KVM_SET_XCRS = _iow(0xA7, kvm_xcrs)
-KVM_X86_SET_MSR_FILTER = _iow(0xC6, kvm_msr_filter)
-KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_IRQFD = iow(0x76, kvm_irqfd)
+KVM_CREATE_PIT2 = iow(0x77, kvm_pit_config)
+KVM_IOEVENTFD = iow(0x79, kvm_ioeventfd)
+KVM_RUN = io(0x80)
+KVM_GET_REGS = ior(0x81, kvm_regs)
+KVM_SET_REGS = iow(0x82, kvm_regs)
+KVM_GET_SREGS = ior(0x83, kvm_sregs)
+KVM_SET_SREGS = iow(0x84, kvm_sregs)
+KVM_TRANSLATE = iowr(0x85, kvm_translation)
+KVM_GET_MSRS = iowr(0x88, kvm_msrs)
+KVM_SET_MSRS = iow(0x89, kvm_msrs)
+KVM_SET_CPUID2 = iow(0x90, kvm_cpuid2)
+KVM_GET_VCPU_EVENTS = ior(0x9F, kvm_vcpu_events)
+KVM_SET_VCPU_EVENTS = iow(0xA0, kvm_vcpu_events)
+KVM_GET_TSC_KHZ = io(0xA3)
+KVM_ENABLE_CAP = iow(0xA3, kvm_enable_cap)
+KVM_X86_SET_MSR_FILTER = iow(0xC6, kvm_msr_filter)
+KVM_KVMCLOCK_CTRL = io(0xAD)
 
 KVM_MEM_LOG_DIRTY_PAGES = 1
 KVM_CAP_NR_VCPUS = 9
@@ -356,9 +290,6 @@ KVM_MSR_EXIT_REASON_FILTER = 4
 KVM_MSR_FILTER_WRITE = 2
 KVM_SYNC_X86_REGS = 1
 KVM_SYNC_X86_SREGS = 2
-KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_UNINITIALIZED = 1
-KVM_MP_STATE_HALTED = 3
 
 
 def ioctl(call: str, fd: int, request: int, argument: int | Structure | ctypes.Array[c_char] | c_uint64 = 0) -> int:

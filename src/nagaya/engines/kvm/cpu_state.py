@@ -11,7 +11,7 @@ import ctypes
 from nagaya.engines.kvm.vcpu import MSR_TSC, MSR_TSC_DEADLINE, Vcpu
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import Unsupported
-from nagaya.kernel import kvm
+from nagaya.kernel import kvm, kvm_state
 from nagaya.static import Any
 
 _CHIPS = (0, 1, 2)  # the two PICs, the I/O APIC
@@ -23,14 +23,14 @@ def save_vcpu(vcpu: Vcpu, indices: tuple[int, ...], *, local_apic: bool) -> dict
 
     `indices` are the MSRs that this KVM knows (`msr_indices`).
     """
-    state = {"mp_state": _get(vcpu.fd, "KVM_GET_MP_STATE", kvm.kvm_mp_state())} if local_apic else {}
+    state = {"mp_state": _get(vcpu.fd, "KVM_GET_MP_STATE", kvm_state.kvm_mp_state())} if local_apic else {}
     state["regs"] = _get(vcpu.fd, "KVM_GET_REGS", kvm.kvm_regs())
     state["sregs"] = _get(vcpu.fd, "KVM_GET_SREGS", kvm.kvm_sregs())
-    state["xsave"] = _get(vcpu.fd, "KVM_GET_XSAVE", kvm.kvm_xsave())
-    state["xcrs"] = _get(vcpu.fd, "KVM_GET_XCRS", kvm.kvm_xcrs())
-    state["debugregs"] = _get(vcpu.fd, "KVM_GET_DEBUGREGS", kvm.kvm_debugregs())
+    state["xsave"] = _get(vcpu.fd, "KVM_GET_XSAVE", kvm_state.kvm_xsave())
+    state["xcrs"] = _get(vcpu.fd, "KVM_GET_XCRS", kvm_state.kvm_xcrs())
+    state["debugregs"] = _get(vcpu.fd, "KVM_GET_DEBUGREGS", kvm_state.kvm_debugregs())
     if local_apic:
-        state["lapic"] = _get(vcpu.fd, "KVM_GET_LAPIC", kvm.kvm_lapic_state())
+        state["lapic"] = _get(vcpu.fd, "KVM_GET_LAPIC", kvm_state.kvm_lapic_state())
     state["msrs"] = _read_msrs(vcpu.fd, indices)
     state["events"] = _get(vcpu.fd, "KVM_GET_VCPU_EVENTS", kvm.kvm_vcpu_events())
     return state
@@ -39,14 +39,14 @@ def save_vcpu(vcpu: Vcpu, indices: tuple[int, ...], *, local_apic: bool) -> dict
 def restore_vcpu(vcpu: Vcpu, state: dict[str, Any]) -> None:
     """Give a vCPU, which has its CPUID and has not run, what `save_vcpu` read. Raises `OSError`, `Unsupported`."""
     if "mp_state" in state:
-        _set(vcpu.fd, "KVM_SET_MP_STATE", kvm.kvm_mp_state, state["mp_state"])
+        _set(vcpu.fd, "KVM_SET_MP_STATE", kvm_state.kvm_mp_state, state["mp_state"])
     _set(vcpu.fd, "KVM_SET_REGS", kvm.kvm_regs, state["regs"])
     _set(vcpu.fd, "KVM_SET_SREGS", kvm.kvm_sregs, state["sregs"])
-    _set(vcpu.fd, "KVM_SET_XSAVE", kvm.kvm_xsave, state["xsave"])
-    _set(vcpu.fd, "KVM_SET_XCRS", kvm.kvm_xcrs, state["xcrs"])
-    _set(vcpu.fd, "KVM_SET_DEBUGREGS", kvm.kvm_debugregs, state["debugregs"])
+    _set(vcpu.fd, "KVM_SET_XSAVE", kvm_state.kvm_xsave, state["xsave"])
+    _set(vcpu.fd, "KVM_SET_XCRS", kvm_state.kvm_xcrs, state["xcrs"])
+    _set(vcpu.fd, "KVM_SET_DEBUGREGS", kvm_state.kvm_debugregs, state["debugregs"])
     if "lapic" in state:
-        _set(vcpu.fd, "KVM_SET_LAPIC", kvm.kvm_lapic_state, state["lapic"])
+        _set(vcpu.fd, "KVM_SET_LAPIC", kvm_state.kvm_lapic_state, state["lapic"])
     _write_msrs(vcpu, bytes.fromhex(state["msrs"]))
     _set(vcpu.fd, "KVM_SET_VCPU_EVENTS", kvm.kvm_vcpu_events, state["events"])
 
@@ -57,9 +57,9 @@ def save_vm(vm: Vm, *, interrupts: bool, timer: bool) -> dict[str, Any]:
     if interrupts:
         state["chips"] = [_get(vm.fd, "KVM_GET_IRQCHIP", kvm.kvm_irqchip(chip_id=number)) for number in _CHIPS]
     if timer:
-        state["pit"] = _get(vm.fd, "KVM_GET_PIT2", kvm.kvm_pit_state2())
-    clock = kvm.kvm_clock_data()
-    kvm.ioctl("KVM_GET_CLOCK", vm.fd, kvm.KVM_GET_CLOCK, clock)
+        state["pit"] = _get(vm.fd, "KVM_GET_PIT2", kvm_state.kvm_pit_state2())
+    clock = kvm_state.kvm_clock_data()
+    kvm.ioctl("KVM_GET_CLOCK", vm.fd, kvm_state.KVM_GET_CLOCK, clock)
     state["clock"] = clock.clock
     return state
 
@@ -69,9 +69,9 @@ def restore_vm(vm: Vm, state: dict[str, Any]) -> None:
     for chip in state.get("chips", ()):
         _set(vm.fd, "KVM_SET_IRQCHIP", kvm.kvm_irqchip, chip)
     if "pit" in state:
-        _set(vm.fd, "KVM_SET_PIT2", kvm.kvm_pit_state2, state["pit"])
-    clock = kvm.kvm_clock_data(clock=state["clock"])
-    kvm.ioctl("KVM_SET_CLOCK", vm.fd, kvm.KVM_SET_CLOCK, clock)
+        _set(vm.fd, "KVM_SET_PIT2", kvm_state.kvm_pit_state2, state["pit"])
+    clock = kvm_state.kvm_clock_data(clock=state["clock"])
+    kvm.ioctl("KVM_SET_CLOCK", vm.fd, kvm_state.KVM_SET_CLOCK, clock)
 
 
 def msr_indices(vm: Vm) -> tuple[int, ...]:
@@ -79,14 +79,14 @@ def msr_indices(vm: Vm) -> tuple[int, ...]:
     room = 512
     head, entries = _with_indices(room)
     head.nmsrs = room
-    kvm.ioctl("KVM_GET_MSR_INDEX_LIST", vm.kvm_fd, kvm.KVM_GET_MSR_INDEX_LIST, head)
+    kvm.ioctl("KVM_GET_MSR_INDEX_LIST", vm.kvm_fd, kvm_state.KVM_GET_MSR_INDEX_LIST, head)
     return tuple(entries[: head.nmsrs])
 
 
 def _with_indices(count: int) -> tuple[Any, Any]:
-    size = ctypes.sizeof(kvm.kvm_msr_list)
+    size = ctypes.sizeof(kvm_state.kvm_msr_list)
     buffer = ctypes.create_string_buffer(size + 4 * count)
-    return kvm.kvm_msr_list.from_buffer(buffer), (ctypes.c_uint32 * count).from_buffer(buffer, size)
+    return kvm_state.kvm_msr_list.from_buffer(buffer), (ctypes.c_uint32 * count).from_buffer(buffer, size)
 
 
 def _read_msrs(fd: int, indices: tuple[int, ...]) -> str:
@@ -138,9 +138,14 @@ def _accept(vcpu: Vcpu, entry: Any) -> None:
 
 
 def _get(fd: int, call: str, structure: ctypes.Structure) -> str:
-    kvm.ioctl(call, fd, getattr(kvm, call), structure)
+    kvm.ioctl(call, fd, _request(call), structure)
     return bytes(structure).hex()
 
 
 def _set(fd: int, call: str, kind: type[ctypes.Structure], saved: str) -> None:
-    kvm.ioctl(call, fd, getattr(kvm, call), kind.from_buffer_copy(bytes.fromhex(saved)))
+    kvm.ioctl(call, fd, _request(call), kind.from_buffer_copy(bytes.fromhex(saved)))
+
+
+def _request(call: str) -> int:
+    number: int = getattr(kvm_state if hasattr(kvm_state, call) else kvm, call)
+    return number

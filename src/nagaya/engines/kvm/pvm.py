@@ -293,10 +293,12 @@ class Pvm:
         data = _read(vcpu, self._memory, _address(vcpu, registers, instruction), 4)
         if len(data) < 4:
             return False
-        state = kvm.kvm_xsave()
-        kvm.ioctl("KVM_GET_XSAVE", vcpu.fd, kvm.KVM_GET_XSAVE, state)
+        from nagaya.kernel import kvm_state
+
+        state = kvm_state.kvm_xsave()
+        kvm.ioctl("KVM_GET_XSAVE", vcpu.fd, kvm_state.KVM_GET_XSAVE, state)
         state.region[6] = int.from_bytes(data, "little")  # MXCSR is at byte 24 of the FXSAVE area
-        kvm.ioctl("KVM_SET_XSAVE", vcpu.fd, kvm.KVM_SET_XSAVE, state)
+        kvm.ioctl("KVM_SET_XSAVE", vcpu.fd, kvm_state.KVM_SET_XSAVE, state)
         return _advance(vcpu, registers, instruction)
 
 
