@@ -223,3 +223,40 @@ def test_a_fork_that_is_killed_leaves_none_that_did_not_run(cli: Cli) -> None:
             if row["name"] != "m":
                 goes_on(cli, row["name"])  # what runs is whole
                 cli.ok("rm", "-f", row["name"])
+
+
+FILL = "head -c 1048576 /dev/urandom > /r; i=0; while [ $i -lt 40 ]; do cat /r; i=$((i+1)); done > /big; sync"
+WRITE = """
+i=0; mkdir -p /w
+while :; do
+  i=$((i+1)); head -c 262144 /dev/urandom > /w/data; { md5sum < /w/data; cat /w/data; } > /w/new; sync; mv /w/new /w/$((i%4)); sleep 0.02
+done
+"""
+CHECK = 'for f in /w/?; do cp $f /c; [ "$(tail -c 262144 /c | md5sum)" = "$(head -n 1 /c)" ] || echo bad $f; done; md5sum /big'
+
+
+def test_a_full_disk_is_copied_before_the_machine_stands(store: Cli) -> None:
+    """40 MiB of it, while it is written to. Where blocks are shared nothing is copied, and the same is true."""
+    store.ok("run", "-d", "--network", "none", "--name", "m", "busybox", "sh", "-c", WRITE, timeout_s=PATIENCE_S)
+    try:
+        shell(store, "m", FILL)
+        sum_ = shell(store, "m", "md5sum /big")
+        assert (machine_dir(store, "m") / "data.img").stat().st_blocks * 512 > 40 << 20
+        taken = [create(store, f"s{number}") for number in range(2)]
+        print(
+            "paused for",
+            [one["paused_ms"] for one in taken],
+            "programs stood for",
+            [one["programs_stood_ms"] for one in taken],
+        )
+        assert min(one["paused_ms"] for one in taken) <= STANDS_MS, taken
+        killed = store.popen("snapshot", "create", "m", "gone", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.3)  # at the disk
+        killed.kill()
+        killed.wait(20)
+        for name, flags in (("s0", ()), ("s1", ()), ("s1", ("--no-memory",))):  # the second time from the disk alone
+            store.ok("snapshot", "restore", *flags, "m", name, timeout_s=PATIENCE_S)
+            wait_for(lambda: store("exec", "m", "ls", "/w/3").code == 0, PATIENCE_S)
+            assert shell(store, "m", CHECK) == sum_, name
+    finally:
+        remove_all(store)

@@ -117,7 +117,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "migrate", "oom", "offline", "init", "plug", "explain",
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "migrate", "oom", "offline", "init", "plug", "explain",
     # "power", "screen", "discs", "disks", "guest-agent"}.
     capabilities: frozenset[str]
 
@@ -214,6 +214,16 @@ class SavingBehind(Protocol):
 
     def fold_base(self, directory: str, target: str) -> None:
         """Write into the empty `target` what `directory` and its base are together, which takes its place."""
+
+
+class DiskLogging(Protocol):
+    """With the capability "disk-log": the data disk can be copied while the machine writes to it."""
+
+    def log_disk(self, on: bool) -> None:
+        """Begin to note where the data disk is written, or stop it."""
+
+    def take_disk_log(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of what has been written since the last time. Of a paused machine it is all that there will be."""
 
 
 class Migrating(Protocol):

@@ -110,7 +110,7 @@ def look_at_reflinks(root: str) -> Finding:
     while not os.path.isdir(place):
         place = os.path.dirname(place)
     kind, how = find_file_system(root, _read(MOUNTS)), "FICLONE on two files without names"
-    copies = "a snapshot copies what is on the disk, while the machine stands; XFS and Btrfs need not"
+    copies = "a snapshot copies what is on the disk, of type kvm before the machine stands, of others meanwhile; XFS and Btrfs need not"
     try:
         with _unnamed(place) as source, _unnamed(place) as target:
             source.write(b"x" * 4096)

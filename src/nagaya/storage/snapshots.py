@@ -222,6 +222,37 @@ def copy_quickly(machine_dir: str, place: str) -> bool:
     return True
 
 
+def is_copied_slowly(machine_dir: str, place: str) -> bool:
+    """Whether `copy_disks` would take a while for the data disk: more than a few blocks have to be copied. Raises `OSError`."""
+    try:
+        allocated = os.lstat(f"{machine_dir}/{DATA_DISK}").st_blocks * _SECTOR
+    except FileNotFoundError:
+        return False
+    return allocated > _QUICK_BYTES and not reflink.can_clone(place)
+
+
+def copy_again(machine_dir: str, place: str, runs: list[tuple[int, int]]) -> None:
+    """Bring a copy of the data disk, that `copy_disks` made earlier, up to date in `runs`, (offset, bytes). Raises `OSError`."""
+    read = os.open(f"{machine_dir}/{DATA_DISK}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        write = os.open(f"{place}/{DATA_DISK}", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            reflink.copy_again(read, write, runs)
+        finally:
+            os.close(write)
+    finally:
+        os.close(read)
+
+
+def sync_disk(place: str) -> None:
+    """Bring the copy of the data disk to the host's: whoever copies a little more then need not wait for all of it. Raises `OSError`."""
+    fd = os.open(f"{place}/{DATA_DISK}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
 def copy_file(source: str, target: str) -> None:
     """A regular file, its mode kept; nothing when it is not there. Raises `OSError`."""
     try:

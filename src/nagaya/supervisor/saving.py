@@ -1,23 +1,21 @@
-"""Taking a snapshot of a machine that runs: hold the agent, pause, save the memory, copy the disks, go on.
+"""Taking a snapshot of a machine that runs: hold the agent, pause, save the memory, copy the disks (copying.py), go on.
 
-The copying is a child's: the supervisor serves its clients meanwhile, whose requests to the agent wait. Where the engine can
+The supervisor serves its clients meanwhile, whose requests to the agent wait. Where the engine can
 write the memory behind the machine's back, that goes on when the machine does; the client is answered at its end.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 from nagaya.errors import Conflict, HostError, NagayaError, RemoteError
-from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
 from nagaya.model.state import PAUSED
 from nagaya.protocol import control
 from nagaya.protocol.setup import time_payload
-from nagaya.static import NoReturn
 from nagaya.storage import snapshots
 from nagaya.supervisor import resuming
+from nagaya.supervisor.copying import Disks
 from nagaya.supervisor.programs import Programs
 
 TYPE_CHECKING = False
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 HELD_WITHIN_S = 60.0  # the guest writes out what it has in memory first
 THAW_TRIES = 60
 THAW_AGAIN_S = 2.0
-_MOST_TEXT = 4096
 
 
 class Saving:
@@ -52,9 +49,12 @@ class Saving:
         self._stopped = False  # it was us who paused the machine
         self._held_at_ns = self._paused_at_ns = 0
         self._times = {"paused_ms": 0.0, "stood_ms": 0.0}
-        self._pid = 0
-        self._pidfd = self._said = -1
         self._over = False
+        self._disks = Disks(
+            machine.loop, os.path.dirname(os.path.dirname(place)), place,
+            log=machine.engine if "disk-log" in machine.engine.capabilities and not self._was_paused else None,  # type: ignore[arg-type]
+            on_failed=self._fail,
+        )  # fmt: skip
 
     def begin(self) -> None:
         """Raises `NagayaError` and `OSError`; nothing has happened then."""
@@ -68,6 +68,14 @@ class Saving:
                 self._thaw()
                 raise
             return
+        try:
+            self._disks.begin(self._hold)
+        except BaseException:
+            self._disks.close()
+            raise
+
+    def _hold(self) -> None:
+        machine = self._machine
         assert isinstance(machine.programs, Programs)
         self._held = True
         self._held_at_ns = time.monotonic_ns()
@@ -109,7 +117,7 @@ class Saving:
                 f"the machine's disk could not be frozen ({os.strerror(errno)}): what it has is that of a power cut"
             )
         try:
-            self._stop()
+            self._disks.catch_up(self._stop)
         except NagayaError as problem:
             self._fail(problem)
         except OSError as error:
@@ -128,7 +136,7 @@ class Saving:
                 self._save(f"{self._place}/{snapshots.MEMORY}")
                 if isinstance(machine.programs, Programs):  # whole machines have none
                     resuming.store(f"{self._place}/{snapshots.PROGRAMS}", machine.programs.save(machine.main))
-            self._copy()
+            self._disks.finish(self._copied)
         except BaseException:
             self._go_on()
             raise
@@ -140,29 +148,7 @@ class Saving:
         else:
             engine.save(directory)  # type: ignore[attr-defined]
 
-    def _copy(self) -> None:
-        machine_dir = os.path.dirname(os.path.dirname(self._place))
-        if snapshots.copy_quickly(machine_dir, self._place):
-            self._copied_well()
-            return
-        read, write = os.pipe2(os.O_CLOEXEC)
-        self._said = read
-        parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            _copy_disks(machine_dir, self._place, write, parent)
-        os.close(write)
-        self._pidfd = os.pidfd_open(self._pid)
-        self._machine.loop.watch(self._pidfd, self._copied)
-
-    def _copied(self, events: int) -> None:
-        complaint = self._reap()
-        if complaint:
-            self._fail(HostError(f"cannot copy the machine's disks: {complaint}"))
-            return
-        self._copied_well()
-
-    def _copied_well(self) -> None:
+    def _copied(self) -> None:
         self._go_on()
         if self._writing is not None:
             self._machine.loop.watch(self._writing.fd, self._written)
@@ -181,20 +167,6 @@ class Saving:
     def _succeed(self) -> None:
         self._end()
         self.client.finish(control.reply(**self._times, warnings=self._warnings))
-
-    def _reap(self) -> str:
-        """The child has ended, or is being killed: what it complained of."""
-        self._machine.loop.forget(self._pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        os.set_blocking(self._said, False)
-        try:
-            complaint = os.read(self._said, _MOST_TEXT).decode(errors="replace")
-        except BlockingIOError:
-            complaint = ""
-        os.close(self._said)
-        os.close(self._pidfd)
-        self._pid, self._pidfd, self._said = 0, -1, -1
-        return complaint or ("" if status == 0 else f"status {status}")
 
     def _go_on(self) -> None:
         """Let the machine run as it ran before, if it still is there."""
@@ -221,12 +193,6 @@ class Saving:
         if self._over:
             return
         self._end()
-        if self._pid:
-            try:
-                os.killpg(self._pid, signal.SIGKILL)  # with what it has executed
-            except ProcessLookupError:
-                os.kill(self._pid, signal.SIGKILL)  # it has no group of its own yet
-            self._reap()
         self._go_on()
 
     def stopped(self) -> None:
@@ -238,28 +204,8 @@ class Saving:
         self._over = True
         self._machine.cancel_timer("held")
         self._machine.saving = None
+        self._disks.close()
         if self._writing is not None:
             self._machine.loop.forget(self._writing.fd)
             self._writing.close()  # its writer ends, if it has not
             self._writing = None
-
-
-def _copy_disks(machine_dir: str, place: str, said: int, parent: int) -> NoReturn:
-    """In a child; never returns."""
-    status = 1
-    try:
-        os.setpgid(0, 0)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(status)
-        close_all_but((said,))
-        snapshots.copy_disks(machine_dir, place)
-        status = 0
-    except NagayaError as problem:
-        os.write(said, problem.message.encode(errors="replace")[:_MOST_TEXT])
-    except OSError as error:
-        os.write(said, f"{error.strerror or error}".encode(errors="replace")[:_MOST_TEXT])
-    except BaseException as error:
-        os.write(said, repr(error).encode(errors="replace")[:_MOST_TEXT])
-    finally:
-        os._exit(status)

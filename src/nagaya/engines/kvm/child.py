@@ -142,6 +142,10 @@ def _serve(machine: Machine, control: int) -> None:
                 from nagaya.engines.kvm import leaving  # lazy: migrations alone
 
                 leaving.start(machine, (fds[0], fds[1]), fds[2], leaving.Terms(**request["terms"]))
+            elif request["do"] == "log-disk":
+                machine.log_disk(request["disk"], request["on"])
+            elif request["do"] == "take-disk-log":
+                answer = {"runs": machine.take_disk_log(request["disk"])}
             else:
                 answer = _ANSWERS[request["do"]](machine)
             _send(control, {"done": answer})

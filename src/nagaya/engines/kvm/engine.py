@@ -53,7 +53,7 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "oom", "offline", "memory", "save-behind", "migrate"))
+    capabilities = frozenset(("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "migrate"))
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:
@@ -242,6 +242,14 @@ class KvmEngine:
             saved.fold_base(directory, target)
         except OSError as error:
             raise HostError.from_os(error, "cannot merge saved memory") from None
+
+    def log_disk(self, on: bool) -> None:
+        """See `DiskLogging.log_disk`."""
+        self._ask("log-disk", disk=DATA_SERIAL, on=on)
+
+    def take_disk_log(self) -> list[tuple[int, int]]:
+        """See `DiskLogging.take_disk_log`."""
+        return [(offset, size) for offset, size in self._ask("take-disk-log", disk=DATA_SERIAL)["runs"]]
 
     def describe(self) -> str:
         """See `Migrating.describe`."""

@@ -360,6 +360,30 @@ class Machine:
             parts.vm.log_writes(on)
             self._each_kernel_card(lambda card: card.log_writes(on))
 
+    def log_disk(self, name: str, on: bool) -> None:
+        """Log from here on what is written to the disk of that name, or stop it."""
+        writes = self._find_log(name)
+        if on:
+            writes.start()
+        else:
+            writes.stop()
+
+    def take_disk_log(self, name: str) -> list[tuple[int, int]]:
+        """(offset, bytes) of the disk that was written since the last time, by requests that have been answered."""
+        with self._control:
+            self._built()
+            release = self.hold_devices()
+            try:
+                return self._find_log(name).take()
+            finally:
+                release()
+
+    def _find_log(self, name: str) -> WriteLog:
+        for device in self.devices:
+            if device.name == name and (writes := writes_of(device)) is not None:
+                return writes
+        raise Conflict(f"the machine has no disk '{name}' to write to", state="missing", required="disk")
+
     def take_written(self) -> list[tuple[int, int]]:
         """(offset, bytes) of the memory that was written since the last time, in order. Raises `OSError`."""
         with self._control:
