@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from nagaya.errors import HostError, LaunchError, Unsupported, UsageError
+from nagaya.images.enclosed import enclose
 from nagaya.images.foreign import find_emulator, foreign_programs
 from nagaya.images.progress import Progress
 from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, rewrite_suite
@@ -17,9 +18,8 @@ from nagaya.manager.hardware import find_architecture
 from nagaya.static import NamedTuple
 from nagaya.storage.disk_images.assemble import PLATFORMS, Platform, Uuids, assemble_disk
 from nagaya.storage.disk_images.store import Disk, Disks
-from nagaya.storage.lock import FileLock
-from nagaya.storage.paths import Paths, make_directory
-from nagaya.storage.tree import remove_tree
+from nagaya.storage.paths import Paths
+from nagaya.storage.workplace import open_workplace
 
 LEAST_BYTES = 2 << 30
 PACKAGES = (
@@ -38,7 +38,10 @@ _FEW_MODULES = {
     "etc/initramfs-tools/conf.d/first-boot": "MODULES=list\n",
     "etc/initramfs-tools/modules": "virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_scsi\nsd_mod\next4\ncrc32c_generic\n",
 }
-_WORK = ".build-"
+
+
+# The locale stays as it is: cc_locale takes the word for that, whose type is a text in cloud-init's schema.
+CLOUD_CONFIG = 'datasource_list: [NoCloud, None]\nlocale: "false"\n'
 
 
 class BuildOptions(NamedTuple):
@@ -77,7 +80,7 @@ def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Dis
     disks = Disks(paths.root)
     disks.refuse_taken(options.disk)
     with ExitStack() as stack:
-        place = stack.enter_context(_workplace(disks.directory))
+        place = stack.enter_context(open_workplace(disks.directory))
         enter = stack.enter_context(foreign_programs(architecture)) if foreign else _stay
         progress.step(f"debian {suite} for {architecture}: packages (takes {'many ' if foreign else ''}minutes)")
         _bootstrap(
@@ -103,31 +106,6 @@ def _find_suite(system: str) -> str:
     if name != "debian" or suite not in SUITES:
         raise UsageError(f"there is no recipe for '{system}'", hint="for example debian, or debian:bookworm")
     return suite
-
-
-@contextmanager
-def _workplace(directory: str) -> Iterator[str]:
-    """A directory beside the disks. Those of builders that were killed, whose locks nobody holds, are removed."""
-    make_directory(directory, 0o711)
-    os.chmod(directory, 0o711)
-    for name in os.listdir(directory):
-        if name.startswith(_WORK):
-            old = FileLock(f"{directory}/{name}/lock")
-            try:
-                if old.acquire(wait=False):
-                    remove_tree(f"{directory}/{name}")
-                    old.release()
-            except FileNotFoundError:
-                remove_tree(f"{directory}/{name}")
-    place = f"{directory}/{_WORK}{os.urandom(8).hex()}"
-    os.mkdir(place, 0o755)  # apt's own user has to get through
-    lock = FileLock(f"{place}/lock")
-    lock.acquire()
-    try:
-        yield place
-    finally:
-        remove_tree(place)
-        lock.release()
 
 
 def _stay() -> None:
@@ -158,7 +136,7 @@ def _bootstrap(tree: str, plan: list[str], suite: str, lines: list[str], enter: 
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False,
-            process_group=0, preexec_fn=enter,
+            process_group=0, preexec_fn=enclose(enter),
         )  # fmt: skip
     except FileNotFoundError:
         raise Unsupported("making a Debian needs mmdebstrap", hint="as root: apt-get install mmdebstrap") from None
@@ -180,7 +158,7 @@ def _configure(tree: str, uuids: Uuids, platform: Platform) -> None:
         "etc/default/grub.d/50_nagaya.cfg": 'GRUB_TIMEOUT=1\nGRUB_CMDLINE_LINUX_DEFAULT=""\n'
         f'GRUB_CMDLINE_LINUX="console=tty0 console={platform.console}"\n'
         f'GRUB_TERMINAL="console{" serial" if platform.grub else ""}"\n',
-        "etc/cloud/cloud.cfg.d/90_nagaya.cfg": "datasource_list: [NoCloud, None]\nlocale: false\n",
+        "etc/cloud/cloud.cfg.d/90_nagaya.cfg": CLOUD_CONFIG,
         "etc/network/interfaces": "auto lo\niface lo inet loopback\nsource /etc/network/interfaces.d/*\n",
     }
     for path, text in files.items():
