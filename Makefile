@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 RUN_PACKAGES := busybox-static dnsmasq-base e2fsprogs erofs-utils gcc libc6-dev libseccomp2 make mmdebstrap musl-tools nftables python3-venv zstd
 KERNEL_PACKAGES := bc bison flex gcc libelf-dev linux-source make patch xz-utils
 TEST_PACKAGES := $(RUN_PACKAGES) $(KERNEL_PACKAGES) acpica-tools apache2-utils attr curl docker-registry dosfstools \
-	genisoimage grub-pc-bin iproute2 mtools qemu-guest-agent swtpm \
+	genisoimage grub-pc-bin iproute2 libarchive-tools mtools qemu-guest-agent swtpm \
 	libseccomp-dev openssh-client openssl ovmf passt podman procps qemu-system-x86 qemu-utils runc skopeo strace tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) crun iperf3 umoci
 

@@ -416,6 +416,12 @@ def test_a_debian_of_our_own(empty_cli: Cli) -> None:
         said = cli("ssh", "--wait", "900", name, "hostname; findmnt -no FSTYPE /; ls /sys/firmware", timeout_s=1000)
         assert said.code == 0 and said.out.startswith(f"{name}\next4\n"), said
         assert ("efi" in said.out.split()) == (firmware == "uefi")
+        checked = cli(
+            "ssh", name,
+            "cloud-init status --wait; cloud-init schema --system; grep -ci 'invalid cloud-config' /var/log/cloud-init.log",
+            timeout_s=600,
+        )  # fmt: skip
+        assert "Valid cloud-config: system userdata" in checked.out and checked.out.split()[-1] == "0", checked
         cli.ok("stop", name, timeout_s=120)
         cli.ok("rm", name)
 

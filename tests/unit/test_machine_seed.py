@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import uuid
 import zlib
@@ -13,8 +14,9 @@ import pytest
 from nagaya.engines.qemu.measures import forwarded_port
 from nagaya.engines.qemu.screen import parse_keys
 from nagaya.errors import NotFound, UsageError
+from nagaya.manager.building import CLOUD_CONFIG
 from nagaya.storage.disk_images.assemble import find_kernel, plan_table
-from nagaya.storage.disk_images.seed import SeedLink, network_config, vendor_data
+from nagaya.storage.disk_images.seed import DEFAULT_USER_DATA, SeedLink, network_config, vendor_data
 
 
 def test_networks_by_dhcp_and_with_addresses_of_ours() -> None:
@@ -30,6 +32,20 @@ def test_networks_by_dhcp_and_with_addresses_of_ours() -> None:
     ]
     assert config[2] == {"type": "nameserver", "address": ["10.87.0.1"], "search": ["lan"]}
     assert json.loads(network_config((), (), ())) == {"version": 1, "config": []}
+
+
+def test_what_cloud_init_is_told_fits_its_schema(tmp_path: Path) -> None:
+    """All of it together is what cloud-init checks, and warns of at each boot."""
+    if shutil.which("cloud-init") is None:
+        pytest.skip("cloud-init brings its schema, and would set this host up when it is installed")
+    archive = json.loads(vendor_data("0" * 32).partition("\n")[2])
+    texts = [DEFAULT_USER_DATA, CLOUD_CONFIG, *(part["content"] for part in archive if "config" in part["type"])]
+    for text in texts:
+        (tmp_path / "config").write_text(f"#cloud-config\n{text.removeprefix('#cloud-config')}")
+        done = subprocess.run(
+            ["cloud-init", "schema", "--config-file", tmp_path / "config"], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout.startswith("Valid"), (text, done)
 
 
 def test_a_partition_table_is_whole() -> None:

@@ -85,7 +85,7 @@ def status_text(state: MachineState, now_ns: int) -> str:
     if state.phase == RESTARTING:
         return f"Restarting ({state.exit_code}) {format_age(state.finished_ns, now_ns)}"
     up = f"Up {format_span(max(0, now_ns - state.started_ns) / 1e9)}"
-    return up + (" (Paused)" if state.phase == PAUSED else "")
+    return up + (" (Installing)" if state.installing else "") + (" (Paused)" if state.phase == PAUSED else "")
 
 
 def ports_text(state: MachineState) -> str:

@@ -73,7 +73,7 @@ class FrontPanel:
         seed = machine.spec.hardware.seed
         if seed is None:
             raise Unsupported(
-                f"machine '{machine.name}' has no key of Nagaya's in it, for it was made without --cloud-init",
+                f"machine '{machine.name}' has no key of Nagaya's in it, for it was made without --cloud-init or --install",
                 hint=f"log in on its console: nagaya attach {machine.name}",
             )
         self._require("login")

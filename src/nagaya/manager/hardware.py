@@ -15,15 +15,20 @@ from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions
 from nagaya.manager.settings import AUTO, choose_first
-from nagaya.model.spec import Drive, Hardware, Limits, MachineSpec, Process, Seed
+from nagaya.model.spec import Drive, Hardware, Install, Limits, MachineSpec, Process, Seed
 from nagaya.static import NamedTuple
 from nagaya.storage import rootfs
 from nagaya.storage.disk_images.chain import choose_format, open_chain
 from nagaya.storage.disk_images.formats import get_format
+from nagaya.storage.disk_images.installer import with_disc
 from nagaya.storage.disk_images.seed import MOST_USER_DATA, SEED, USER_DATA, make_key, require_seed_programs
 from nagaya.storage.disk_images.store import Disk, Disks
 from nagaya.storage.paths import Paths
 from nagaya.storage.records import write_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.manager.installing import Installer
 
 DIRECT = "direct"  # no firmware: our own VMM starts the kernel that is on the disk
 FIRMWARES = ("bios", "uefi", DIRECT)
@@ -31,6 +36,7 @@ ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "riscv64": "
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 DEFAULT_MEMORY_BYTES = 1 << 30
 DEFAULT_STOP_S = 60.0
+MOST_PRESEED = 1 << 20
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([kmgt](i?b)?)?", re.IGNORECASE)
 
 
@@ -54,6 +60,13 @@ class SeedOptions(NamedTuple):
     user: str = ""
 
 
+class InstallOptions(NamedTuple):
+    """`source`: an ISO file, a directory with a netboot installer, "debian" or "debian:SUITE". `preseed`: answers that win."""
+
+    source: str
+    preseed: bytes = b""
+
+
 class HardwareOptions(NamedTuple):
     """What a caller may ask of a whole machine. "" = the default."""
 
@@ -65,6 +78,7 @@ class HardwareOptions(NamedTuple):
     boot: str = ""  # "disk" | "cdrom": what is tried first
     compat: bool = False
     seed: SeedOptions | None = None
+    install: InstallOptions | None = None
     tpm: bool = False
     secure_boot: bool = False
     usb: tuple[str, ...] = ()
@@ -149,8 +163,10 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
         raise Unsupported("Nagaya's own VMM has no TPM, secure boot or USB", hint="use --firmware bios or uefi")
     for address in options.pci:
         refuse_pci(address)
+    if options.install is not None:
+        _check_install(options, firmware)
     drives = tuple(plan_drive(each, number, disks, own_format(firmware)) for number, each in enumerate(options.drives))
-    if drives and options.seed is not None:
+    if drives and options.seed is not None and options.install is None:
         drives += (Drive(SEED, "raw", cdrom=True, read_only=True, own=True),)
     if not drives:
         raise UsageError("a whole machine needs a disk or a CD", hint="for example --disk 20g --cdrom installer.iso")
@@ -190,16 +206,17 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
             drives=drives,
             boot_cdrom=options.boot == "cdrom",
             compat=options.compat,
-            seed=_plan_seed(options.seed),
+            seed=_plan_seed(options.seed, installed=options.install is not None),
             tpm=options.tpm,
             secure_boot=options.secure_boot,
             usb=options.usb,
+            install=_plan_install(options.install),
         ),
     )
     _check_limits(spec.limits)
     engine = engine_of(spec)
     engine.check_host()
-    engine.check(spec)
+    engine.check(with_disc(spec))
     return spec
 
 
@@ -211,10 +228,48 @@ def find_architecture(text: str) -> str:
     return name
 
 
-def _plan_seed(options: SeedOptions | None) -> Seed | None:
+def _check_install(options: HardwareOptions, firmware: str) -> None:
+    assert options.install is not None
+    preseed, seed = options.install.preseed, options.seed
+    if firmware == DIRECT:
+        raise Unsupported(
+            "an installer is started by QEMU, and this machine would run on Nagaya's own VMM",
+            hint="use --firmware bios or uefi, with --type emulated where QEMU cannot use KVM",
+        )
+    if options.secure_boot:
+        raise Unsupported(
+            "with secure boot no installer is started without its loader",
+            hint="boot its disc: --cdrom FILE instead of --install",
+        )
+    disk = next((each for each in options.drives if not each.cdrom), None)
+    if disk is None or disk.text:
+        raise UsageError(
+            "an installer needs a new disk, for it writes over the machine's first one",
+            hint="for example --disk 20g, before any other",
+        )
+    if seed is not None and (seed.user_data or seed.user):
+        raise UsageError(
+            "a system that is installed has no cloud-init, and a key for root",
+            hint="leave --user-data and --ssh-user away",
+        )
+    if len(preseed) > MOST_PRESEED:
+        raise UsageError(f"--preseed: more than {MOST_PRESEED >> 20} MiB are no answers to an installer's questions")
+    if b"\0" in preseed:
+        raise UsageError("--preseed: it is no text, and answers to an installer's questions are")
+
+
+def _plan_install(options: InstallOptions | None) -> Install | None:
     if options is None:
         return None
-    require_seed_programs()
+    path = os.path.realpath(options.source)
+    return Install(options.source, path if os.path.isfile(path) else "")
+
+
+def _plan_seed(options: SeedOptions | None, *, installed: bool) -> Seed | None:
+    if options is None and not installed:
+        return None
+    options = options or SeedOptions()
+    require_seed_programs(disc=not installed)
     if len(options.user_data) > MOST_USER_DATA:
         raise UsageError(f"--user-data: more than {MOST_USER_DATA >> 20} MiB are not passed on")
     for key in options.ssh_keys:
@@ -277,15 +332,21 @@ def plan_drive(options: DriveOptions, number: int, disks: Disks, own: str) -> Dr
     return Drive(path, format_, options.cdrom, read_only, allow_backing=options.allow_backing)
 
 
-def make_own_files(paths: Paths, spec: MachineSpec, options: HardwareOptions) -> None:
-    """The disks for this machine alone, and its UEFI's variables, in its directory."""
+def make_own_files(
+    paths: Paths, spec: MachineSpec, options: HardwareOptions, installer: Installer | None = None
+) -> None:
+    """The disks for this machine alone, its UEFI's variables and its installer, in its directory."""
     hardware, directory = spec.hardware, paths.machine(spec.id)
     assert hardware is not None
     disks = Disks(paths.root)
-    if options.seed is not None:
+    if hardware.seed is not None:
         make_key(directory, spec.name)
-        if options.seed.user_data:
-            write_file(f"{directory}/{USER_DATA}", options.seed.user_data)
+    if options.seed is not None and options.seed.user_data:
+        write_file(f"{directory}/{USER_DATA}", options.seed.user_data)
+    if installer is not None:
+        from nagaya.manager.installing import give_installer  # lazy: few are installed
+
+        give_installer(directory, spec, options.install, installer)
     for drive, wanted in zip(hardware.drives, options.drives, strict=False):  # behind them is what cloud-init reads
         if not drive.own:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from nagaya.engines import open_engine
 from nagaya.errors import Conflict, IntegrityError, NotFound
@@ -74,8 +75,11 @@ class Machines:
             lock.release()
         return machine
 
-    def create_whole(self, options: HardwareOptions) -> tuple[Machine, str]:
-        """Make a whole machine, not yet started; and what there is to say about it. Raises as `create`."""
+    def create_whole(self, options: HardwareOptions, *, progress: Progress | None = None) -> tuple[Machine, str]:
+        """Make a whole machine, not yet started; and what there is to say about it. Raises as `create`.
+
+        `progress` sees an installer being fetched.
+        """
         from nagaya.manager import hardware  # lazy: whole machines alone
         from nagaya.storage.disk_images.store import Disks
 
@@ -85,18 +89,31 @@ class Machines:
         architecture = hardware.find_architecture(options.architecture)
         runner = hardware.choose_runner(options.type, architecture, options.firmware)
         machine_id = os.urandom(16).hex()
-        spec = hardware.plan_whole_machine(options, Disks(self.paths.root), runner=runner, machine_id=machine_id)
-        lock = self.make_directory(machine_id)
-        try:
-            spec = self.claim_name(spec)
-            hardware.make_own_files(self.paths, spec, options)
-            machines.store_spec(self.paths, spec)
-            machines.store_state(self.paths, machine_id, MachineState(phase=CREATED))
-        except BaseException:
-            machines.discard(self.paths, machine_id, spec.name)
-            raise
-        finally:
-            lock.release()
+        disks = Disks(self.paths.root)
+        spec = hardware.plan_whole_machine(options, disks, runner=runner, machine_id=machine_id)
+        with ExitStack() as stack:
+            installer = None
+            if options.install is not None:
+                from nagaya.images.progress import Silent  # lazy: few are installed
+                from nagaya.manager.installing import open_installer
+
+                installer = stack.enter_context(
+                    open_installer(
+                        options.install.source, directory=disks.directory, architecture=architecture,
+                        platform=spec.platform, progress=progress or Silent(),
+                    )
+                )  # fmt: skip
+            lock = self.make_directory(machine_id)
+            try:
+                spec = self.claim_name(spec)
+                hardware.make_own_files(self.paths, spec, options, installer)
+                machines.store_spec(self.paths, spec)
+                machines.store_state(self.paths, machine_id, MachineState(phase=CREATED))
+            except BaseException:
+                machines.discard(self.paths, machine_id, spec.name)
+                raise
+            finally:
+                lock.release()
         events.record(self.paths.events, "machine", "create", spec.id, spec.name, image=spec.image)
         return Machine(self.paths, spec, store=self._store), runner.note
 

@@ -71,7 +71,7 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
         state = state._replace(
             phase=EXITED if started else CREATED,
             exit_code=KILLED if started else -1,
-            error=state.error or ("its supervisor was killed" if started else "its start was cut off"),
+            error=state.error or _explain(state),
             finished_ns=time.time_ns(),
             pid=0,
             address="",
@@ -82,6 +82,14 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
         return state
     finally:
         lock.release()
+
+
+def _explain(state: MachineState) -> str:
+    if not state.started_ns:
+        return "its start was cut off"
+    if state.installing:
+        return "its supervisor was killed before its system was installed; the next start installs anew"
+    return "its supervisor was killed"
 
 
 def reclaim(paths: Paths, spec: MachineSpec) -> None:

@@ -107,6 +107,7 @@ class Snapshots:
         with machine.lock():
             machine.reload()
             name = self._choose_name(name)
+            _refuse_unfinished(machine)
             phase = machine.settled().phase
             if phase in ALIVE and phase not in (RUNNING, PAUSED):
                 raise Conflict(
@@ -396,3 +397,16 @@ def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tu
             hint="leave --memory away: the disks alone are saved then; or use --type kvm",
         )
     return False, []
+
+
+def _refuse_unfinished(machine: Machine) -> None:
+    """Raise `Conflict` for one whose system is not installed: what would go on from there is half an installation."""
+    if machine.spec.hardware is None or machine.spec.hardware.install is None:
+        return
+    from nagaya.storage.disk_images.installer import is_installing  # lazy: few are installed
+
+    if is_installing(machine.directory):
+        raise Conflict(
+            f"the system of machine '{machine.name}' is not installed yet, and there is nothing to keep",
+            hint=f"'nagaya logs -f {machine.name}' shows how far it is", state="not installed",
+        )  # fmt: skip

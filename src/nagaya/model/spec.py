@@ -125,10 +125,19 @@ class Drive(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """What cloud-init is told at the first boot, beside the user-data in the machine's directory."""
+    """What the system is told at its first boot: by cloud-init, with the user-data in the machine's directory, or by its
+    installer.
+    """
 
     ssh_keys: tuple[str, ...] = ()  # whole lines, as in authorized_keys
     user: str = "root"  # whom `nagaya ssh` logs in as
+
+
+class Install(NamedTuple):
+    """What installs a whole machine's system at its first start. `disc`: the ISO that is in a drive meanwhile; "" = none."""
+
+    source: str  # as the user gave it, for display
+    disc: str = ""
 
 
 class Hardware(NamedTuple):
@@ -142,6 +151,7 @@ class Hardware(NamedTuple):
     tpm: bool = False
     secure_boot: bool = False  # UEFI that starts only what is signed by a key that it knows
     usb: tuple[str, ...] = ()  # devices of this host: "VENDOR:PRODUCT" or "BUS.DEVICE"
+    install: Install | None = None
 
 
 class MachineSpec(NamedTuple):

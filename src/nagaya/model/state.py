@@ -73,6 +73,7 @@ class MachineState(NamedTuple):
     address: str = ""
     ports: tuple[PortMapping, ...] = ()  # as published at the last start: with the ports that the host chose
     warnings: tuple[str, ...] = ()
+    installing: bool = False  # its system was being installed at the last start, and was not there at the end of it
     origin: str = ""  # how it came to run: "boot", "template", "saved"; "" = there is one way only; FORK: not yet
 
 

@@ -23,6 +23,14 @@ class DiskPlan(NamedTuple):
     blanks: str = ""  # the directory of what an empty disk looks like (storage/blank_disks.py)
 
 
+class InstallPlan(NamedTuple):
+    """An installer that is to be started instead of what is on the disks. The first two are paths."""
+
+    kernel: str
+    initramfs: str
+    command_line: str
+
+
 class HardwarePlan(NamedTuple):
     """A whole machine's drives, in the order of its record, with their paths on this host ("" = no disc is in)."""
 
@@ -30,6 +38,7 @@ class HardwarePlan(NamedTuple):
     backing_places: tuple[str, ...]  # directories in which backing files may lie beside the images' own
     firmware_state: str  # the file with UEFI's variables
     tpm_state: str = ""  # the file of a TPM's
+    install: InstallPlan | None = None
 
 
 class MountPlan(NamedTuple):

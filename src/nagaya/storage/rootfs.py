@@ -82,14 +82,18 @@ def plan_hardware(paths: Paths, spec: MachineSpec) -> HardwarePlan:
     """A whole machine's drives. Raises `Conflict` for a disk that is to be written and that others stand on."""
     from nagaya.storage.disk_images.store import Disks  # lazy: whole machines alone have them
 
-    directory, disks = paths.machine(spec.id), Disks(paths.root)
+    directory, disks, install = paths.machine(spec.id), Disks(paths.root), None
     drives = spec.hardware.drives if spec.hardware is not None else ()
+    if spec.hardware is not None and spec.hardware.install is not None:
+        from nagaya.storage.disk_images.installer import find_in  # lazy: few are installed
+
+        install = find_in(directory, spec)
     found = tuple(f"{directory}/{drive.path}" if drive.own else drive.path for drive in drives)
     for drive, path in zip(drives, found, strict=True):
         if path and not drive.read_only:
             disks.refuse_dependants(path)
     return HardwarePlan(
-        found, (disks.directory, directory), f"{directory}/{FIRMWARE_STATE}", f"{directory}/{TPM_STATE}"
+        found, (disks.directory, directory), f"{directory}/{FIRMWARE_STATE}", f"{directory}/{TPM_STATE}", install
     )
 
 

@@ -45,10 +45,12 @@ class Console:
         *,
         press: Callable[[int], None],
         on_lost: Callable[[NagayaError | None], None],
+        on_output: Callable[[bytes], None] | None = None,
     ) -> None:
         self.on_set_up: Callable[[tuple[str, ...]], None] = lambda warnings: None
         self._press = press
         self._on_lost = on_lost
+        self._on_output = on_output
         self._main: Program | None = None
         self._told = False
         self._sending = False
@@ -135,6 +137,8 @@ class Console:
         self._seen += len(data)
         if self._main is not None:
             self._main.output(1, data)
+        if self._on_output is not None:
+            self._on_output(data)
 
     def _drained(self) -> None:
         if self._main is not None and not self._sending:

@@ -16,18 +16,17 @@ from nagaya.errors import Conflict, ExecError, HostError, LaunchError, NagayaErr
 from nagaya.kernel import unix
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, EXITED, PAUSED, RESTARTING, RUNNING, STARTING, is_unborn
-from nagaya.net.plan import NetworkPlan
 from nagaya.protocol import control
 from nagaya.storage import events, machines, rootfs
 from nagaya.storage.lock import FileLock
 from nagaya.storage.logs import LogWriter
 from nagaya.storage.paths import Paths, make_directory
-from nagaya.storage.plan import DiskPlan, HardwarePlan, RootfsPlan
 from nagaya.supervisor import requests
 from nagaya.supervisor.client import Client
 from nagaya.supervisor.etc import write_etc
 from nagaya.supervisor.loop import Loop, Timer
 from nagaya.supervisor.network import wire_up
+from nagaya.supervisor.planning import plan_boot
 from nagaya.supervisor.programs import Program, Programs
 
 TYPE_CHECKING = False
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from nagaya.supervisor.arriving import Arriving
     from nagaya.supervisor.console import Console
     from nagaya.supervisor.filling import Filling
+    from nagaya.supervisor.installing import Installing
     from nagaya.supervisor.leaving import Leaving
     from nagaya.supervisor.published import Published
     from nagaya.supervisor.resuming import SavedPrograms
@@ -71,6 +71,7 @@ class Supervisor:
         self.filling: Filling | None = None
         self.saving: Saving | Leaving | None = None
         self.discards = spec.auto_remove  # whether nothing of the machine stays when it has ended
+        self.installing: Installing | None = None
         self.keep = False  # a machine that was created with --rm stays, for who ends it to go on with it
         self._saved = saved
         self._helpers: list[int] = []  # pidfds
@@ -202,7 +203,8 @@ class Supervisor:
             return Programs(self.loop, booted.agent, on_lost=self._agent_lost)
         from nagaya.supervisor.console import Console  # lazy: whole machines alone
 
-        return Console(self.loop, booted.console, press=self._press, on_lost=self._agent_lost)
+        hear = self.installing.hear if self.installing is not None else None
+        return Console(self.loop, booted.console, press=self._press, on_lost=self._agent_lost, on_output=hear)
 
     def _press(self, number: int) -> None:
         """A signal to a whole machine: of its buttons it has the one for power."""
@@ -283,28 +285,19 @@ class Supervisor:
         stack = self._stack = ExitStack()
         try:
             network = wire_up(self, stack)
+            spec, plan = plan_boot(self, network)
             request = BootRequest(
-                spec=self.spec, rootfs=self._plan_rootfs(network), mounts=rootfs.plan_mounts(self.paths, self.spec),
+                spec=spec, rootfs=plan, mounts=rootfs.plan_mounts(self.paths, self.spec),
                 network=network, etc=write_etc(f"{self._directory}/etc", self.spec, network),
                 runtime_dir=self.paths.runtime(self.spec.id), saved=f"{saved}/memory" if saved else "", incoming=incoming,
             )  # fmt: skip
             self.state = self.state._replace(address=network.address, ports=network.ports)
             booted = self.engine.boot(request, stack)
-            return booted._replace(warnings=(*network.warnings, *booted.warnings))
+            told = (*network.warnings, *booted.warnings, *(self.installing.told() if self.installing else ()))
+            return booted._replace(warnings=told)
         except BaseException:
             stack.close()
             raise
-
-    def _plan_rootfs(self, network: NetworkPlan) -> RootfsPlan | DiskPlan | HardwarePlan:
-        if self.engine.rootfs_kind == "hardware":
-            if self.spec.hardware is not None and self.spec.hardware.seed is not None:
-                from nagaya.supervisor.seeding import seed  # lazy: those alone that cloud-init is in
-
-                seed(self._directory, self.spec, network)
-            return rootfs.plan_hardware(self.paths, self.spec)
-        if self.engine.rootfs_kind == "disk":
-            return rootfs.plan_disks(self._directory, self.spec)
-        return rootfs.plan_rootfs(self._directory, self.spec)
 
     def _start_failed(self, problem: NagayaError) -> None:
         self._problem = problem
@@ -413,7 +406,11 @@ class Supervisor:
         except OSError as error:
             self._problem = self._problem or HostError.from_os(error, "cannot clean up after the machine")
         self.state = self.state._replace(oom_killed=oom)
-        if self._launcher is None and self._should_restart(status):
+        if self.installing is not None:
+            status = self.installing.end(ended, status)
+        if self.installing is not None and not self.state.installing and not self.state.stop_requested:
+            self.start()  # what has been installed
+        elif self._launcher is None and self._should_restart(status):
             self._restart_later(status)
         else:
             self._finish(status)
@@ -426,7 +423,7 @@ class Supervisor:
 
     def _should_restart(self, status: int) -> bool:
         policy = self.spec.restart
-        if self.state.stop_requested or policy.policy == "no":
+        if self.state.stop_requested or self.state.installing or policy.policy == "no":
             return False
         if policy.policy == "on-failure":
             return status != 0 and not (policy.max_retries and self.state.restarts >= policy.max_retries)
@@ -529,6 +526,8 @@ class Supervisor:
         if self.saving is not None:
             self.saving.stopped()
         self.resume()
+        if self.installing is not None:
+            timeout_s = 0  # an installer knows no power button, and the next one begins anew
         self.set_timer("stop", timeout_s, self._end_now)
         if self.main is not None and self.booted is not None:
             self.main.signal(self.spec.stop_signal)

@@ -9,8 +9,16 @@ from nagaya.cli.context import Context
 from nagaya.cli.create_flags import tell
 from nagaya.cli.flags import Command, Flag, Parsed
 from nagaya.cli.network_flags import read as read_network
+from nagaya.cli.progress import Late
 from nagaya.errors import UsageError
-from nagaya.manager.hardware import DEFAULT_STOP_S, DriveOptions, HardwareOptions, SeedOptions, is_size
+from nagaya.manager.hardware import (
+    DEFAULT_STOP_S,
+    DriveOptions,
+    HardwareOptions,
+    InstallOptions,
+    SeedOptions,
+    is_size,
+)
 from nagaya.manager.options import CreateOptions
 from nagaya.manager.settings import read_settings
 from nagaya.model.spec import Limits
@@ -41,13 +49,18 @@ _SEED = (
     Flag("--ssh-key", "Let the owner of a public key log in (and the above)", value="FILE", many=True),
     Flag("--ssh-user", "Whom 'nagaya ssh' logs in as (default root; with --user-data debian)", value="NAME"),
 )  # fmt: skip
-_MARKS = ("--disk", "--cdrom", "--firmware", "--arch", "--boot", "--compat")
+_INSTALL = (
+    Flag("--install", "Install a Debian at the first start: an ISO file, a netboot directory, or debian[:SUITE]", value="SOURCE"),
+    Flag("--preseed", "Answers for the installer, which win over those that Nagaya gives", value="FILE"),
+)  # fmt: skip
+_MARKS = ("--disk", "--cdrom", "--firmware", "--arch", "--boot", "--compat", "--install")
 _DRIVE_WORDS = ("clone", "ro", "allow-backing")
 
 
 def create(context: Context, parsed: Parsed) -> int:
     """Create it, and print its id."""
-    machine, note = context.host.machines.create_whole(read_options(parsed))
+    with Late() as progress:
+        machine, note = context.host.machines.create_whole(read_options(parsed), progress=progress)
     if note:
         tell((note,))
     print(machine.id)
@@ -86,6 +99,7 @@ def read_options(parsed: Parsed) -> HardwareOptions:
         boot=parsed.text("boot") or ("cdrom" if fresh and all(drive.cdrom for drive in drives) else "disk"),
         compat=parsed.switch("compat"),
         seed=_read_seed(parsed),
+        install=_read_install(parsed),
         tpm=parsed.switch("tpm"),
         secure_boot=parsed.switch("secure-boot"),
         usb=tuple(parsed.texts("usb")),
@@ -108,6 +122,17 @@ def _read_seed(parsed: Parsed) -> SeedOptions | None:
         ssh_keys=tuple(line for line in lines if line and not line.startswith("#")),
         user=parsed.text("ssh-user"),
     )
+
+
+def _read_install(parsed: Parsed) -> InstallOptions | None:
+    source, preseed = parsed.text("install"), parsed.text("preseed")
+    if not source:
+        if preseed:
+            raise UsageError("--preseed is for an installer", hint="add --install, for example --install debian")
+        return None
+    if parsed.switch("cloud-init"):
+        raise UsageError("a system that is installed has no cloud-init", hint="leave --cloud-init away")
+    return InstallOptions(source, _read_file(preseed, "--preseed") if preseed else b"")
 
 
 def _read_file(path: str, what: str) -> bytes:
@@ -181,7 +206,7 @@ CREATE = Command(
     create,
     usage="[NAME]",
     words=(0, 1),
-    flags=(*_OWN, *_SEED, *(flag for flag in create_flags.FLAGS if flag.key in _SHARED)),
+    flags=(*_OWN, *_SEED, *_INSTALL, *(flag for flag in create_flags.FLAGS if flag.key in _SHARED)),
     about="A whole machine boots from its disks, whatever system is on them; Nagaya has nothing inside it. The same"
     " commands start, stop, pause, remove and look at it; 'nagaya attach' is its serial console. Its network is 'user'"
     " unless another is named: it gets an address by DHCP, and nobody can reach it.\n"
@@ -190,6 +215,7 @@ CREATE = Command(
         ("nagaya machine create web --disk 20g --cdrom ./installer.iso", "install a system"),
         ("nagaya machine create db --disk ./debian.qcow2,clone --firmware uefi -m 2g", "on top of an image"),
         ("nagaya machine create ci --disk debian,clone --cloud-init", "a cloud image; then nagaya ssh ci"),
+        ("nagaya machine create new --disk 20g --install debian", "install it from this host's package sources"),
         ("nagaya machine create own --disk debian,clone --firmware direct", "on Nagaya's own VMM, without firmware"),
         ("nagaya machine create old --disk ./appliance.vmdk --compat", "a system without virtio drivers"),
     ),

@@ -17,7 +17,15 @@ from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.passthrough import find_usb
 from nagaya.engines.qemu.pc_arguments import PcMachine
 from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board
-from nagaya.engines.qemu.pc_parts import kvm_groups, open_drives, open_firmware, open_usb, plug_in, require_program
+from nagaya.engines.qemu.pc_parts import (
+    kvm_groups,
+    open_drives,
+    open_firmware,
+    open_kernel,
+    open_usb,
+    plug_in,
+    require_program,
+)
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.qemu.tpm import require_tpm, start_tpm
 from nagaya.engines.vm import child, rules
@@ -195,6 +203,7 @@ class WholeMachineEngine:
             memory_bytes=rules.memory_bytes(spec),
             compat=hardware.compat,
             firmware=open_firmware(board, hardware, plan, inherited),
+            kernel=open_kernel(plan, inherited),
             drives=open_drives(hardware, plan, inherited, local),
             monitor=self._qemu.open_monitor(inherited),
             console=console,

@@ -40,6 +40,14 @@ class PcFirmware(NamedTuple):
     loader: int = -1
 
 
+class PcKernel(NamedTuple):
+    """What is started instead of what is on the disks. Numbers of descriptors, and the kernel's command line."""
+
+    kernel: int
+    initramfs: int
+    command_line: str
+
+
 class PcMachine(NamedTuple):
     """All that the command line says. Descriptors are numbers in QEMU's process."""
 
@@ -59,6 +67,7 @@ class PcMachine(NamedTuple):
     tpm: int = -1  # the connection to one; -1 = there is none
     usb: tuple[int, ...] = ()  # devices of the host
     incoming: bool = False  # waits to be told what to go on from
+    kernel: PcKernel | None = None
     forward_ssh: bool = False  # of a user-mode network: a port of the host's loopback, of the kernel's choice
 
 
@@ -94,6 +103,10 @@ def plan_pc(machine: PcMachine) -> list[str]:
         "-chardev", f"socket,id=console,fd={machine.console}", "-serial", "chardev:console",
     ]  # fmt: skip
     command += _firmware(machine.firmware)
+    if machine.kernel is not None:
+        kernel, initramfs, words = machine.kernel
+        command += ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}", "-append", words]
+        command.append("-no-reboot")  # that ends it: the next thing to boot is another one
     if machine.secure_boot:
         command += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     if machine.tpm >= 0:

@@ -12,7 +12,7 @@ from nagaya.engines.qemu.arguments import Card
 from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.media import describe
 from nagaya.engines.qemu.passthrough import find_usb
-from nagaya.engines.qemu.pc_arguments import PcDrive, PcFirmware
+from nagaya.engines.qemu.pc_arguments import PcDrive, PcFirmware, PcKernel
 from nagaya.engines.qemu.pc_boards import UEFI, PcBoard, find_firmware, find_loader
 from nagaya.engines.vm import child
 from nagaya.errors import HostError, Unsupported
@@ -44,13 +44,24 @@ def kvm_groups() -> tuple[int, ...]:
 
 def open_firmware(board: PcBoard, hardware: Hardware, plan: HardwarePlan, inherited: Inherited) -> PcFirmware:
     if hardware.firmware != UEFI:
-        loader = find_loader(board)
+        loader = find_loader(board) if plan.install is None else ""
         return PcFirmware(loader=inherited.add(os.open(loader, os.O_RDONLY | os.O_CLOEXEC))) if loader else PcFirmware()
     code, _ = find_firmware(board, secure=hardware.secure_boot)
     return PcFirmware(
         code=inherited.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
         variables=inherited.add(os.open(plan.firmware_state, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)),
     )
+
+
+def open_kernel(plan: HardwarePlan, inherited: Inherited) -> PcKernel | None:
+    """That of an installer, if the machine is to start one."""
+    if plan.install is None:
+        return None
+    kernel, initramfs, words = plan.install
+    first, second = (
+        inherited.add(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) for path in (kernel, initramfs)
+    )
+    return PcKernel(first, second, words)
 
 
 def open_usb(hardware: Hardware, inherited: Inherited) -> tuple[int, ...]:

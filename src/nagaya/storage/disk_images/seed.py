@@ -19,7 +19,7 @@ KEY = "id_ed25519"
 MOST_USER_DATA = 4 << 20
 LABEL = "CIDATA"
 # Without a word of the user's: whoever has the machine's key may log in, as root as well.
-_DEFAULT_USER_DATA = "#cloud-config\ndisable_root: false\nssh_pwauth: false\n"
+DEFAULT_USER_DATA = "#cloud-config\ndisable_root: false\nssh_pwauth: false\n"
 # Networks are set up at every boot: an address of ours may be another one then.
 _NETWORK_ANEW = "#cloud-config\nupdates:\n  network:\n    when: [boot]\n"
 # A disk that was another machine's has that one's id in it. Host keys are made anew by cloud-init, for a new instance.
@@ -41,15 +41,21 @@ class SeedLink(NamedTuple):
     gateways: tuple[str, ...] = ()
 
 
-def require_seed_programs() -> None:
-    """Raise `Unsupported` for what is not installed here."""
-    _find(_PROGRAMS, "genisoimage", "the CD that tells cloud-init who it is")
+def require_seed_programs(*, disc: bool) -> None:
+    """Raise `Unsupported` for what is not installed here: for the key, and for the CD if there is to be one."""
+    if disc:
+        _find(_PROGRAMS, "genisoimage", "the CD that tells cloud-init who it is")
     _find((("ssh-keygen",),), "openssh-client", "the machine's key")
 
 
 def make_key(directory: str, name: str) -> None:
     """The machine's own key pair, by which `nagaya ssh` logs in."""
     _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"nagaya:{name}", "-f", f"{directory}/{KEY}"])
+
+
+def read_key(directory: str) -> str:
+    """The public half of it, "" where there is none."""
+    return _read(f"{directory}/{KEY}.pub").strip()
 
 
 def network_config(links: tuple[SeedLink, ...], nameservers: tuple[str, ...], search: tuple[str, ...]) -> str:
@@ -83,8 +89,8 @@ def vendor_data(machine_id: str) -> str:
 
 def write_seed(directory: str, *, machine_id: str, hostname: str, keys: tuple[str, ...], network: str) -> None:
     """Make the CD in the machine's directory, of what is there and what is given."""
-    own = _read(f"{directory}/{KEY}.pub").strip()
-    user_data = _read(f"{directory}/{USER_DATA}") or _DEFAULT_USER_DATA
+    own = read_key(directory)
+    user_data = _read(f"{directory}/{USER_DATA}") or DEFAULT_USER_DATA
     meta = {
         "instance-id": machine_id, "local-hostname": hostname, "public-keys": [key for key in (own, *keys) if key],
     }  # fmt: skip
