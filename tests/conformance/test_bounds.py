@@ -10,9 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from nagaya import Host, Machine
-from nagaya.engines.cgroups.group import find_cgroup
 from nagaya.model.spec import Limits
-from tests.conformance.types import PATIENCE_S
+from tests.conformance.types import PATIENCE_S, group_of
 
 Start = Callable[..., Machine]
 WAITS = "while [ ! -e /go ]; do sleep 0.1; done; exec tail /dev/zero"
@@ -31,7 +30,7 @@ def supervisor_of(machine: Machine) -> int:
 
 def test_it_goes_with_the_machine(start: Start) -> None:
     machine = start("sleep", "600")
-    group = find_cgroup(machine.id)
+    group = group_of(machine)
     assert group is not None and group.populated()
     reading = group.stats()
     assert reading.pids >= 1 and machine.stats().cpu_ns <= group.stats().cpu_ns
@@ -39,7 +38,7 @@ def test_it_goes_with_the_machine(start: Start) -> None:
         assert 1 << 30 < reading.memory_limit_bytes < 4 << 30
     machine.stop(timeout_s=0)
     machine.wait()
-    assert find_cgroup(machine.id) is None
+    assert group_of(machine) is None
 
 
 def test_it_goes_when_the_supervisor_was_killed(host: Host, start: Start) -> None:
@@ -49,15 +48,15 @@ def test_it_goes_when_the_supervisor_was_killed(host: Host, start: Start) -> Non
     while host.machines.get(machine.id).state.phase == "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert find_cgroup(machine.id) is None
+    assert group_of(machine) is None
 
 
 def test_who_takes_too_much_of_the_hosts_memory_is_ended(start: Start) -> None:
     machine = start("sh", "-c", WAITS)
-    group = find_cgroup(machine.id)
+    group = group_of(machine)
     assert group is not None
     group.set_limits(Limits(memory_bytes=group.stats().memory_bytes + (48 << 20)))
     machine.run(["touch", "/go"])
     assert machine.wait() == 137
     assert machine.state.oom_killed
-    assert find_cgroup(machine.id) is None
+    assert group_of(machine) is None

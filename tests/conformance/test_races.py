@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from nagaya import CreateOptions, Host, Machine, Mount, Restart
-from nagaya.engines.cgroups.group import find_cgroup
 from nagaya.errors import Conflict, IntegrityError, NotFound, UsageError
 from nagaya.manager import machine as machine_module
 from nagaya.storage import machines as records
 from nagaya.supervisor.launch import allow_fork, launch
-from tests.conformance.types import PATIENCE_S
+from tests.conformance.types import PATIENCE_S, group_of
 
 Start = Callable[..., Machine]
 
@@ -33,7 +32,7 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> N
 def _assert_gone(host: Host, machine: Machine) -> None:
     assert not os.path.exists(machine.directory)
     assert not os.path.exists(host.paths.runtime(machine.id))
-    assert find_cgroup(machine.id) is None
+    assert group_of(machine) is None
     assert records.names_of(host.paths, machine.id) == []
 
 
@@ -137,7 +136,7 @@ def test_a_program_that_fits_no_frame(host: Host, create: Start, policy: str) ->
     with pytest.raises(UsageError):
         machine.start()
     assert machine.state.phase == "exited"
-    assert find_cgroup(machine.id) is None
+    assert group_of(machine) is None
     machine.remove()
     _assert_gone(host, machine)
 

@@ -13,9 +13,12 @@ import time
 
 import pytest
 
+from nagaya import Machine
 from nagaya.engines import TYPES as ALL
 from nagaya.engines import open_engine
+from nagaya.engines.cgroups.group import Cgroup, find_cgroup
 from nagaya.engines.kvm.known import find_kvm
+from nagaya.engines.vm.bounds import group_name
 from nagaya.errors import NagayaError
 from tests.conformance.table import Outcome
 
@@ -24,6 +27,12 @@ TYPES = ALL if CHOSEN in ("", "all") else tuple(CHOSEN.split(","))
 PATIENCE_S = 300.0  # for what has to come in the end, on a busy host
 PROPERTY = "conformance"
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def group_of(machine: Machine) -> Cgroup | None:
+    """Its control group, if there is one."""
+    is_container = machine.spec.type == "container"
+    return find_cgroup(machine.id if is_container else group_name(machine.id, machine.runtime_dir))
 
 
 @functools.cache

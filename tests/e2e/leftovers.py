@@ -50,7 +50,7 @@ def take_footprint(scratch: str) -> Footprint:
     return Footprint(
         processes=frozenset(_processes(scratch)),
         mounts=frozenset(_mounts(scratch, everything=everything)),
-        cgroups=frozenset(path for path in cgroups() if everything or os.path.basename(path) in ids),
+        cgroups=frozenset(path for path in cgroups() if everything or os.path.basename(path).partition("-")[0] in ids),
         links=frozenset(_links(ids, stores, everything=everything)),
         tables=frozenset(_tables(stores, everything=everything)),
         locks=frozenset(path for path in _lock_files(stores) if is_held(path)),

@@ -456,8 +456,8 @@ def test_the_machine_ends_when_its_supervisor_does(make: Make) -> None:
     os.waitpid(init, 0)
     engine = ContainerEngine()
     assert machine.leftover_cgroups(request.spec.id)
-    engine.reclaim(request.spec.id)
-    engine.reclaim(request.spec.id)
+    engine.reclaim(request.spec.id, request.runtime_dir)
+    engine.reclaim(request.spec.id, request.runtime_dir)
     assert not machine.leftover_cgroups(request.spec.id)
 
 
@@ -478,7 +478,7 @@ def test_a_supervisor_killed_at_any_moment_of_a_boot(make: Make, changes: dict[s
         time.sleep(round_ * 0.0015)  # from before the fork to after the boot
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        ContainerEngine().reclaim(request.spec.id)
+        ContainerEngine().reclaim(request.spec.id, request.runtime_dir)
         while machine.look().children > before.children:  # orphans end by themselves, or this never does
             os.waitpid(-1, 0)
         machine.assert_nothing_left(request, before)

@@ -53,7 +53,11 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made = Group()
 
     def create(machine_id: str, limits: Limits, *, devices: object, controllers: tuple[str, ...]) -> Group:
-        assert machine_id == "b" * 32 and devices is None and {"memory", "pids", "cpuacct"} <= set(controllers)
+        assert (
+            machine_id == bounds.group_name("b" * 32, "/run/m")
+            and devices is None
+            and {"memory", "pids", "cpuacct"} <= set(controllers)
+        )
         made.limits.append(limits)
         return made
 
@@ -78,10 +82,14 @@ def test_a_part_of_a_cpu_is_the_hosts_to_ration() -> None:
     assert (wanted.cpuset_cpus, wanted.blkio_weight) == ("0", 100)
 
 
+def test_a_machine_that_is_in_two_stores_has_two_groups() -> None:
+    assert bounds.group_name("b" * 32, "/a/run/m") != bounds.group_name("b" * 32, "/b/run/m")
+
+
 def test_the_group_goes_with_the_machine(group: Group) -> None:
     made = Bounds()
     with ExitStack() as stack:
-        made.make(make_spec(), stack, translates=True)
+        made.make(make_spec(), "/run/m", stack, translates=True)
         made.enter()
         assert made.oom_killed() and made.warnings == ()
     assert group.said == ["enter", "remove"] and not made.oom_killed()
@@ -93,7 +101,7 @@ def test_what_is_saved_to_memory_has_room(group: Group, tmp_path: Path) -> None:
     if not disk or not is_in_memory("/dev/shm"):
         pytest.skip("needs a file system on a disk, and a tmpfs at /dev/shm")
     with ExitStack() as stack:
-        made.make(make_spec(), stack, translates=False)
+        made.make(make_spec(), "/run/m", stack, translates=False)
         made.make_room(disk, GIB)
         assert len(group.limits) == 1
         made.make_room("/dev/shm", GIB)
@@ -106,7 +114,7 @@ def test_a_plain_user_has_none(group: Group, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bounds.os, "geteuid", lambda: 1000)
     made = Bounds()
     with ExitStack() as stack:
-        made.make(make_spec(Limits(cpuset_cpus="0")), stack, translates=False)
+        made.make(make_spec(Limits(cpuset_cpus="0")), "/run/m", stack, translates=False)
         made.enter()
         made.make_room("/dev/shm", GIB)
     assert made.read_cpu_ns() == -1 and not made.oom_killed() and not group.limits and not group.said
@@ -126,7 +134,7 @@ def test_what_this_host_lacks_is_a_warning(
     monkeypatch.setattr(bounds, "host_hierarchy", lambda: Hierarchy(dict.fromkeys(there, "/x"), ""))
     made = Bounds()
     with ExitStack() as stack:
-        made.make(make_spec(), stack, translates=False)
+        made.make(make_spec(), "/run/m", stack, translates=False)
         assert len(made.warnings) == 1 and words in made.warnings[0]
         assert [(bool(each.memory_bytes), each.pids) for each in group.limits] == (
             [(bool(left.memory_bytes), left.pids)] if left else []
@@ -141,17 +149,17 @@ def test_what_was_asked_for_is_not_left_away(group: Group, monkeypatch: pytest.M
     monkeypatch.setattr(bounds, "create_cgroup", refuse)
     with ExitStack() as stack:
         made = Bounds()
-        made.make(make_spec(), stack, translates=False)
+        made.make(make_spec(), "/run/m", stack, translates=False)
         assert "Read-only file system" in made.warnings[0]
         with pytest.raises(HostError):
-            made.make(make_spec(asked), stack, translates=False)
+            made.make(make_spec(asked), "/run/m", stack, translates=False)
     monkeypatch.undo()
     if os.geteuid():
         pytest.skip("needs root")
     monkeypatch.setattr(bounds, "host_hierarchy", lambda: Hierarchy({}, ""))
     monkeypatch.setattr("nagaya.engines.cgroups.group.host_hierarchy", lambda: Hierarchy({}, ""))
     with ExitStack() as stack, pytest.raises(Unsupported):
-        Bounds().make(make_spec(asked), stack, translates=False)
+        Bounds().make(make_spec(asked), "/run/m", stack, translates=False)
 
 
 def test_controllers_of_version_2_are_those_that_are_handed_out(tmp_path: Path) -> None:

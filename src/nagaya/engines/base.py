@@ -144,8 +144,8 @@ class Engine(Protocol):
     def kill(self) -> None:
         """End every process of the machine at once; returns without waiting. Does nothing when it has ended."""
 
-    def reclaim(self, machine_id: str) -> None:
-        """Free what a killed supervisor of `machine_id` left on the host. Idempotent; called under its lock."""
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
+        """Free what a killed supervisor of `machine_id` left on the host, whose `BootRequest.runtime_dir` that was. Idempotent; called under its lock."""
 
 
 class Pausable(Protocol):

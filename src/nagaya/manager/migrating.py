@@ -200,7 +200,10 @@ def _leave(
 ) -> dict[str, object]:  # fmt: skip
     """Hand the stream to the machine's supervisor, and wait for the end of it; what that said last."""
     name = f"migrate-{os.urandom(8).hex()}.sock"
-    listener = unix.listen(machine.runtime_dir, name)
+    try:
+        listener = unix.listen(machine.runtime_dir, name)
+    except FileNotFoundError:
+        raise RemoteError(f"machine '{machine.name}' ended while it was being migrated") from None
     connection = connect_supervisor(machine.runtime_dir, machine.name)
     last: dict[str, object] = {}
 

@@ -98,7 +98,7 @@ def reclaim(paths: Paths, spec: MachineSpec) -> None:
     from nagaya.kernel.nftables import Nftables
     from nagaya.net import attach
 
-    engine_of(spec).reclaim(spec.id)
+    engine_of(spec).reclaim(spec.id, paths.runtime(spec.id))
     if spec.network not in ("none", "host") and not os.geteuid():
         with Nftables() as nftables:
             attach.let_go(paths, spec.id, nftables)
@@ -119,7 +119,7 @@ def remove_damaged(paths: Paths, machine_id: str) -> None:
     with command:
         _kill(paths, machine_id)
         for type_ in TYPES:
-            open_engine(type_).reclaim(machine_id)
+            open_engine(type_).reclaim(machine_id, paths.runtime(machine_id))
         with liveness:  # if its supervisor lives, it comes to its end now that the machine is killed
             if not os.geteuid():
                 with Nftables() as nftables:

@@ -1,6 +1,6 @@
 """A machine's control group, whichever way this host mounts them: v2, v1, or hybrid (v1's controllers beside an empty v2).
 
-Machines live at `nagaya/ID` below each controller's mount. `docs/cgroups.md` has the table of files.
+Machines live at `nagaya/NAME` below each controller's mount. `docs/cgroups.md` has the table of files.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class ContainerEngine:
             os.close(self._stub)
             self._stub = -1
 
-    def reclaim(self, machine_id: str) -> None:
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
         """Kill and remove what a killed supervisor left. See `Engine.reclaim`."""
         cgroup = find_cgroup(machine_id)
         if cgroup is not None:

@@ -107,7 +107,7 @@ class DirectEngine:
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
-            self._bounds.make(request.spec, stack, translates=False)
+            self._bounds.make(request.spec, request.runtime_dir, stack, translates=False)
             with ExitStack() as failed, ExitStack() as local:
                 console, console_end = unix.socket_pair()
                 failed.callback(os.close, console)
@@ -222,9 +222,9 @@ class DirectEngine:
         if self._vmm is not None:
             self._vmm.kill()
 
-    def reclaim(self, machine_id: str) -> None:
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device and its locks with it."""
-        reclaim(machine_id)
+        reclaim(machine_id, runtime_dir)
 
     def oom_killed(self) -> bool:
         """See `OomAware.oom_killed`."""

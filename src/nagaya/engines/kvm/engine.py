@@ -108,7 +108,7 @@ class KvmEngine:
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the VMM. See `Engine.boot`."""
         try:
-            self._bounds.make(request.spec, stack, translates=False)
+            self._bounds.make(request.spec, request.runtime_dir, stack, translates=False)
             if request.incoming is not None:
                 return self._boot(request, Source(MIGRATED), stack)
             if request.saved:
@@ -310,9 +310,9 @@ class KvmEngine:
         assert isinstance(rootfs, DiskPlan)  # our `rootfs_kind`
         return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
-    def reclaim(self, machine_id: str) -> None:
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
         """See `Engine.reclaim`. The VMM dies with its supervisor, and its tap device with it."""
-        reclaim(machine_id)
+        reclaim(machine_id, runtime_dir)
 
     def oom_killed(self) -> bool:
         """See `OomAware.oom_killed`."""

@@ -92,7 +92,7 @@ class EmulatedEngine:
         spec = request.spec
         board = find_board(spec.platform)
         bounds = self._qemu.bounds
-        bounds.make(spec, stack, translates=True)
+        bounds.make(request.spec, request.runtime_dir, stack, translates=True)
         with ExitStack() as failed:
             failed.callback(self._qemu.abandon)
             with ExitStack() as local:
@@ -257,9 +257,9 @@ class EmulatedEngine:
         assert isinstance(rootfs, DiskPlan)  # our `rootfs_kind`
         return start_applet(self, rootfs, argv, stdin, stdout, stderr, data_disk=data_disk)
 
-    def reclaim(self, machine_id: str) -> None:
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
         """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device with QEMU."""
-        reclaim(machine_id)
+        reclaim(machine_id, runtime_dir)
 
     def oom_killed(self) -> bool:
         """See `OomAware.oom_killed`."""

@@ -141,7 +141,7 @@ class WholeMachineEngine:
             raise HostError.from_os(error, "cannot start the machine") from None
 
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
-        self._qemu.bounds.make(request.spec, stack, translates=self.type != "kvm")
+        self._qemu.bounds.make(request.spec, request.runtime_dir, stack, translates=self.type != "kvm")
         with ExitStack() as failed:
             failed.callback(self._abandon)
             with ExitStack() as local:
@@ -399,9 +399,9 @@ class WholeMachineEngine:
         """SIGKILL to QEMU: pulls the machine's plug."""
         self._qemu.signal(signal.SIGKILL)
 
-    def reclaim(self, machine_id: str) -> None:
+    def reclaim(self, machine_id: str, runtime_dir: str) -> None:
         """See `Engine.reclaim`. QEMU dies with its supervisor, and its tap device and its locks with QEMU."""
-        reclaim(machine_id)
+        reclaim(machine_id, runtime_dir)
 
     def oom_killed(self) -> bool:
         """See `OomAware.oom_killed`."""

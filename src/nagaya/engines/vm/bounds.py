@@ -7,6 +7,7 @@ taken over.
 from __future__ import annotations
 
 import os
+import zlib
 from contextlib import ExitStack
 
 from nagaya.engines.cgroups.group import Cgroup, create_cgroup, find_cgroup, find_controllers, host_hierarchy
@@ -42,8 +43,9 @@ class Bounds:
         self._group: Cgroup | None = None
         self._limits = Limits()
 
-    def make(self, spec: MachineSpec, stack: ExitStack, *, translates: bool) -> None:
-        """Before anything of the machine runs. `stack` removes the group: what is pushed there later has gone by then.
+    def make(self, spec: MachineSpec, runtime_dir: str, stack: ExitStack, *, translates: bool) -> None:
+        """Before anything of the machine runs, whose `BootRequest.runtime_dir` that is. `stack` removes the group: what is
+        pushed there later has gone by then.
 
         What the user asked for and cannot be had raises `Unsupported`, `HostError`; our own bounds are a warning then.
         """
@@ -67,7 +69,10 @@ class Bounds:
         controllers = ("memory", "pids", "cpuacct", *(("cpu",) if wanted.cpus_milli else ()))
         try:
             self._group = create_cgroup(
-                spec.id, wanted, devices=None, controllers=(*controllers, *(("blkio",) if wanted.blkio_weight else ()))
+                group_name(spec.id, runtime_dir),
+                wanted,
+                devices=None,
+                controllers=(*controllers, *(("blkio",) if wanted.blkio_weight else ())),
             )
         except (OSError, HostError) as error:
             if asked != Limits():
@@ -110,9 +115,14 @@ class Bounds:
             group.remove()
 
 
-def reclaim(machine_id: str) -> None:
+def group_name(machine_id: str, runtime_dir: str) -> str:
+    """Of the machine that has this directory: one that moves to another store of this host is there twice for a while."""
+    return f"{machine_id}-{zlib.crc32(runtime_dir.encode()):08x}"
+
+
+def reclaim(machine_id: str, runtime_dir: str) -> None:
     """Kill and remove what a killed supervisor has left. Idempotent."""
-    group = None if os.geteuid() else find_cgroup(machine_id)
+    group = None if os.geteuid() else find_cgroup(group_name(machine_id, runtime_dir))
     if group is not None:
         group.kill()
         group.remove()
