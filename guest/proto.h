@@ -97,7 +97,7 @@ enum power_off {
 };
 
 /* The network card of a machine that is only there to be saved, and gone on from as many others. */
-#define PLACEHOLDER_MAC "\x02nagay"
+#define PLACEHOLDER_MAC "\x02nagay" /* of the first link; the next one's last byte is one more */
 
 #define HELLO_NEEDS_SETUP 1 /* HELLO's features: the host's first frame is to be SETUP */
 

@@ -24,9 +24,15 @@ static int is_prepared, ipv6_switch = -1;
 struct link {
 	int sock;
 	const unsigned char *mac;
+	int number; /* among the machine's links */
 	int has_placeholder; /* its address is not the machine's own yet */
 	struct ifreq request; /* its name, once it is found */
 };
+
+static int is_placeholder(const char *mac, int number)
+{
+	return !memcmp(mac, PLACEHOLDER_MAC, 5) && mac[5] == PLACEHOLDER_MAC[5] + number;
+}
 
 static int find_link(void *what)
 {
@@ -39,7 +45,7 @@ static int find_link(void *what)
 		memcpy(link->request.ifr_name, request.ifr_name, IFNAMSIZ);
 		if (ioctl(link->sock, SIOCGIFHWADDR, &request) || request.ifr_hwaddr.sa_family != ARPHRD_ETHER)
 			continue;
-		if (!memcmp(request.ifr_hwaddr.sa_data, PLACEHOLDER_MAC, 6))
+		if (is_placeholder(request.ifr_hwaddr.sa_data, link->number))
 			link->has_placeholder = 1;
 		else if (memcmp(request.ifr_hwaddr.sa_data, link->mac, 6))
 			continue;
@@ -263,7 +269,8 @@ int vm_prepare_link(const unsigned char *field)
 
 int vm_configure_link(const unsigned char *field)
 {
-	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	static int count; /* SETUP names the links in their order */
+	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field, .number = count++};
 	int failed;
 
 	if (link.sock < 0)

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from nagaya.engines.vm.shares import why_not
 from nagaya.kernels.cache import cache_directory, find_kernel
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
 from tests.e2e.leftovers import cgroups
+from tests.e2e.test_lifecycle import wait_for
 
 STARTS = int(os.environ.get("NAGAYA_TEMPLATE_STARTS", "6"))
 AT_ONCE = int(os.environ.get("NAGAYA_TEMPLATE_AT_ONCE", "3"))
@@ -155,6 +157,106 @@ def test_inspect_says_how_it_started(cli: Cli) -> None:
     assert json.loads(cli.ok("inspect", "how"))[0]["state"]["origin"] == "template"
     assert cli.ok("exec", "how", "/bin/busybox", "cat", "/file", timeout_s=START_S) == "kept\n"
     cli.ok("rm", "-f", "how", timeout_s=START_S)
+
+
+def await_template(cli: Cli, *flags: str, **what: object) -> None:
+    """Have one built for machines that are started so, which the first of them does."""
+    cli.ok("run", "--rm", *flags, "probe:1", "/bin/busybox", "true", timeout_s=START_S)
+    wait_for(
+        lambda: any(what.items() <= one.items() for one in json.loads(cli.ok("template", "ls", "--json"))), BUILD_S
+    )
+
+
+def start_some(cli: Cli, *flags: str) -> list[str]:
+    """Machines that began from a template, by their names, at the same time."""
+
+    def start(number: int) -> str:
+        name = f"some-{number}"
+        cli.ok(
+            "run",
+            "-d",
+            "--cap-add",
+            "NET_ADMIN",
+            "--name",
+            name,
+            *flags,
+            "probe:1",
+            "/bin/busybox",
+            "sleep",
+            "600",
+            timeout_s=START_S,
+        )
+        assert cli.json("inspect", name)[0]["state"]["origin"] == "template"
+        return name
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(start, range(AT_ONCE)))
+
+
+def assert_own(cli: Cli, names: list[str]) -> None:
+    """Nothing of one machine is another's."""
+    told = [cli.ok("exec", name, "/bin/identity", timeout_s=START_S) for name in names]
+    found = [dict(line.split(" ", 1) for line in one.splitlines()) for one in told]
+    for what in OWN:
+        values = [each[what] for each in found]
+        assert all(values) and len(set(values)) == len(names), (what, values)
+
+
+def test_machines_with_several_cards(cli: Cli) -> None:
+    """Each card is on its own network, with the address that the host gave it."""
+    cli.ok("network", "create", "second")
+    flags = ("--network", "bridge", "--network", "second")
+    await_template(cli, *flags, network="tap tap")
+    names = start_some(cli, *flags)
+    try:
+        assert_own(cli, names)
+        seen: set[str] = set()
+        for name in names:
+            links = cli.json("inspect", name)[0]["links"]
+            for number, link in enumerate(links):
+                told = cli.ok("exec", name, "/bin/busybox", "ip", "addr", "show", f"eth{number}", timeout_s=START_S)
+                assert link["mac"] in told and link["address"] in told, (told, link)
+                seen |= {link["mac"], link["address"]}
+                others = {other: cli.json("inspect", other)[0]["links"][number]["address"] for other in names}
+                for other, address in others.items():
+                    if other != name:
+                        cli.ok(
+                            "exec",
+                            name,
+                            "/bin/busybox",
+                            "ping",
+                            "-c",
+                            "1",
+                            "-W",
+                            "10",
+                            "-I",
+                            f"eth{number}",
+                            address,
+                            timeout_s=START_S,
+                        )
+        assert len(seen) == 4 * len(names)
+    finally:
+        cli.ok("rm", "-f", *names, timeout_s=START_S)
+        cli.ok("network", "rm", "second")
+
+
+def test_machines_with_directories_of_the_host(cli: Cli, tmp_path: Path) -> None:
+    """A daemon of the host's serves them, which has to be shown the memory."""
+    if why_not():
+        pytest.skip(f"needs virtiofsd: {why_not()}")
+    (tmp_path / "file").write_text("from the host\n")
+    flags = ("-v", f"{tmp_path}:/shared")
+    await_template(cli, *flags, volumes=True)
+    names = start_some(cli, *flags)
+    try:
+        for name in names:
+            shell = f"/bin/busybox cat /shared/file; echo {name} > /shared/{name}; /bin/busybox cat /etc/hostname"
+            told = cli.ok("exec", name, "/bin/sh", "-c", shell, timeout_s=START_S)
+            assert told.startswith("from the host\n")
+            assert (tmp_path / name).read_text() == f"{name}\n"
+        assert_own(cli, names)
+    finally:
+        cli.ok("rm", "-f", *names, timeout_s=START_S)
 
 
 def test_a_damaged_template_is_not_used(cli: Cli) -> None:

@@ -23,7 +23,7 @@ def mold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mold:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("kernel", "agent"):
         (tmp_path / name).write_text(name)
-    return Mold(str(tmp_path / "kernel"), str(tmp_path / "agent"), "console=hvc0", SIZE, 1, "tap", "pvm")
+    return Mold(str(tmp_path / "kernel"), str(tmp_path / "agent"), "console=hvc0", SIZE, 1, ("tap",), "pvm")
 
 
 def put(mold: Mold, *, age_s: int = 0) -> str:
@@ -33,7 +33,9 @@ def put(mold: Mold, *, age_s: int = 0) -> str:
     memory = GuestMemory.allocate(SIZE)
     files = saved.create(path)
     parts = {"hardware": {"memory_bytes": SIZE, "cpus": mold.cpus}, "kvm": "pvm", "cpu": "", "leaves": [], "vm": {}}
-    saved.write(files, memory, {**parts, "vcpus": [], "devices": [], "notes": {"key": mold.key, "card": mold.card}})
+    saved.write(
+        files, memory, {**parts, "vcpus": [], "devices": [], "notes": {"key": mold.key, "cards": " ".join(mold.cards)}}
+    )
     files.close()
     memory.close()
     saved.commit(path)
@@ -49,7 +51,9 @@ def test_a_template_is_found_by_all_that_it_was_made_of(mold: Mold, tmp_path: Pa
     for other in (
         mold._replace(cpus=2),
         mold._replace(command_line="quiet"),
-        mold._replace(card=""),
+        mold._replace(cards=()),
+        mold._replace(cards=("tap", "tap")),
+        mold._replace(shares=True),
         mold._replace(kvm="x"),
     ):
         assert template.find(other) == ""

@@ -42,26 +42,26 @@ def build_template(
     open_engine("kvm").check_host()
     limits = Limits(memory_bytes=memory_bytes, cpus_milli=cpus_milli)
     spec = MachineSpec("", "", "kvm", image, "", "", Process(()), "", 0, limits=limits)
-    card = ("stream" if os.geteuid() else "tap") if network else ""
+    cards = ("stream" if os.geteuid() else "tap",) if network else ()
     mold = Mold(
         kernel=cache.get_kernel().path, agent=agent_path(), command_line=command_line(spec),
-        memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), card=card, kvm=find_kvm().kind,
+        memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), cards=cards, kvm=find_kvm().kind,
     )  # fmt: skip
     if image:
         root = make_root_image(host.images, host.images.get(image), progress=Silent())
         mold = mold._replace(
             prepared=Prepared(
                 image=root, data_bytes=DEFAULT_BYTES, read_only=False, unmask=False, own_pids=False, pids=0,
-                files=_WITH_NETWORK if network else _FILES, mtu=_mtu(card),
+                files=_WITH_NETWORK if network else _FILES, mtu=_mtu(cards),
             )
         )  # fmt: skip
     build(mold, report=report)
     return make_id(mold.key)
 
 
-def _mtu(card: str) -> int:
+def _mtu(cards: tuple[str, ...]) -> int:
     """What the default network's links have."""
-    if card != "tap":
-        return LinkPlan().mtu if card else 0
+    if "tap" not in cards:
+        return LinkPlan().mtu if cards else 0
     with Netlink() as netlink:
         return way_out_mtu(netlink)

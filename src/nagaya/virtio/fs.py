@@ -8,17 +8,54 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 
 from nagaya.errors import GuestFault, NagayaError, Unsupported, UsageError
-from nagaya.static import Any
+from nagaya.memory import GuestMemory
+from nagaya.static import Any, Protocol
 from nagaya.virtio.device import FILE_SYSTEM, RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1, Activated
 from nagaya.virtio.queue import Queue
-from nagaya.virtio.vhost_user import Ring, VhostUser
+from nagaya.virtio.vhost_user import Ring
 
 QUEUE_SIZE = 128
 TAG_BYTES = 36
 _CONFIG = struct.Struct(f"<{TAG_BYTES}sI")  # struct virtio_fs_config
 _TRANSPORT_FEATURES = VERSION_1 | RING_INDIRECT_DESC | RING_EVENT_IDX
+
+
+class Daemon(Protocol):
+    """What works on the device's rings: a `VhostUser`."""
+
+    fd: int
+    features: int
+
+    def read_config(self, size: int) -> bytes | None: ...
+    def start(self, features: int, memory: GuestMemory, rings: Sequence[Ring]) -> None: ...
+    def stop(self) -> object: ...
+    def close(self) -> None: ...
+
+
+class Nobody:
+    """No daemon, for a machine that is only there to be saved before it mounts anything."""
+
+    features = _TRANSPORT_FEATURES
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # never ready
+
+    def read_config(self, size: int) -> bytes | None:
+        return None
+
+    def start(self, features: int, memory: GuestMemory, rings: Sequence[Ring]) -> None:
+        """Nobody looks at them."""
+
+    def stop(self) -> None:
+        """Nobody did."""
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class FileSystem:
@@ -30,7 +67,7 @@ class FileSystem:
     device_id = FILE_SYSTEM
     features = 0
 
-    def __init__(self, name: str, daemon: VhostUser, *, tag: str = "", request_queues: int = 1) -> None:
+    def __init__(self, name: str, daemon: Daemon, *, tag: str = "", request_queues: int = 1) -> None:
         """`daemon` is connected and greeted. `tag` is what the guest mounts; empty to take the daemon's own.
 
         Raises `Unsupported` for a daemon that cannot work on our rings, and `RemoteError`.
@@ -151,7 +188,7 @@ class FileSystem:
         self._daemon.close()  # which lets go of the rings, for the daemon has nobody else to work for
 
 
-def _make_config(daemon: VhostUser, tag: str, request_queues: int) -> bytes:
+def _make_config(daemon: Daemon, tag: str, request_queues: int) -> bytes:
     if not tag:
         told = daemon.read_config(_CONFIG.size)
         if told is None:

@@ -62,7 +62,7 @@ def ls(context: Context, parsed: Parsed) -> int:
 def _row(one: Template, now_ns: int) -> Row:
     return Row(
         ID=one.id, Kind="prepared" if one.image else "bare", Memory=format_size(one.memory_bytes), CPUs=str(one.cpus),
-        Network=one.card or "none", Used=format_age(one.used_ns, now_ns), Size=format_size(one.size_bytes),
+        Network=one.cards or "none", Used=format_age(one.used_ns, now_ns), Size=format_size(one.size_bytes),
         UsedAt=format_local_time(one.used_ns), Image=one.image, Path=one.path,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def _row(one: Template, now_ns: int) -> Row:
 def _record(one: Template) -> dict[str, object]:
     return {
         "id": one.id, "kind": "prepared" if one.image else "bare", "memory_bytes": one.memory_bytes, "cpus": one.cpus,
-        "network": one.card, "image": one.image, "size_bytes": one.size_bytes, "used_at": format_time(one.used_ns),
+        "network": one.cards, "volumes": one.shares, "image": one.image, "size_bytes": one.size_bytes, "used_at": format_time(one.used_ns),
         "path": one.path,
     }  # fmt: skip
 

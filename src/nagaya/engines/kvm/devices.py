@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from nagaya.virtio.device import Device
 
 
+SHARES = "shares"
+"""The device for directories of the host: the last one."""
+
+
+def card_name(number: int) -> str:
+    """What network card `number`'s device is called: saved machines know it by that."""
+    return f"eth{number}" if number else "net"
+
+
 def plan_devices(ports: tuple[Port, ...], disks: tuple[Device, ...]) -> list[Device]:
-    """Those that every machine has, in their order: a network card and the host's directories come after them."""
+    """Those that every machine has, in their order: network cards and the host's directories come after them."""
     from nagaya.virtio.balloon import Balloon
     from nagaya.virtio.console import Console
     from nagaya.virtio.rng import Rng

@@ -366,7 +366,7 @@ def _assemble(
     daemon: int, saved: Saved | None, bare: dict[str, Any] | None,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
-    from nagaya.engines.kvm.devices import plan_devices
+    from nagaya.engines.kvm.devices import SHARES, card_name, plan_devices
     from nagaya.virtio.blk import Blk
     from nagaya.virtio.console import Port
 
@@ -386,9 +386,9 @@ def _assemble(
 
         apart = DeviceProcess(drives)
     devices = plan_devices(ports, apart.devices if apart is not None else drives)
-    for fd, link in links:
+    for number, (fd, link) in enumerate(links):
         mac = bytes.fromhex(link.mac.replace(":", ""))
-        name = "net" if link is links[0][1] else link.name
+        name = card_name(number)
         if link.driver == "user":
             from nagaya.virtio.net import Net
             from nagaya.virtio.net_link import Stream
@@ -404,5 +404,5 @@ def _assemble(
 
         connection = VhostUser(daemon)
         connection.greet()
-        devices.append(FileSystem("shares", connection, tag=SHARES_TAG))
+        devices.append(FileSystem(SHARES, connection, tag=SHARES_TAG))
     return Machine(hardware, tuple(devices), apart=apart, saved=saved, bare=bare)

@@ -23,7 +23,6 @@ from nagaya.storage.disks import is_blank
 from nagaya.storage.plan import DiskPlan
 
 BOOT, TEMPLATE, SAVED, MIGRATED = "boot", "template", "saved", "migrated"
-LINK = "eth0"
 _LINE = "console=hvc0 panic=-1"
 
 
@@ -106,23 +105,15 @@ def _open(mold: Mold, path: str) -> Source | None:
 
 
 def plan_mold(request: BootRequest) -> Mold | None:
-    """The bare template's; None for a machine that can only boot.
-
-    That is one that virtiofsd serves directories of the host, for which it has to be shown the memory, or with several links.
-    """
+    """The bare template's; None for a machine that can only boot."""
     spec = request.spec
     links = request.network.links
-    if (
-        spec.hardware is not None
-        or (any(mount.kind == "bind" for mount in request.mounts) and not why_not())
-        or len(links) > 1
-        or (links and links[0].name != LINK)
-    ):
+    if spec.hardware is not None or any(link.name != f"eth{number}" for number, link in enumerate(links)):
         return None
     return Mold(
         kernel=spec.kernel or cache.get_kernel().path, agent=agent_path(), command_line=command_line(spec),
-        memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), card=("stream" if links[0].driver == "user" else "tap") if links else "",
-        kvm=find_kvm().kind,
+        memory_bytes=rules.memory_bytes(spec), cpus=rules.cpus(spec), cards=tuple("stream" if link.driver == "user" else "tap" for link in links),
+        kvm=find_kvm().kind, shares=any(mount.kind == "bind" for mount in request.mounts) and not why_not(),
     )  # fmt: skip
 
 
@@ -130,7 +121,7 @@ def plan_prepared(bare: Mold, request: BootRequest) -> Mold | None:
     """The prepared template's; None where the machine has been started before, or wants what is not the same for all."""
     spec, disks = request.spec, request.rootfs
     assert isinstance(disks, DiskPlan)
-    if request.mounts or spec.sysctls or spec.devices or rules.is_errand(spec):
+    if request.mounts or spec.sysctls or spec.devices or len(request.network.links) > 1 or rules.is_errand(spec):
         return None
     try:
         fd = os.open(disks.data, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -23,10 +23,9 @@ from nagaya.errors import HostError, IntegrityError, NagayaError, NotFound, Usag
 from nagaya.static import NamedTuple
 
 SWITCH = "NAGAYA_TEMPLATES"
-PLACEHOLDER_MAC = b"\x02nagay"
-"""guest/proto.h: the agent knows by it that the card has no address of its machine's yet."""
-REVISION = 2
-"""Of how they are booted and prepared, beside what the key names: 2 has another clock on a software KVM."""
+_PLACEHOLDER_MAC = b"\x02naga%c"
+REVISION = 3
+"""Of how they are booted and prepared, beside what the key names: 2 has another clock on a software KVM, 3 several cards."""
 MOST = 24
 """Kept at a time; the one that was used longest ago goes first."""
 DATA = "data"
@@ -56,8 +55,9 @@ class Mold(NamedTuple):
     command_line: str
     memory_bytes: int
     cpus: int
-    card: str  # "tap" | "stream" | "": what its network card, if it has one, offers to the guest
+    cards: tuple[str, ...]  # "tap" | "stream": what each of its network cards, eth0, eth1, …, offers to the guest
     kvm: str
+    shares: bool = False  # whether it has a device for directories of the host
     prepared: Prepared | None = None
 
     @property
@@ -65,8 +65,10 @@ class Mold(NamedTuple):
         """What tells it from others, in words. Files are known by their size and time: whatever changes one makes it anew."""
         words = [
             _origin(), f"kernel {_identify(self.kernel)}", f"agent {_identify(self.agent)}",
-            f"line {self.command_line}", f"memory {self.memory_bytes} cpus {self.cpus} card {self.card} kvm {self.kvm}",
+            f"line {self.command_line}", f"memory {self.memory_bytes} cpus {self.cpus} cards {' '.join(self.cards)} kvm {self.kvm}",
         ]  # fmt: skip
+        if self.shares:
+            words.append("shares")
         if self.prepared is not None:
             words += [f"image {_identify(self.prepared.image)}", repr(self.prepared[1:])]
         return "\n".join(words)
@@ -82,7 +84,13 @@ class Template(NamedTuple):
     image: str  # "" of a bare one
     memory_bytes: int
     cpus: int
-    card: str
+    cards: str
+    shares: bool
+
+
+def placeholder_mac(number: int) -> bytes:
+    """guest/proto.h: the agent knows by it that card `number` has no address of its machine's yet."""
+    return _PLACEHOLDER_MAC % (ord("y") + number)
 
 
 def _origin() -> str:
@@ -171,7 +179,7 @@ def _load(name: str) -> Template | None:
     notes, hardware = state["notes"], state["hardware"]
     return Template(
         name, path, size, used_ns, str(notes.get("image", "")), hardware["memory_bytes"], hardware["cpus"],
-        str(notes.get("card", "")),
+        str(notes.get("cards", "")), bool(notes.get("shares")),
     )  # fmt: skip
 
 

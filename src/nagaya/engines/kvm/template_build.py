@@ -17,11 +17,12 @@ from contextlib import ExitStack
 
 from nagaya.engines.kvm import saved, template
 from nagaya.engines.kvm.assembly import Hardware
-from nagaya.engines.kvm.devices import plan_devices
+from nagaya.engines.kvm.devices import SHARES, card_name, plan_devices
 from nagaya.engines.kvm.machine import Machine
 from nagaya.engines.kvm.template import Mold, Prepared
 from nagaya.engines.vm.parts import FIRST_ID, open_initramfs
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL
+from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.errors import HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
@@ -221,8 +222,8 @@ class _Build:
             machine.save(
                 ".",
                 notes={
-                    "key": self._key, "hello": hello.payload.hex(), "card": mold.card,
-                    "image": prepared.image if prepared is not None else "",
+                    "key": self._key, "hello": hello.payload.hex(), "cards": " ".join(mold.cards),
+                    "shares": mold.shares, "image": prepared.image if prepared is not None else "",
                 },
             )  # fmt: skip
         for path in (root, data) if mold.prepared is None else ():
@@ -255,11 +256,16 @@ class _Build:
         )
         disks = (Blk(ROOT_SERIAL, root, read_only=True, serial=ROOT_SERIAL), Blk(DATA_SERIAL, data, serial=DATA_SERIAL))
         devices = plan_devices(ports, disks)
-        if mold.card:
+        for number, card in enumerate(mold.cards):
             from nagaya.virtio.net import Net
             from nagaya.virtio.net_link import Unplugged
 
-            devices.append(Net("net", Unplugged(like_tap=mold.card == "tap"), mac=template.PLACEHOLDER_MAC, mtu=1500))
+            mac = template.placeholder_mac(number)
+            devices.append(Net(card_name(number), Unplugged(like_tap=card == "tap"), mac=mac, mtu=1500))
+        if mold.shares:
+            from nagaya.virtio.fs import FileSystem, Nobody
+
+            devices.append(FileSystem(SHARES, Nobody(), tag=SHARES_TAG))
         initrd = open_initramfs()
         hardware = Hardware(
             kernel=mold.kernel, initrd=f"/proc/self/fd/{initrd}", command_line=mold.command_line,
@@ -280,8 +286,8 @@ class _Build:
             os._exit(1)
 
     def _prepare(self, machine: Machine, prepared: Prepared) -> None:
-        mac = template.PLACEHOLDER_MAC.hex(":")
-        networks = (GuestNetwork(mac, "", 0, "", prepared.mtu),) if self._mold.card else ()
+        mac = template.placeholder_mac(0).hex(":")
+        networks = (GuestNetwork(mac, "", 0, "", prepared.mtu),) if self._mold.cards else ()
         payload = setup_payload(
             GuestSetup(
                 "", read_only=prepared.read_only, unmask=prepared.unmask, own_pids=prepared.own_pids, pids=prepared.pids,
