@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 
@@ -281,26 +280,29 @@ class Machine:
         """The same, into files that somebody else has made, and will commit."""
         from nagaya.engines.kvm import saved
 
-        with self._standing() as parts:
-            saved.write(files, parts.memory, {**parts.save(self.hardware), "notes": notes or {}})
+        self._standing(
+            lambda parts: saved.write(files, parts.memory, {**parts.save(self.hardware), "notes": notes or {}})
+        )
 
     def save_behind(self, order: Order) -> None:
         """The same, but that the machine may go on when this returns: what it was is written meanwhile, and then answered."""
+        self._standing(lambda parts: self._save_behind(order, parts))
+
+    def _save_behind(self, order: Order, parts: Parts) -> None:
         from nagaya.engines.kvm import behind
 
-        with self._standing() as parts:
-            state = parts.save(self.hardware)
-            parts.keep_from_children(memory=False)
-            self._writers += 1
-            if self._shared:
-                copy = parts.memory.copy()  # other processes work on it, which copying on a write would leave behind
-                try:
-                    behind.start(order, copy, state, lambda: self._written(parts))
-                finally:
-                    copy.close()
-            else:
-                parts.memory.detach()
-                behind.start(order, parts.memory, state, lambda: self._written(parts))
+        state = parts.save(self.hardware)
+        parts.keep_from_children(memory=False)
+        self._writers += 1
+        if self._shared:
+            copy = parts.memory.copy()  # other processes work on it, which copying on a write would leave behind
+            try:
+                behind.start(order, copy, state, lambda: self._written(parts))
+            finally:
+                copy.close()
+        else:
+            parts.memory.detach()
+            behind.start(order, parts.memory, state, lambda: self._written(parts))
 
     def _written(self, parts: Parts) -> None:
         """A writer has ended. With the last one goes what the machine has replaced since."""
@@ -309,16 +311,15 @@ class Machine:
             if self._parts is parts and not self._writers:
                 parts.memory.drop_replaced()
 
-    @contextmanager
-    def _standing(self) -> Iterator[Parts]:
-        """Nothing changes meanwhile of a machine that is paused: devices stand between two requests. Raises `Conflict`, `HostError`."""
+    def _standing(self, call: Callable[[Parts], None]) -> None:
+        """Call it while nothing changes of a machine that is paused: devices stand between two requests. Raises `Conflict`, `HostError`."""
         with self._control:
             parts = self._built()
             with self._state:
                 self._require(paused=True)
             release = self.hold_devices()
             try:
-                yield parts
+                call(parts)
             except OSError as error:
                 raise HostError.from_os(error, "cannot save the machine") from None
             finally:
