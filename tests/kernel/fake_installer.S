@@ -48,7 +48,7 @@ said:
         .if SAID == 0
         .asciz "Installing the base system ... 10%... 100%\r\nnagaya: the system is installed\r\n"
         .elseif SAID == 1
-        .asciz "Download installer components\r\n-----------------------------\r\n\r\nThe mirror does not answer.\r\nTry again?\r\n  1: Yes [*]  2: No\r\nPrompt: '?' for help, default=1> "
+        .asciz "Download installer components\r\n-----------------------------\r\n\r\nThe mirror does not answer.\r\nTry again?\r\n  1: Yes [*]  2: No\r\nPrompt: '?' for help, default=1> \r\n"
         .else
         .asciz "Detecting network hardware ... 2%\r\n"
         .endif

@@ -233,7 +233,7 @@ def test_the_command(empty_cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(4 * 3600)
-def test_debians_own_installer(empty_cli: Cli) -> None:
+def test_debians_own_installer(empty_cli: Cli, tmp_path: Path) -> None:
     """From the host's package sources to a login by ssh; at the end it is a machine as any other."""
     if not os.environ.get("NAGAYA_INSTALL") or os.environ.get(own_network.CHOICE) != "host":
         pytest.skip(
@@ -241,14 +241,14 @@ def test_debians_own_installer(empty_cli: Cli) -> None:
         )
     for program in ("bsdtar", "ssh", "apt-get"):
         require_program(program)
-    cli, mirror = empty_cli, Mirror("bookworm", "trixie", "amd64")
+    cli, mirror = empty_cli, Mirror("trixie", "amd64", tmp_path)
     with mirror.serve() as port:
-        own = Path(cli.root).parent / "own.cfg"
+        own = tmp_path / "own.cfg"
         own.write_text(
             f"d-i mirror/http/hostname string 10.0.2.2:{port}\nd-i mirror/http/directory string {DIRECTORY}\n"
             "d-i debian-installer/allow_unauthenticated boolean true\n"
         )
-        words = ("--disk", "8g", "--cpus", "2", "--install", "debian:bookworm", "--preseed", str(own))
+        words = ("--disk", "8g", "--cpus", "2", "--install", "debian:trixie", "--preseed", str(own))
         made = cli("machine", "create", "deb", *words, timeout_s=600)
         assert made.code == 0, made
         mirror.prepare(f"{cli.root}/machines/{made.out.strip()}/install/{INITRAMFS}")
@@ -257,7 +257,7 @@ def test_debians_own_installer(empty_cli: Cli) -> None:
             "ssh", "--wait", "12000", "deb", "hostname; findmnt -no FSTYPE /; cat /etc/debian_version", timeout_s=13000
         )
         log = cli.ok("logs", "deb")[-3000:]
-        assert said.code == 0 and said.out.startswith("deb\next4\n12."), (said, log, mirror.missing)
+        assert said.code == 0 and said.out.startswith("deb\next4\n13."), (said, log, mirror.missing)
         assert "(Installing)" not in cli.ok("ps", "--format", "{{.Status}}")
         cli.ok("stop", "deb", timeout_s=120)
         cli.ok("snapshot", "create", "deb", "fresh", timeout_s=120)

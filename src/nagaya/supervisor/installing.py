@@ -22,8 +22,9 @@ ASKED_S = 15.0
 SILENT_S = 3600.0
 """An installer tells of each package; emulated on a busy host, the longest step in between takes some minutes."""
 _KEPT = 4096
-# How its text interface asks (cdebconf, src/modules/frontend/text/text.c): for an answer, and for the Enter key.
-_ASKS = re.compile(rb"(?:Prompt: [^\n]*> |\[Press enter to continue\] ?)\Z")
+# How its text interface asks (cdebconf, src/modules/frontend/text/text.c): for an answer, and for the Enter key. On some
+# terminals the cursor goes to the next line then.
+_ASKS = re.compile(rb"(?:Prompt: [^\n]*>|\[Press enter to continue\])\s*\Z")
 _RULE = re.compile(r"^-{3,}$", re.MULTILINE)
 _MOST_TOLD = 300
 
