@@ -133,6 +133,7 @@ def test_killed_in_the_middle(install: Callable[..., Machine], whom: str) -> Non
     os.kill(pid if whom == "qemu" else parent, signal.SIGKILL)
     wait_for(lambda: machine.state.phase == "exited" and not os.path.exists(f"/proc/{pid}"), machine)
     assert machine.state.installing and os.path.isdir(f"{machine.directory}/install")
+    assert ("installs anew" in machine.state.error) == (whom == "supervisor")
     machine.start()
     assert machine.state.installing and "-kernel" in command_of(machine)
     machine.kill()

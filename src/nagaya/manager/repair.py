@@ -71,7 +71,7 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
         state = state._replace(
             phase=EXITED if started else CREATED,
             exit_code=KILLED if started else -1,
-            error=state.error or _explain(state),
+            error=state.error or _explain(paths, spec, state),
             finished_ns=time.time_ns(),
             pid=0,
             address="",
@@ -84,11 +84,14 @@ def repair(paths: Paths, spec: MachineSpec) -> MachineState | None:
         lock.release()
 
 
-def _explain(state: MachineState) -> str:
+def _explain(paths: Paths, spec: MachineSpec, state: MachineState) -> str:
     if not state.started_ns:
         return "its start was cut off"
     if state.installing:
-        return "its supervisor was killed before its system was installed; the next start installs anew"
+        from nagaya.storage.disk_images.installer import is_installing  # lazy: few are installed
+
+        if is_installing(paths.machine(spec.id)):
+            return "its supervisor was killed before its system was installed; the next start installs anew"
     return "its supervisor was killed"
 
 
