@@ -97,8 +97,8 @@ class Mirror:
             if name in seen or name not in ours:
                 continue
             seen.add(name)
-            if name in _PARTS and not self.has(ours[name].path):
-                ours |= self._make(name, _PARTS[name])
+            if ours[name].path not in self._own and not self.has(ours[name].path):
+                ours |= self._make(name, _PARTS.get(name, ()))  # the others are for file systems that nobody asks for
             wanted += ours[name].depends
         index = "".join(f"{udeb.stanza}\n\n" for udeb in ours.values()).encode()
         files = {place: index, f"{place}.gz": gzip.compress(index, mtime=0)}
