@@ -17,6 +17,7 @@ from nagaya.manager.hardware import DriveOptions, HardwareOptions
 from nagaya.manager.options import CreateOptions
 from nagaya.storage.disk_images.assemble import install_bios
 from tests.conftest import require_program
+from tests.packages import unpack_package
 
 WITHIN_S = 300.0
 GRUB = "/usr/lib/grub/i386-pc"
@@ -33,13 +34,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         pytest.skip(f"needs {GRUB}: apt-get install grub-pc-bin")
 
     def fetch(name: str) -> Path:
-        place = tmp_path_factory.mktemp(name)
-        got = subprocess.run(["apt-get", "download", name], cwd=place, capture_output=True, text=True)
-        found = list(place.glob("*.deb"))
-        if got.returncode or not found:
-            pytest.skip(f"the package {name} cannot be had here: NAGAYA_TEST_NETWORK=host, and apt-get update")
-        subprocess.run(["dpkg-deb", "-x", found[0], place], check=True)
-        return place
+        return unpack_package(name, tmp_path_factory.mktemp(name))
 
     return fetch
 

@@ -107,7 +107,7 @@ def test_only_what_is_signed_is_started(make: Callable[..., Machine], tmp_path: 
 def test_what_this_host_cannot_pass_on(
     make: Callable[..., Machine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nagaya.engines.qemu import passthrough
+    from nagaya.engines.qemu import host_pci, host_usb
 
     for wrong in ("mouse", "12:34", "1.x"):
         with pytest.raises(UsageError):
@@ -115,8 +115,8 @@ def test_what_this_host_cannot_pass_on(
     for wrong in ("card", "1:2:3"):
         with pytest.raises(UsageError):
             make(pci=(wrong,))
-    monkeypatch.setattr(passthrough, "USB_DEVICES", str(tmp_path / "usb"))
-    monkeypatch.setattr(passthrough, "IOMMU_GROUPS", str(tmp_path / "groups"))
+    monkeypatch.setattr(host_usb, "USB_DEVICES", str(tmp_path / "usb"))
+    monkeypatch.setattr(host_pci, "GROUPS", str(tmp_path / "groups"))
     with pytest.raises(Unsupported, match="no USB devices"):
         make(usb=("046d:c077",))
     with pytest.raises(Unsupported, match="no IOMMU"):
@@ -128,8 +128,8 @@ def test_what_this_host_cannot_pass_on(
     device.mkdir(parents=True)
     for name, text in (("idVendor", "046d"), ("idProduct", "c077"), ("busnum", "1"), ("devnum", "12")):
         (device / name).write_text(f"{text}\n")
-    assert passthrough.find_usb("046D:C077") == passthrough.find_usb("1.12")
-    assert passthrough.find_usb("1.12").node == "/dev/bus/usb/001/012"
+    assert host_usb.find_usb("046D:C077") == host_usb.find_usb("1.12")
+    assert host_usb.find_usb("1.12").node == "/dev/bus/usb/001/012"
     with pytest.raises(NotFound):
         make(usb=("1.13",))
     with pytest.raises(UsageError, match="UEFI"):

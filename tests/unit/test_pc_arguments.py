@@ -101,3 +101,16 @@ def test_which_command_is_meant() -> None:
     assert instead(["--help"]) is None
     found = instead(["--name", "x", "debian", "sleep", "1"])
     assert found is not None and found.usage.startswith("IMAGE")
+
+
+def test_devices_of_the_host() -> None:
+    given: dict[str, object] = {"usb": (11,), "pci": ("0000:01:00.0", "0000:01:00.1")}
+    modern, old = plan(**given), plan(compat=True, **given)
+    for command in (modern, old):
+        assert "fd=11,set=4096" in values(command, "-add-fd")
+        assert "usb-host,bus=usb.0,hostdevice=/dev/fdset/4096" in values(command, "-device")
+    assert "vfio-pci,host=0000:01:00.1,id=pci1,bus=passed1" in values(modern, "-device")
+    assert "vfio-pci,host=0000:01:00.1,id=pci1,bus=pci.0" in values(old, "-device")
+    ports = [value for value in values(modern, "-device") if value.startswith("pcie-root-port,")]
+    chassis = [value.split("chassis=")[1] for value in ports]
+    assert len(ports) == len(set(chassis)) == 18 and not any("pcie-root-port" in word for word in old)

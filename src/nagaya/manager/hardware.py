@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from nagaya.engines import TYPES, engine_of
 from nagaya.engines.kvm.direct import SLOW
 from nagaya.engines.kvm.known import HARDWARE, find_kvm
-from nagaya.engines.qemu.passthrough import refuse_pci
+from nagaya.engines.qemu.host_pci import parse_address
 from nagaya.errors import NagayaError, NotFound, Unsupported, UsageError
 from nagaya.manager.creating import check_options
 from nagaya.manager.options import CreateOptions
@@ -159,10 +159,12 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
     firmware = runner.firmware
     if options.boot not in ("", "disk", "cdrom"):
         raise UsageError(f"--boot: '{options.boot}' is neither disk nor cdrom")
-    if firmware == DIRECT and (options.tpm or options.secure_boot or options.usb):
-        raise Unsupported("Nagaya's own VMM has no TPM, secure boot or USB", hint="use --firmware bios or uefi")
-    for address in options.pci:
-        refuse_pci(address)
+    pci = tuple(parse_address(text) for text in options.pci)
+    if firmware == DIRECT and (options.tpm or options.secure_boot or options.usb or pci):
+        raise Unsupported(
+            "Nagaya's own VMM has no TPM, no secure boot, and no devices of this host's",
+            hint="use --firmware bios or uefi",
+        )
     if options.install is not None:
         _check_install(options, firmware)
     drives = tuple(plan_drive(each, number, disks, own_format(firmware)) for number, each in enumerate(options.drives))
@@ -210,6 +212,7 @@ def plan_whole_machine(options: HardwareOptions, disks: Disks, *, runner: Runner
             tpm=options.tpm,
             secure_boot=options.secure_boot,
             usb=options.usb,
+            pci=pci,
             install=_plan_install(options.install),
         ),
     )

@@ -151,6 +151,7 @@ class Hardware(NamedTuple):
     tpm: bool = False
     secure_boot: bool = False  # UEFI that starts only what is signed by a key that it knows
     usb: tuple[str, ...] = ()  # devices of this host: "VENDOR:PRODUCT" or "BUS.DEVICE"
+    pci: tuple[str, ...] = ()  # the same: "0000:01:00.0"
     install: Install | None = None
 
 

@@ -39,7 +39,7 @@ _OWN = (
     Flag("--tpm", "With a TPM 2.0 (swtpm)"),
     Flag("--secure-boot", "UEFI that starts only what is signed (Microsoft's keys)"),
     Flag("--usb", "A USB device of this host: VENDOR:PRODUCT or BUS.DEVICE", value="DEVICE", many=True),
-    Flag("--pci", "A PCI device of this host", value="ADDRESS", many=True),
+    Flag("--pci", "A PCI device of this host that is bound to vfio-pci, for example 01:00.0", value="ADDRESS", many=True),
     Flag("--stop-timeout", "Seconds from the power button to being switched off (default 60)", value="SECONDS"),
     Flag("--name", "Name of the machine; or the only word", value="NAME"),
 )  # fmt: skip

@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
 from nagaya.engines.qemu import discs, guest_agent, pc_arguments, plugging, rights, saved, screen
 from nagaya.engines.qemu.guest_agent import GuestAgent
+from nagaya.engines.qemu.host_pci import PciDevice, check_pinning, find_pci
+from nagaya.engines.qemu.host_usb import find_usb
 from nagaya.engines.qemu.inherited import Inherited
-from nagaya.engines.qemu.passthrough import find_usb
 from nagaya.engines.qemu.pc_arguments import PcMachine
 from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board
 from nagaya.engines.qemu.pc_parts import (
@@ -25,6 +26,7 @@ from nagaya.engines.qemu.pc_parts import (
     open_usb,
     plug_in,
     require_program,
+    take_pci,
 )
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.qemu.tpm import require_tpm, start_tpm
@@ -72,6 +74,7 @@ class WholeMachineEngine:
         self.missing = {feature: rules.MISSING.get(feature, _WHY) for feature in FEATURES if feature not in _HAS}
         self._qemu = QemuProcess()
         self._guest: GuestAgent | None = None
+        self._pci: tuple[PciDevice, ...] = ()
         self._spec: MachineSpec | None = None
         self._drives: tuple[Drive, ...] = ()  # as they are by now
         self._limits = Limits()  # what it was started with
@@ -105,6 +108,9 @@ class WholeMachineEngine:
             require_tpm(board)
         for text in hardware.usb:
             find_usb(text)
+        if hardware.pci:
+            find_pci(hardware.pci)
+            check_pinning(rules.memory_bytes(spec))
         if hardware.compat and not board.vga:
             raise Unsupported(f"--compat is for PCs, and an {board.architecture} machine is none")
         if hardware.compat and any(drive.read_only and not drive.cdrom for drive in hardware.drives):
@@ -162,6 +168,8 @@ class WholeMachineEngine:
                         machine.id,
                         host_network=any(card.tap < 0 for card in machine.cards),
                         groups=kvm_groups() if machine.kvm else (),
+                        pci=self._pci,
+                        memory_bytes=machine.memory_bytes,
                     ),
                 )
                 self._qemu.start(launch)
@@ -192,6 +200,7 @@ class WholeMachineEngine:
         assert isinstance(plan, HardwarePlan)  # our `rootfs_kind`
         hardware, board = _hardware(spec), find_pc_board(spec.platform)
         guest = -1
+        self._pci = take_pci(hardware)
         if not hardware.compat:
             ours, guest = inherited.connect()
             self._guest = GuestAgent(ours)
@@ -211,6 +220,7 @@ class WholeMachineEngine:
             guest=guest,
             secure_boot=hardware.secure_boot,
             usb=open_usb(hardware, inherited),
+            pci=tuple(device.address for device in self._pci),
             incoming=bool(request.saved),
             forward_ssh=hardware.seed is not None,
         )
@@ -249,6 +259,11 @@ class WholeMachineEngine:
     def save(self, directory: str) -> None:
         """See `Saving.save`."""
         assert self._spec is not None
+        if self._pci:
+            raise Unsupported(
+                "what a PCI device of this host is about cannot be saved",
+                hint="save the machine's disks alone: --no-memory",
+            )
         self._qemu.bounds.make_room(directory, self._qemu.memory_bytes)
         saved.write(self._qemu.monitor, self._describe(self._spec), directory)
 
@@ -358,6 +373,11 @@ class WholeMachineEngine:
         if wanted > most:
             raise Unsupported(
                 f"the machine was started with {most >> 20} MiB of memory, and cannot get more while it runs",
+                hint="stop it first: it starts with the new size",
+            )
+        if self._pci:
+            raise Unsupported(
+                "a machine with a PCI device of this host has all its memory pinned, and cannot give any back",
                 hint="stop it first: it starts with the new size",
             )
         if self._compat:

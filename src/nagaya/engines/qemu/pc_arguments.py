@@ -66,6 +66,7 @@ class PcMachine(NamedTuple):
     secure_boot: bool = False
     tpm: int = -1  # the connection to one; -1 = there is none
     usb: tuple[int, ...] = ()  # devices of the host
+    pci: tuple[str, ...] = ()  # the same: their addresses there
     incoming: bool = False  # waits to be told what to go on from
     kernel: PcKernel | None = None
     forward_ssh: bool = False  # of a user-mode network: a port of the host's loopback, of the kernel's choice
@@ -118,6 +119,7 @@ def plan_pc(machine: PcMachine) -> list[str]:
         command += ["-add-fd", f"fd={descriptor},set={group}"]
         command += ["-device", f"usb-host,bus=usb.0,hostdevice=/dev/fdset/{group}"]
     command += _ports(machine)
+    command += _passed_on(machine)
     command += _drives(machine)
     command += _network(machine)
     if machine.incoming:
@@ -157,6 +159,7 @@ def _firmware(firmware: PcFirmware) -> list[str]:
 
 FIRST_SET = 3  # of the drives: two are the firmware's
 _USB_SETS = 4096
+_FIRST_PASSED_CHASSIS = 1 + SLOTS + CARD_PORTS
 
 
 def _screen(machine: PcMachine) -> list[str]:
@@ -181,6 +184,18 @@ def _ports(machine: PcMachine) -> list[str]:
     for chassis, (name, place, function) in enumerate(places, start=1):
         address = f"addr={place:x}.{function},multifunction=on,chassis={chassis}"
         command += ["-device", f"pcie-root-port,id={name},bus=pcie.0,{address}"]
+    return command
+
+
+def _passed_on(machine: PcMachine) -> list[str]:
+    """PCI devices of the host's, each below a port of its own: many a driver expects one above its PCI Express device."""
+    command: list[str] = []
+    for number, address in enumerate(machine.pci):
+        bus = "pci.0"
+        if not machine.compat:
+            bus, chassis = f"passed{number}", _FIRST_PASSED_CHASSIS + number
+            command += ["-device", f"pcie-root-port,id={bus},bus=pcie.0,chassis={chassis}"]
+        command += ["-device", f"vfio-pci,host={address},id=pci{number},bus={bus}"]
     return command
 
 

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from nagaya.engines.base import BootRequest
 from nagaya.engines.qemu import pc_arguments
 from nagaya.engines.qemu.arguments import Card
+from nagaya.engines.qemu.host_pci import PciDevice, find_pci, take
+from nagaya.engines.qemu.host_usb import find_usb
 from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.media import describe
-from nagaya.engines.qemu.passthrough import find_usb
 from nagaya.engines.qemu.pc_arguments import PcDrive, PcFirmware, PcKernel
 from nagaya.engines.qemu.pc_boards import UEFI, PcBoard, find_firmware, find_loader
 from nagaya.engines.vm import child
@@ -74,6 +75,13 @@ def open_usb(hardware: Hardware, inherited: Inherited) -> tuple[int, ...]:
         except OSError as error:
             raise HostError.from_os(error, f"cannot take USB device {text}") from None
     return tuple(found)
+
+
+def take_pci(hardware: Hardware) -> tuple[PciDevice, ...]:
+    """What QEMU is to open of the host's. Raises as `find_pci` and `take`: much may have changed since it was asked for."""
+    devices = find_pci(hardware.pci)
+    take(devices)
+    return devices
 
 
 def open_drives(hardware: Hardware, plan: HardwarePlan, inherited: Inherited, local: ExitStack) -> tuple[PcDrive, ...]:

@@ -6,16 +6,24 @@ import os
 import resource
 from collections.abc import Callable
 
+from nagaya.engines.qemu.host_pci import PciDevice, show_nodes
 from nagaya.engines.vm.parts import user_id
 from nagaya.kernel import namespaces
 
 MOST_FILES = 256
 
 
-def plan_rights(machine_id: str, *, host_network: bool, groups: tuple[int, ...] = ()) -> Callable[[], None]:
+def plan_rights(
+    machine_id: str,
+    *,
+    host_network: bool,
+    groups: tuple[int, ...] = (),
+    pci: tuple[PciDevice, ...] = (),
+    memory_bytes: int = 0,
+) -> Callable[[], None]:
     """What to do in the child before QEMU is executed. A plain user's QEMU stays that user's, for it can be nobody else's.
 
-    `groups`: those whose devices it may open. `host_network`: QEMU's user-mode network opens sockets of the host; otherwise it sees an empty network.
+    `groups`: those whose devices it may open. `pci`: devices of the host's that it has, and `memory_bytes` what the guest has. `host_network`: QEMU's user-mode network opens sockets of the host; otherwise it sees an empty network.
     """
 
     def give_up() -> None:
@@ -24,6 +32,8 @@ def plan_rights(machine_id: str, *, host_network: bool, groups: tuple[int, ...] 
             return
         namespaces.unshare(namespaces.CLONE_NEWIPC | (0 if host_network else namespaces.CLONE_NEWNET))
         id_ = user_id(machine_id)
+        if pci:
+            show_nodes(pci, id_, memory_bytes=memory_bytes)
         os.setgroups(groups)
         os.setresgid(id_, id_, id_)
         os.setresuid(id_, id_, id_)

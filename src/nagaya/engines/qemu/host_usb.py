@@ -1,8 +1,4 @@
-"""Devices of this host for one machine alone, and why they cannot be had.
-
-A USB device is handed over as a descriptor. A PCI device is refused: QEMU would have to open VFIO's nodes by itself, which
-the user that it runs as may not; what a host has to have for it in the first place is said first.
-"""
+"""USB devices of this host for one machine alone, and why they cannot be had. QEMU is handed each as a descriptor."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from nagaya.errors import NotFound, Unsupported, UsageError
 from nagaya.static import NamedTuple
 
 USB_DEVICES, USB_NODES = "/sys/bus/usb/devices", "/dev/bus/usb"
-PCI_DEVICES, IOMMU_GROUPS = "/sys/bus/pci/devices", "/sys/kernel/iommu_groups"
 
 
 class UsbDevice(NamedTuple):
@@ -64,31 +59,6 @@ def find_usb(text: str) -> UsbDevice:
         ):
             return each
     raise NotFound(f"this host has no USB device {text}", hint="'lsusb' lists them")
-
-
-def refuse_pci(text: str) -> None:
-    """Say what is missing. Raises `UsageError`, `NotFound`, `Unsupported`; never returns."""
-    address = text.lower() if text.count(":") == 2 else f"0000:{text.lower()}"
-    digits = address.replace(":", "").replace(".", "")
-    if len(address) != 12 or len(digits) != 9 or not set(digits) <= set("0123456789abcdef"):
-        raise UsageError(f"--pci: '{text}' is no PCI address", hint="for example --pci 01:00.0, as lspci says")
-    try:
-        groups = os.listdir(IOMMU_GROUPS)
-    except FileNotFoundError:
-        groups = []
-    if not groups:
-        raise Unsupported(
-            "a PCI device cannot be passed on here: this host has no IOMMU that is switched on, so that the machine "
-            "could write to all of the host's memory",
-            hint="it needs VT-d or AMD-Vi in the firmware's set-up, and intel_iommu=on or amd_iommu=on for its kernel",
-            finding=f"{IOMMU_GROUPS} is empty",
-        )
-    if not os.path.isdir(f"{PCI_DEVICES}/{address}"):
-        raise NotFound(f"this host has no PCI device {address}", hint="'lspci -D' lists them")
-    raise Unsupported(
-        f"PCI device {address} cannot be passed on: the user that a machine's QEMU runs as may not open VFIO's nodes",
-        hint="leave --pci away",
-    )
 
 
 def _read(path: str) -> str:
