@@ -13,6 +13,7 @@ import pytest
 
 from nagaya.images.enclosed import enclose
 from nagaya.storage.disk_images import store
+from tests.conftest import require_program
 
 WITHIN_S = 20.0
 # Each of the two has left its parent's session and process group; the first ignores what it can.
@@ -69,13 +70,18 @@ def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_us(tmp_path: Path, number: signal.Signals) -> None:
-    """As `nagaya machine build` runs mmdebstrap: in a process group that no terminal's Ctrl-C reaches."""
-    word = f"enclosed-{os.getpid()}-{number}"
+@pytest.mark.parametrize("foreign", [False, True], ids=["ours", "foreign"])
+def test_it_ends_with_us(tmp_path: Path, number: signal.Signals, foreign: bool) -> None:
+    """As `nagaya machine build` runs mmdebstrap: in a process group that no terminal's Ctrl-C reaches; and in a user namespace."""
+    word = f"enclosed-{os.getpid()}-{number}-{foreign}"
     script = TREE.format(tmp_path, "sleep 1000")
+    if foreign:
+        require_program("qemu-aarch64-static")
     code = (
-        "import subprocess\nfrom nagaya.images.enclosed import enclose\n"
-        f"subprocess.run(['sh', '-c', {script!r}], capture_output=True, process_group=0, preexec_fn=enclose(lambda: None))"
+        "import contextlib, subprocess\nfrom nagaya.images.enclosed import enclose\n"
+        "from nagaya.images.foreign import foreign_programs\n"
+        f"with foreign_programs('aarch64') if {foreign} else contextlib.nullcontext(lambda: None) as enter:\n"
+        f"    subprocess.run(['sh', '-c', {script!r}], capture_output=True, process_group=0, preexec_fn=enclose(enter))"
     )
     ours = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "MARK": word}, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + WITHIN_S

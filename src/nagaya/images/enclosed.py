@@ -23,10 +23,10 @@ def enclose(enter: Callable[[], None]) -> Callable[[], None]:
     parent = os.getpid()
 
     def begin() -> None:
+        enter()  # first: another user namespace takes what follows back (prctl(2))
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(127)
-        enter()
         namespaces.unshare(namespaces.CLONE_NEWPID | namespaces.CLONE_NEWNS)
         mount.mount("", "/", "", mount.MS_REC | mount.MS_SLAVE)
         between = os.pidfd_open(os.getpid())

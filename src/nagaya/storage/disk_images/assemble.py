@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import uuid
 import zlib
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from struct import pack, unpack_from
 
 from nagaya.errors import IntegrityError, LaunchError, NotFound
+from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
 from nagaya.static import NamedTuple
 
 SECTOR = 512
@@ -212,6 +214,14 @@ def install_bios(fd: int, boot_path: str, core: bytes) -> None:
 
 def _run(argv: list[str], enter: Enter = lambda: None) -> None:
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"}
+    parent = os.getpid()
+
+    def begin() -> None:
+        enter()  # first: another user namespace takes what follows back (prctl(2))
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(127)
+
     try:
         done = subprocess.run(
             argv,
@@ -220,7 +230,7 @@ def _run(argv: list[str], enter: Enter = lambda: None) -> None:
             text=True,
             env=environment,
             check=False,
-            preexec_fn=enter,
+            preexec_fn=begin,
         )
     except FileNotFoundError:
         raise NotFound(f"'{argv[0]}' is not installed", hint="apt-get install e2fsprogs coreutils") from None
