@@ -23,7 +23,7 @@ def enclose(enter: Callable[[], None]) -> Callable[[], None]:
     parent = os.getpid()
 
     def begin() -> None:
-        enter()  # first: another user namespace takes what follows back (prctl(2))
+        enter()  # first: with other credentials the kernel may forget what follows (prctl(2))
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(127)

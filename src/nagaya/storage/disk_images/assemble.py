@@ -217,7 +217,7 @@ def _run(argv: list[str], enter: Enter = lambda: None) -> None:
     parent = os.getpid()
 
     def begin() -> None:
-        enter()  # first: another user namespace takes what follows back (prctl(2))
+        enter()  # first: with other credentials the kernel may forget what follows (prctl(2))
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(127)

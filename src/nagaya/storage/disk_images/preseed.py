@@ -28,7 +28,7 @@ class Answers(NamedTuple):
 
 
 _FIXED = """\
-d-i debian-installer/locale string C.UTF-8
+d-i debian-installer/locale string en_US.UTF-8
 d-i keyboard-configuration/xkb-keymap select us
 d-i netcfg/choose_interface select auto
 d-i netcfg/get_domain string
