@@ -86,7 +86,7 @@ def test_a_port_leads_into_a_whole_machine(cli: Cli, disk: Path, network: str) -
 
 
 def _ask(cli: Cli, url: str) -> str:
-    asks = [*cli.prefix, "curl", "-s", "-m", "20", url]
+    asks = [*cli.prefix, "curl", "-s", "-m", "3", url]
     return subprocess.run(asks, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from nagaya import Machine
+from nagaya.engines.vm.bounds import group_name, plan_bounds
 from nagaya.errors import NotFound, Unsupported, UsageError
 from nagaya.manager.hardware import DriveOptions
+from tests.conformance.types import group_of
 from tests.conftest import require_program
 from tests.kernel.linux_guest import find_kernel
 from tests.kernel.test_whole_machines import qemu_of, said, wait_until
@@ -47,6 +49,19 @@ def check_shut_in(pid: int) -> None:
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
 
 
+def check_bounded(machine: Machine, *pids: int) -> None:
+    """In a control group of the machine's own, and the supervisor is not."""
+    group = group_of(machine)
+    assert group is not None
+    name = group_name(machine.id, machine.runtime_dir)
+    for pid in pids:
+        assert Path(f"/proc/{pid}/cgroup").read_text().count(f"/nagaya/{name}\n") >= 1
+    assert name not in Path(f"/proc/{status_of(pids[0])['PPid']}/cgroup").read_text()
+    bounds = plan_bounds(machine.spec, translates=machine.spec.type == "emulated")
+    assert group.stats().memory_limit_bytes in (-1, bounds.memory_bytes)  # -1: a host without that controller
+    assert len(pids) <= group.stats().pids < bounds.pids
+
+
 def test_its_qemu_and_its_tpm_are_trusted_with_nothing(make: Callable[..., Machine]) -> None:
     require_program("swtpm")
     machine = make(tpm=True)
@@ -69,6 +84,8 @@ def test_its_qemu_and_its_tpm_are_trusted_with_nothing(make: Callable[..., Machi
     helpers = [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == "swtpm"]
     assert len(helpers) == 1
     check_shut_in(helpers[0])
+    if not os.geteuid():
+        check_bounded(machine, qemu, helpers[0])
     state = os.stat(f"{machine.directory}/tpm-state")
     assert state.st_mode & 0o777 == 0o600 and state.st_size > 0
     taken = machine.snapshots.create("with-tpm")

@@ -21,6 +21,7 @@ from nagaya.manager.attachment import Attachment
 from nagaya.manager.hardware import DriveOptions, SeedOptions
 from nagaya.model.spec import Restart
 from tests import own_network
+from tests.conformance.types import group_of
 from tests.conftest import require_program
 from tests.e2e.command import Cli
 from tests.kernel.conftest import QUIET
@@ -138,6 +139,7 @@ def test_killed_and_back(host: Host, make: Callable[..., Machine], boot_disk: Pa
         machine = Host(root=host.paths.root).machines.get("m")
     assert machine.spec == made
     assert (machine.state.phase, machine.state.exit_code) == ("exited", 137)
+    assert group_of(machine) is None
     machine.start()
     wait_until(machine, "READY", times=2)
     with machine.attach() as attachment:
