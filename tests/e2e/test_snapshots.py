@@ -146,6 +146,23 @@ def test_twenty_times_with_checksums(cli: Cli) -> None:
     assert len(snapshots_of(cli, "m")) == 3
 
 
+def test_a_criu_that_does_not_work_is_told_of(cli: Cli, tmp_path: Path) -> None:
+    """The snapshot has the disks alone then, and the container goes on."""
+    says = 'while [ "$1" != --work-dir ]; do shift; done; echo "(00.1) Error (criu/x.c:1): no such luck" > "$2/criu.log"; exit 1'
+    (tmp_path / "criu").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "criu").chmod(0o755)
+    broken = Cli(cli.root, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    broken.start("sh", "-c", "while :; do echo on; sleep 0.1; done", flags=("--name", "m"))
+    refused = broken("snapshot", "create", "--memory", "m", "a")
+    assert refused.code == 1 and "CRIU cannot save this container's programs: no such luck" in refused.err
+    made = broken("snapshot", "create", "m", "b")
+    assert made.code == 0 and "disks alone" in made.err and "no such luck" in made.err
+    assert not broken.json("snapshot", "inspect", "m", "b")[0]["memory"]
+    said = len(cli.ok("logs", "m"))
+    wait_for(lambda: len(cli.ok("logs", "m")) > said)
+    broken.ok("snapshot", "restore", "m", "b")
+
+
 def test_a_paused_container_stays_paused(cli: Cli) -> None:
     cli.start(flags=("--name", "m"))
     cli.ok("pause", "m")

@@ -572,7 +572,7 @@ def test_an_outer_process_killed_behind_its_fork_leaves_no_orphan(make: Make, mo
     def die(handshake: int, **message: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(child_side, "_tell", die)
+    monkeypatch.setattr(child_side, "tell", die)
     problem = failing(make(userns="auto"))
     assert "ended before its agent ran" in problem.message
 

@@ -94,7 +94,8 @@ class Stats(NamedTuple):
 # What `inspect` tells of each type, in these words: an engine names in `missing` those that it lacks, and why.
 FEATURES = (
     "pause",  # and unpause
-    "memory",  # in snapshots, and forks
+    "memory",  # in snapshots
+    "fork",  # with its programs
     "migrate",  # to another host, while it runs
     "stats",
     "limits",  # that change while the machine runs
@@ -117,11 +118,13 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "migrate", "oom", "offline", "init", "plug", "explain",
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "oom", "offline", "init", "plug", "explain",
     # "power", "screen", "discs", "disks", "guest-agent"}.
     capabilities: frozenset[str]
 
-    missing: dict[str, str]  # those of FEATURES that it lacks: why
+    @property
+    def missing(self) -> dict[str, str]:
+        """Those of FEATURES that it lacks: why."""
 
     def boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         """Start the machine's walls and its agent. What must be undone at the end is pushed on `stack`.
@@ -159,6 +162,9 @@ class Measurable(Protocol):
 
 class Saving(Protocol):
     """With the capability "memory"."""
+
+    def why_not_save(self) -> str:
+        """Why this host cannot save its machines' memory although the type can; "" = it can. Engines may do without it."""
 
     def save(self, directory: str) -> None:
         """Write the machine's memory and its devices' state into `directory`, which exists and is empty.

@@ -11,6 +11,7 @@ import os
 import sys
 
 SOMAXCONN = 128
+_MOST_FDS = 4
 
 
 def socket_pair() -> tuple[int, int]:
@@ -70,6 +71,16 @@ def receive_fds(fd: int, count: int) -> list[int]:
             os.close(number)
         raise OSError(errno.EPROTO, f"{len(found)} descriptors instead of {count}")
     return found
+
+
+def receive_with_fds(fd: int, most_bytes: int) -> tuple[bytes, list[int]]:
+    """What there is on a blocking socket, and the descriptors, close-on-exec, that came with it; b"" at its end. Raises `OSError`."""
+    end = _socket.socket(fileno=fd)
+    try:
+        data, rights, _, _ = end.recvmsg(most_bytes, _socket.CMSG_SPACE(4 * _MOST_FDS), _socket.MSG_CMSG_CLOEXEC)
+    finally:
+        end.detach()
+    return data, [number for _, _, packed in rights for number in memoryview(packed).cast("i")]
 
 
 def accept(listener: int) -> int:

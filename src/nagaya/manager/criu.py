@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 
-from nagaya.manager.finding import LIMITED, Finding
+from nagaya.manager.finding import LIMITED, OK, Finding
 
 PROGRAM = "criu"
 _WITHIN_S = 20.0
-_FOLLOWS = "a container's snapshot has its disk and not its memory: Nagaya does not use CRIU; machines of type kvm are saved whole"
+_SAVED = "a container's snapshot has its programs, too"
+_FOLLOWS = "a container's snapshot has its disk and not its memory; machines of type kvm are saved whole"
 
 
 def look_at_criu(path: str) -> Finding:
@@ -21,11 +22,9 @@ def look_at_criu(path: str) -> Finding:
         return Finding(PROGRAM, LIMITED, f"{path}; only root can ask it", how, _FOLLOWS)
     version = _run(path, "--version")[1].removeprefix("Version: ") or "of an unknown version"
     status, said = _run(path, "check")
-    found = (
-        f"{version} works on this kernel"
-        if status == 0
-        else f"{version} does not work on this kernel: {said or 'it fails'}"
-    )
+    if status == 0:
+        return Finding(PROGRAM, OK, f"{version} works on this kernel", how, _SAVED)
+    found = f"{version} does not work on this kernel: {said or 'it fails'}"
     return Finding(PROGRAM, LIMITED, found, how, _FOLLOWS)
 
 

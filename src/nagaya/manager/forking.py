@@ -42,10 +42,10 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
         check_name(one)
     source.need_agent("be forked")
     engine = open_engine(source.spec.type)
-    if not disk_only and "memory" not in engine.capabilities:
+    if not disk_only and "fork" not in engine.capabilities:
         raise Unsupported(
             f"a machine of type '{source.spec.type}' cannot be forked with its programs: "
-            f"{engine.missing.get('memory', 'its memory cannot be saved')}",
+            f"{engine.missing.get('fork', 'its memory cannot be saved')}",
             hint="--disk-only starts copies of it from its disks; --type kvm forks whole machines",
         )
     made: list[Machine] = []

@@ -20,6 +20,7 @@ from nagaya.storage.tree import remove_tree
 builtins_list = list  # `Snapshots.list` hides the type's name from annotations in its own class
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.engines.base import Engine
     from nagaya.manager.machine import Machine
 
 MAX_DESCRIPTION = 4096
@@ -384,7 +385,8 @@ def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tu
             f"machine '{spec.name}' does not run: there is no memory to save", hint="leave --memory away",
             state="not running", required="running",
         )  # fmt: skip
-    if "memory" in engine.capabilities and not _others(spec):
+    why_not = _why_not_save(engine)
+    if not why_not and not _others(spec):
         return alive and memory is not False, []
     if memory and _others(spec):
         raise Unsupported(
@@ -393,10 +395,17 @@ def _settle_memory(spec: MachineSpec, memory: bool | None, *, alive: bool) -> tu
         )
     if memory:
         raise Unsupported(
-            f"the memory of a machine of type '{spec.type}' cannot be saved: {engine.missing.get('memory', '')}",
+            f"the memory of a machine of type '{spec.type}' cannot be saved: {why_not}",
             hint="leave --memory away: the disks alone are saved then; or use --type kvm",
         )
     return False, []
+
+
+def _why_not_save(engine: Engine) -> str:
+    """Why its machines' memory cannot be saved; "" = it can."""
+    if "memory" not in engine.capabilities:
+        return engine.missing.get("memory", "its engine does not save it")
+    return str(engine.why_not_save()) if hasattr(engine, "why_not_save") else ""
 
 
 def _refuse_unfinished(machine: Machine) -> None:

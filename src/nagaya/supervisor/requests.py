@@ -156,6 +156,11 @@ def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> No
             state=machine.state.phase,
             required="running",
         )
+    if memory and machine.state.phase == phases.PAUSED and machine.booted.agent >= 0:
+        raise Unsupported(
+            f"machine '{machine.spec.name}' is paused, and its agent has to come to rest before its memory is saved",
+            hint=f"let it go on with 'nagaya unpause {machine.spec.name}'",
+        )
     machine.saving = Saving(machine, client, place, memory=memory, base=base)
     try:
         machine.saving.begin()

@@ -60,7 +60,8 @@ class Saving:
         """Raises `NagayaError` and `OSError`; nothing has happened then."""
         machine = self._machine
         assert machine.booted is not None
-        if not machine.booted.setup:
+        # An agent has to be held where a kernel of the machine's own has to write out what it has, or the agent is saved, too.
+        if not machine.booted.setup and not (self._memory and isinstance(machine.programs, Programs)):
             self._freeze()
             try:
                 self._stop()

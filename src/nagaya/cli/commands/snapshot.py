@@ -289,7 +289,7 @@ def prune(context: Context, parsed: Parsed) -> int:
 _MEMORY = Flag("--memory", "With what is in its memory: refused where that cannot be")
 _NO_MEMORY = Flag("--no-memory", "The disks alone")
 _ABOUT_CREATE = (
-    "Of a machine that runs, its memory is saved where its type can (kvm, emulated), and its programs go on from there "
+    "Of a machine that runs, its memory is saved where its type can (kvm, emulated, and containers where CRIU is installed), and its programs go on from there "
     "after a restore; else its disks alone, as they are at one moment. Volumes and directories of the host are not part of it."
 )
 CREATE = Command(

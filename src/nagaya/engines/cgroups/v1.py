@@ -167,6 +167,9 @@ class CgroupV1:
     def thaw(self) -> None:
         self._set_freezer("THAWED")
 
+    def freezer_path(self) -> str:
+        return self._paths.get("freezer", "")
+
     def _set_freezer(self, state: str) -> None:
         path = f"{self._need('freezer', 'pause')}/freezer.state"
         files.write(path, state)

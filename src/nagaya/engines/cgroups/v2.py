@@ -112,6 +112,9 @@ class CgroupV2:
     def freeze(self) -> None:
         self._freeze(1)
 
+    def freezer_path(self) -> str:
+        return self._path
+
     def thaw(self) -> None:
         self._freeze(0)
 

@@ -33,6 +33,7 @@ from nagaya.storage.plan import RootfsPlan
 
 AGENT_FD = 3
 PROGRAM_FD = 4
+_AGENT = ".nagaya-agent"
 HOST_PLACE = "/dev"
 
 
@@ -48,7 +49,6 @@ class Plan(NamedTuple):
     no_new_privileges: bool
     agent_seccomp: bytes  # a filter that the agent itself gets, when its programs may gain privileges
     handshake: int
-    agent: int
     program: int  # memory file of the agent
     userns: int = -1
     uid_base: int = 0
@@ -75,25 +75,25 @@ def run(plan: Plan) -> None:
     try:
         _prepare(plan)
     except BaseException as error:
-        _tell_failure(plan.handshake, error)
+        tell_failure(plan.handshake, error)
     finally:
         os._exit(1)
 
 
-def _tell_failure(handshake: int, error: BaseException) -> None:
+def tell_failure(handshake: int, error: BaseException) -> None:
     if isinstance(error, NagayaError):
-        _tell(handshake, problem=to_wire(error))
+        tell(handshake, problem=to_wire(error))
         return
     step = error.step if isinstance(error, Failure) else "cannot start the machine"
     cause = error.error if isinstance(error, Failure) else error
     if isinstance(cause, OSError):
         path = cause.filename if isinstance(cause.filename, str) else ""
-        _tell(handshake, step=step, errno=cause.errno or 0, path=path, text=str(cause.strerror))
+        tell(handshake, step=step, errno=cause.errno or 0, path=path, text=str(cause.strerror))
     else:
-        _tell(handshake, step="internal error", errno=0, path="", text=repr(cause))
+        tell(handshake, step="internal error", errno=0, path="", text=repr(cause))
 
 
-class _step:
+class step:
     """Names the step for the error that may come out of it."""
 
     def __init__(self, name: str) -> None:
@@ -107,46 +107,46 @@ class _step:
             raise Failure(self._name, error)
 
 
-def _tell(handshake: int, **message: object) -> None:
+def tell(handshake: int, **message: object) -> None:
     try:
         os.write(handshake, json.dumps(message).encode() + b"\n")
     except OSError:
         os._exit(1)  # the supervisor is gone
 
 
-def _wait_for_go(handshake: int) -> None:
+def wait_for_go(handshake: int) -> None:
     if os.read(handshake, 1) != b"g":
         os._exit(1)  # the supervisor was killed, or gave up
 
 
 def _prepare(plan: Plan) -> None:
     """Everything that needs the host's view."""
-    process.close_all_but((plan.handshake, plan.agent, plan.program, plan.userns))
+    process.close_all_but((plan.handshake, plan.program, plan.userns))
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with _step("cannot enter the control group"):
+    with step("cannot enter the control group"):
         plan.cgroup.enter()
     process.new_session_keyring()
     if plan.rlimits:
-        with _step("cannot raise a resource limit"):
+        with step("cannot raise a resource limit"):
             policy.make_room(plan.rlimits)
-    with _step("cannot make a mount namespace"):
+    with step("cannot make a mount namespace"):
         namespaces.unshare(namespaces.CLONE_NEWNS)
-    with _step("cannot open a mount's source"):
-        steps = mounts.open_trees(plan.steps, plan.userns, warn=lambda text: _tell(plan.handshake, warning=text))
-    with _step("cannot part the mounts from the host's"):
+    with step("cannot open a mount's source"):
+        steps = mounts.open_trees(plan.steps, plan.userns, warn=lambda text: tell(plan.handshake, warning=text))
+    with step("cannot part the mounts from the host's"):
         kernel.mount("", "/", "", kernel.MS_SLAVE | kernel.MS_REC)
     root = _mount_root(plan)
-    with _step("cannot make the machine's namespaces"):
+    with step("cannot make the machine's namespaces"):
         _enter_namespaces(plan)
         if plan.userns >= 0:
             root = _into_userns(root)
     if plan.two_processes:
         _part(plan, steps, root)
-    _tell(plan.handshake, pid=0)
-    _furnish(plan, steps, root)
+    tell(plan.handshake, pid=0)
+    program = _furnish(plan, steps, root)
     _bind_ourselves(plan)
-    _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
+    _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], program)
 
 
 def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
@@ -161,7 +161,7 @@ def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
             if fd >= 0:
                 os.close(fd)
         _inner(plan, steps, root, stub=pair[1], told=told, mounting=mounting)
-    _tell(plan.handshake, pid=inner)
+    tell(plan.handshake, pid=inner)
     os.write(telling, b"t")
     if spec.init:
         os._exit(0)
@@ -170,20 +170,19 @@ def _part(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
     if os.read(mounted, 1) != b"m":
         os._exit(1)  # the inner process has told why
     _bind_ourselves(plan)
-    _become_agent(
-        plan, ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"], pair[0]
-    )
+    arguments = ["--serve", f"--fd={AGENT_FD}", f"--program-fd={PROGRAM_FD}", f"--program-pid={inner}"]
+    _become_agent(plan, arguments, plan.program, program_fd=pair[0])
 
 
 def _mount_root(plan: Plan) -> int:
     """The root's mount in our mount namespace, or, for a user namespace, a detached one; its directory descriptor."""
     layout = plan.layout
     target = f"{os.path.dirname(layout.upper)}/rootfs"
-    with _step("cannot make the root file system's directories"):
+    with step("cannot make the root file system's directories"):
         rootfs.prepare(layout)
         if not os.path.isdir(target):
             os.mkdir(target, 0o755)
-    with _step("cannot mount the root file system"):
+    with step("cannot mount the root file system"):
         reason = "as at its first start"
         if not rootfs.has_copy(layout):
             try:
@@ -192,7 +191,7 @@ def _mount_root(plan: Plan) -> int:
                 if not rootfs.cannot_overlay(error):
                     raise
                 reason = str(error.strerror)
-        _tell(plan.handshake, warning=f"overlay cannot be mounted here ({reason}): the machine runs on a copy")
+        tell(plan.handshake, warning=f"overlay cannot be mounted here ({reason}): the machine runs on a copy")
         root = rootfs.mount_copy(layout, target, shift=plan.uid_base)
         if plan.userns < 0:
             return root
@@ -256,29 +255,29 @@ def _inner(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int, *, stub: 
         # Not before the supervisor can know of us: a process that it does not know would hold the handshake open.
         if os.read(told, 1) != b"t":
             os._exit(1)
-        _furnish(plan, steps, root)
+        program = _furnish(plan, steps, root)
         _bind_ourselves(plan)
         if stub >= 0:
             os.write(mounting, b"m")  # the outer process, in the same mount namespace, is in the machine's root now too
-            _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], -1, channel=stub)
-        _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], -1)
+            _become_agent(plan, ["--stub", f"--fd={AGENT_FD}"], program, channel=stub)
+        _become_agent(plan, ["--serve", f"--fd={AGENT_FD}"], program)
     except BaseException as error:
-        _tell_failure(plan.handshake, error)
+        tell_failure(plan.handshake, error)
     finally:
         os._exit(1)
 
 
-def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None:
-    """The mounts, the pivot, and then what needs the machine's view."""
+def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> int:
+    """The mounts, the pivot, and then what needs the machine's view. Answers the program of PID 1."""
     spec = plan.request.spec
     os.umask(0)
-    with _step("cannot mount"):
+    with step("cannot mount"):
         mounts.apply(tuple(step for step in steps if step.system), root)
-    with _step("cannot make a device"):
-        _make_devices(plan, root)
-    with _step("cannot mount"):
+    with step("cannot make a device"):
+        program = _make_devices(plan, root)
+    with step("cannot mount"):
         mounts.apply(tuple(step for step in steps if not step.system), root)
-    with _step("cannot change the root"):
+    with step("cannot change the root"):
         if spec.read_only:
             tree = kernel.open_in_root(root, ".", os.O_PATH)
             kernel.mount_setattr(tree, set_=kernel.MOUNT_ATTR_RDONLY)
@@ -288,19 +287,24 @@ def _furnish(plan: Plan, steps: tuple[mounts.MountStep, ...], root: int) -> None
         kernel.pivot_root(".", ".")  # pivot_root(2), "pivot_root(".", ".")": the old root lies under the new one now
         kernel.umount(".", kernel.MNT_DETACH)
         os.chdir("/")
-    with _step("cannot set the host name"):
+    with step("cannot set the host name"):
         namespaces.sethostname(spec.hostname)
     for key, value in spec.sysctls:
-        with _step(f"cannot set sysctl {key}={value}"):
+        with step(f"cannot set sysctl {key}={value}"):
             _write_sysctl(key, value)
     if not spec.security.unmask:
-        with _step("cannot hide a kernel path"):
+        with step("cannot hide a kernel path"):
             mounts.mask_paths()
     os.umask(0o022)
+    return program
 
 
-def _make_devices(plan: Plan, root: int) -> None:
-    """/dev is a fresh tmpfs of ours, and nothing of the user's is mounted yet: no link is in the way."""
+def _make_devices(plan: Plan, root: int) -> int:
+    """/dev is a fresh tmpfs of ours, and nothing of the user's is mounted yet: no link is in the way.
+
+    Answers the agent, as a file there without a name: CRIU, which may save PID 1, cannot bring back a program that is a
+    memory file's. It is the machine's own, and whoever gets hold of /proc/1/exe can change nothing else by it.
+    """
     dev = kernel.open_in_root(root, "dev", os.O_RDONLY | os.O_DIRECTORY, follow=False)
     try:
         for node in plan.device_nodes:
@@ -314,8 +318,20 @@ def _make_devices(plan: Plan, root: int) -> None:
         for name, target in LINKS:
             if name != "core" or os.path.exists(target):  # a kernel may be built without /proc/kcore
                 os.symlink(target, name, dir_fd=dev)
+        return _place_agent(plan.program, dev)
     finally:
         os.close(dev)
+
+
+def _place_agent(program: int, dev: int) -> int:
+    written = os.open(_AGENT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o500, dir_fd=dev)
+    offset = 0
+    while count := os.sendfile(written, program, offset, 1 << 20):
+        offset += count
+    os.close(written)  # what is open for writing is not executed
+    fd = os.open(_AGENT, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dev)
+    os.unlink(_AGENT, dir_fd=dev)
+    return fd
 
 
 def sysctl_path(key: str) -> str:
@@ -334,7 +350,7 @@ def _write_sysctl(key: str, value: str) -> None:
 def _bind_ourselves(plan: Plan) -> None:
     """Give up what the agent does not need. Its programs give up more (guest/policy.c)."""
     os.setsid()
-    with _step("cannot drop capabilities"):
+    with step("cannot drop capabilities"):
         capabilities.limit_bounding_set(plan.agent_capabilities)
         capabilities.drop_inheritable()
     if plan.no_new_privileges:
@@ -342,20 +358,20 @@ def _bind_ourselves(plan: Plan) -> None:
     if plan.agent_seccomp:
         # Programs that may gain privileges cannot set no_new_privs, and without it a filter takes CAP_SYS_ADMIN,
         # which they lack: the agent gets the filter here, and they inherit it.
-        with _step("cannot install the system call filter"):
+        with step("cannot install the system call filter"):
             seccomp.install(plan.agent_seccomp)
 
 
-def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel: int = -1) -> None:
-    """Wait for the supervisor's word, put the descriptors in place, execute. Returns only by raising."""
+def _become_agent(plan: Plan, arguments: list[str], program: int, *, program_fd: int = -1, channel: int = -1) -> None:
+    """Wait for the supervisor's word, put the descriptors in place, execute `program`. Returns only by raising."""
     if channel < 0:
-        _wait_for_go(plan.handshake)  # the supervisor has put our end of the network link here by then
-        with _step("cannot set up the network"):
+        wait_for_go(plan.handshake)  # the supervisor has put our end of the network link here by then
+        with step("cannot set up the network"):
             links.configure(plan.request.network)
-        _tell(plan.handshake, ready=True)
-    with _step("cannot start the agent"):
+        channel = offer_channel(plan.handshake)
+    with step("cannot start the agent"):
         # Out of the way first: any of these may have one of the numbers that we need.
-        moved = [_move_up(fd) for fd in (plan.agent if channel < 0 else channel, program_fd, plan.program)]
+        moved = [_move_up(fd) for fd in (channel, program_fd, program)]
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         for fd in range(3):
             os.dup2(null, fd)
@@ -363,6 +379,19 @@ def _become_agent(plan: Plan, arguments: list[str], program_fd: int, *, channel:
         if program_fd >= 0:
             os.dup2(moved[1], PROGRAM_FD)
         process.execute_fd(moved[2], ["nagaya-agent", *arguments], [])
+
+
+def offer_channel(handshake: int) -> int:
+    """Give the supervisor its end of the agent's connection; the agent's. A socket belongs to the network namespace that it was
+    made in, and CRIU looks for those of the machine's own.
+    """
+    theirs, ours = unix.socket_pair()
+    try:
+        unix.send_with_fds(handshake, json.dumps({"ready": True}).encode() + b"\n", (theirs,))
+    except OSError:
+        os._exit(1)  # the supervisor is gone
+    os.close(theirs)
+    return ours
 
 
 def _move_up(fd: int) -> int:

@@ -22,6 +22,10 @@ from nagaya.net.plan import LinkPlan
 from nagaya.static import Any, NamedTuple
 from nagaya.storage.plan import DiskPlan, RootfsPlan
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.engines.container import checkpoint
+
 CACHE = "/var/cache/nagaya"
 SYSCTL_PREFIXES = ("kernel.shm", "kernel.msg", "fs.mqueue.")
 SYSCTLS = ("kernel.sem", "kernel.domainname", "kernel.hostname")
@@ -46,10 +50,11 @@ def agent_path() -> str:
     return f"{package}/_guest/nagaya-agent"
 
 
+NO_CRIU = "its programs are this host's kernel's, and CRIU, which takes them out of it, is not installed"
 # See `engines.base.FEATURES`.
 MISSING = {
     "migrate": "its programs are this host's kernel's, and cannot be taken out of it",
-    "memory": "its programs are this host's kernel's, and Nagaya does not use CRIU, which could take them out of it",
+    "fork": "its programs are this host's kernel's, and cannot be there twice",
     "storage": "a container's files lie on this host's file system",
     "own-kernel": "a container's programs run on this host's kernel",
     "other-cpus": "a container's programs run on this host's CPU",
@@ -61,15 +66,29 @@ class ContainerEngine:
 
     type = "container"
     rootfs_kind = "directories"
-    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init", "plug"))
-    missing = MISSING
+    capabilities = frozenset(("pause", "stats", "limits", "oom", "offline", "init", "plug", "memory"))
 
     def __init__(self) -> None:
+        self._runtime_dir = ""
+        self._spec: MachineSpec | None = None
+        self._sources: tuple[tuple[str, str], ...] = ()  # of what the host has mounted in it: (target, path)
         self._cgroup: Cgroup | None = None
         self._pidfd = -1
         self._links: tuple[str, ...] = ()
         self._inside = -1  # what `_pidfd` means, as a number
         self._stub = -1  # pidfd of the PID namespace's first process, where that is not the agent
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """See `Engine`."""
+        why = self.why_not_save()
+        return MISSING | {"memory": why} if why else MISSING
+
+    def why_not_save(self) -> str:
+        """See `Saving.why_not_save`."""
+        from nagaya.engines.container.criu import find_criu  # lazy: snapshots alone
+
+        return "" if find_criu() else NO_CRIU
 
     # -- before a boot
 
@@ -140,6 +159,7 @@ class ContainerEngine:
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         spec, layout = request.spec, request.rootfs
         assert isinstance(layout, RootfsPlan)  # our `rootfs_kind`
+        self._runtime_dir, self._spec = request.runtime_dir, spec
         mask = policy.capability_mask(spec.security)
         limits, warnings = policy.settle_rlimits(policy.rlimits(spec.ulimits)) if spec.ulimits else ((), ())
         filter_ = seccomp_profile.compile_profile(spec.security.seccomp, mask, CACHE)
@@ -149,15 +169,16 @@ class ContainerEngine:
         # A user namespace may not make device nodes: the host's are bound instead.
         nodes = () if userns else plan_nodes(spec.devices)
         self._links = tuple(link.host_link for link in request.network.links)
+        self._sources = tuple((step.target, step.source) for step in steps if not step.fstype)
         cgroup = self._make_cgroup(spec, stack)
+        programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
+        if request.saved:
+            booted = self._go_on(request, layout, cgroup, programs)
+            return booted._replace(warnings=(*warnings, *cgroup.warnings, *booted.warnings))
         with ExitStack() as local:  # descriptors that only the boot itself needs
             userns_fd, uid_base = _open_userns(spec.id, local) if userns else (-1, 0)
             program = process.sealed_copy(agent_path())
             local.callback(os.close, program)
-            agent, child_agent = unix.socket_pair()
-            failed = local.enter_context(ExitStack())
-            failed.callback(os.close, agent)
-            local.callback(os.close, child_agent)
             handshake, child_handshake = unix.socket_pair()
             local.callback(os.close, handshake)
             plan = boot.Plan(
@@ -170,18 +191,33 @@ class ContainerEngine:
                 no_new_privileges=confined,
                 agent_seccomp=b"" if confined else filter_,
                 handshake=child_handshake,
-                agent=child_agent,
                 program=program,
                 userns=userns_fd,
                 uid_base=uid_base,
                 rlimits=limits,
             )
             started = _start(plan, handshake)
-            failed.pop_all()
         self._pidfd, self._stub, self._inside = os.dup(started.pidfd), started.stub, started.pid
-        programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
         told = (*warnings, *cgroup.warnings, *started.warnings)
-        return Booted(started.pid, started.pidfd, agent, programs, told)
+        return Booted(started.pid, started.pidfd, started.agent, programs, told)
+
+    def _go_on(self, request: BootRequest, layout: RootfsPlan, cgroup: Cgroup, programs: ProcessPolicy) -> Booted:
+        """The programs come out of files, and not to be by a boot."""
+        from nagaya.engines.container import checkpoint  # lazy: few containers are restored with their memory
+
+        record = checkpoint.load(request.spec, request.saved)
+        gone = set(record.mounts) - {target for target, _ in self._sources}
+        if gone:
+            raise Unsupported(
+                f"the container was saved with {min(gone)} mounted from this host, and it is not any more"
+            )
+        with ExitStack() as local:
+            handshake, child_handshake = unix.socket_pair()
+            local.callback(os.close, handshake)
+            plan = checkpoint.Plan(request, layout, cgroup, self._sources, record, child_handshake, request.runtime_dir)
+            started = _start_restored(plan, handshake)
+        self._pidfd, self._inside = os.dup(started.pidfd), started.pid
+        return Booted(started.pid, started.pidfd, started.agent, programs, started.warnings, origin="saved")
 
     def _make_cgroup(self, spec: MachineSpec, stack: ExitStack) -> Cgroup:
         try:
@@ -200,6 +236,23 @@ class ContainerEngine:
     def resume(self) -> None:
         assert self._cgroup is not None
         self._cgroup.thaw()
+
+    def save(self, directory: str) -> None:
+        """See `Saving.save`."""
+        from nagaya.engines.container import checkpoint  # lazy: as above
+
+        assert self._cgroup is not None and self._spec is not None
+        targets = tuple(target for target, _ in self._sources)
+        try:
+            checkpoint.save(self._spec, self._inside, self._cgroup, targets, directory, self._runtime_dir)
+        except OSError as error:
+            raise HostError.from_os(error, "cannot save the machine's memory") from None
+
+    def check_saved(self, spec: MachineSpec, directory: str) -> None:
+        """See `Saving.check_saved`."""
+        from nagaya.engines.container import checkpoint  # lazy: as above
+
+        checkpoint.check(spec, directory)
 
     def stats(self) -> Stats:
         assert self._cgroup is not None
@@ -348,6 +401,7 @@ class _Started(NamedTuple):
     pid: int
     pidfd: int
     stub: int  # pidfd, or -1
+    agent: int
     warnings: tuple[str, ...]
 
 
@@ -360,7 +414,9 @@ def _start(plan: boot.Plan, handshake: int) -> _Started:
         os.close(plan.handshake)  # so that the child's end, when it closes, is the last one
     with ExitStack() as failed:
         failed.callback(_abandon, child, before if plan.two_processes else None)
-        messages = _messages(handshake)
+        came: list[int] = []
+        failed.callback(_close_all, came)
+        messages = _messages(handshake, came)
         inner, warnings = _await_namespaces(messages)
         links.connect(plan.request.network, inner or child)
         pid = inner if inner and plan.request.spec.init else child
@@ -377,7 +433,42 @@ def _start(plan: boot.Plan, handshake: int) -> _Started:
         failed.pop_all()
     if pid != child:
         os.waitpid(child, 0)
-    return _Started(pid, pidfd, stub, tuple(warnings))
+    return _Started(pid, pidfd, stub, came[0], tuple(warnings))
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _start_restored(plan: checkpoint.Plan, handshake: int) -> _Started:
+    """`_start`, but that CRIU brings the machine's processes back."""
+    from nagaya.engines.container import checkpoint  # lazy: few containers are restored with their memory
+
+    try:
+        child = os.fork()
+        if child == 0:
+            checkpoint.run(plan)
+    finally:
+        os.close(plan.handshake)
+    with ExitStack() as failed:
+        waiting = failed.enter_context(ExitStack())
+        waiting.callback(_abandon, child, None)
+        came: list[int] = []
+        failed.callback(_close_all, came)
+        messages = _messages(handshake, came)
+        _, warnings = _await_namespaces(messages)
+        links.connect(plan.request.network, child)
+        try:
+            os.write(handshake, b"g")
+        except BrokenPipeError:
+            pass  # as in `_start`
+        warnings += _await_agent(messages)
+        waiting.pop_all()  # it is waited for in any case from here on
+        pid = checkpoint.await_restored(child, plan.workspace)
+        pidfd = os.pidfd_open(pid)
+        failed.pop_all()
+    return _Started(pid, pidfd, -1, came[0], tuple(warnings))
 
 
 def _fork(plan: boot.Plan) -> int:
@@ -431,20 +522,22 @@ def _ended_early() -> HostError:
     return HostError("the machine's first process ended before its agent ran", operation="boot")
 
 
-def _messages(handshake: int) -> Iterator[dict[str, Any]]:
-    """The child's JSON lines, until it closes its end: by executing the agent, or by ending."""
+def _messages(handshake: int, came: list[int]) -> Iterator[dict[str, Any]]:
+    """The child's JSON lines, until it closes its end: by executing the agent, or by ending. With "ready" its end of the agent `came`."""
     rest = b""
-    while chunk := _read(handshake):
+    while chunk := _read(handshake, came):
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield json.loads(line)
 
 
-def _read(handshake: int) -> bytes:
+def _read(handshake: int, came: list[int]) -> bytes:
     try:
-        return os.read(handshake, 4096)
+        data, fds = unix.receive_with_fds(handshake, 4096)
     except ConnectionResetError:  # it ended before it read our "g"
         return b""
+    came += fds
+    return data
 
 
 def _warning(message: dict[str, Any]) -> str:

@@ -53,7 +53,9 @@ class KvmEngine:
 
     type = "kvm"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "migrate"))
+    capabilities = frozenset(
+        ("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "fork", "migrate")
+    )
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "offline"))
+    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "fork", "offline"))
     missing = rules.MISSING | {
         "migrate": "Nagaya moves machines of type 'emulated' while they stand: stop it, and export a snapshot"
     }
