@@ -53,7 +53,11 @@ class EmulatedMachine(Host):
         self._stack = ExitStack()
         self._hung_up = False
         request = BootRequest(spec, disks, mounts, network or NetworkPlan("none"), etc, str(self.runtime))
-        self.booted = self.engine.boot(request, self._stack)
+        try:
+            self.booted = self.engine.boot(request, self._stack)
+        except BaseException:
+            self._stack.close()
+            raise
         super().__init__(socket.socket(fileno=self.booted.agent))
         self.link.setup(self.booted.setup)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from nagaya.engines.cgroups.group import find_cgroup
 from nagaya.engines.qemu import engine as engine_module
 from nagaya.engines.qemu.boards import BOARDS, X86_64, Board
 from nagaya.engines.vm import parts
 from nagaya.engines.vm.agent import agent_path
+from nagaya.engines.vm.bounds import group_name
 from nagaya.errors import Conflict, LaunchError, Unsupported, UsageError
 from nagaya.kernel import namespaces
 from nagaya.kernels import cache
@@ -253,10 +255,11 @@ def test_qemu_that_does_not_start_tells_why(disks: DiskPlan, tmp_path: Path, mon
 def _boot_and_be_killed(disks: DiskPlan, place: Path, shared: Path) -> list[int]:
     """In a child: a supervisor that is killed; the pids of those who must not outlive it."""
     read, write = os.pipe()
+    spec = make_spec()
     supervisor = os.fork()
     if supervisor == 0:
         mounts = (MountPlan("bind", str(shared), "/mnt", False, "rprivate", 0, 0, ()),)
-        machine = EmulatedMachine(disks, place, make_spec(), mounts=mounts)
+        machine = EmulatedMachine(disks, place, spec, mounts=mounts)
         pids = [machine.booted.pid, *machine.engine._qemu.helpers]
         os.write(write, " ".join(map(str, pids)).encode())
         signal.pause()
@@ -271,6 +274,10 @@ def _boot_and_be_killed(disks: DiskPlan, place: Path, shared: Path) -> list[int]
         poll.register(fd, select.POLLIN)
         assert poll.poll(5000)
         os.close(fd)
+    runtime_dir = str(place / f"run-{spec.id}")
+    assert os.geteuid() or find_cgroup(group_name(spec.id, runtime_dir)) is not None
+    engine_module.EmulatedEngine().reclaim(spec.id, runtime_dir)
+    assert find_cgroup(group_name(spec.id, runtime_dir)) is None
     return pids
 
 

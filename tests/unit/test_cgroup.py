@@ -12,7 +12,7 @@ from nagaya.engines.cgroups.devices import DeviceRule
 from nagaya.engines.cgroups.v1 import CgroupV1
 from nagaya.engines.cgroups.v2 import CgroupV2
 from nagaya.engines.container.devices import device_rules
-from nagaya.errors import Unsupported
+from nagaya.errors import HostError, Unsupported
 from nagaya.kernel import bpf
 from nagaya.model.spec import Limits
 
@@ -189,3 +189,16 @@ def _simulate(program: bytes, type_: int, access: int, major: int, minor: int) -
 def test_the_v2_device_filter(asked: tuple[int, int, int, int], allowed: int) -> None:
     rules = [rule.bpf() for rule in device_rules(())] + [("c", 10, 232, "r")]
     assert _simulate(bpf.device_program(rules), *asked) == allowed
+
+
+def test_v2_a_group_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose own processes are in the root group: the kernel hands nothing down then."""
+
+    def refuse(path: str, text: str) -> None:
+        raise OSError(16, "Device or resource busy", path)
+
+    (tmp_path / "cgroup.controllers").write_text("memory pids\n")
+    monkeypatch.setattr(files, "write", refuse)
+    with pytest.raises(HostError, match="cannot enable"):
+        CgroupV2(str(tmp_path), ID).create(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["cgroup.controllers"]

@@ -44,7 +44,7 @@ class CgroupV1:
                 self._allow_devices(devices)
         except BaseException:
             for path in made:
-                files.remove(path)
+                files.remove_machine(path)
             raise
 
     def _allow_devices(self, rules: list[DeviceRule]) -> None:
@@ -144,7 +144,8 @@ class CgroupV1:
 
     def _move_running(self, path: str) -> None:
         """An update made a group that the running machine is not in yet. Again until no new process turned up."""
-        while pids := [pid for pid in files.processes(self._paths["pids"]) if pid not in files.processes(path)]:
+        others = self._paths.get("pids") or self._paths.get("memory", "")
+        while pids := [pid for pid in files.processes(others) if pid not in files.processes(path)]:
             for pid in pids:
                 try:
                     files.write(f"{path}/cgroup.procs", str(pid))

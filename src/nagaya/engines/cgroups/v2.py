@@ -30,14 +30,14 @@ class CgroupV2:
     def create(self, devices: list[DeviceRule] | None) -> None:
         """`devices`: all that may be used; None = whatever the processes' own rights allow."""
         files.make(os.path.dirname(self._path))
-        for directory in (self._root, os.path.dirname(self._path)):
-            self._enable(directory)
-        files.make(self._path)
         try:
+            for directory in (self._root, os.path.dirname(self._path)):
+                self._enable(directory)
+            files.make(self._path)
             if devices is not None:
                 self._allow_devices(devices)
         except BaseException:
-            files.remove(self._path)
+            files.remove_machine(self._path)
             raise
 
     def _enable(self, directory: str) -> None:
