@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module", autouse=True)
 def criu() -> None:
-    """Not a "needs": Debian 12's package does not work on Linux 6.13 and newer, and CI cannot have another."""
+    """Not a "needs": Debian 12's package does not work on Linux 6.18, say, and CI cannot have another."""
     path = find_criu()
     if not path:
         pytest.skip("CRIU is not installed")
