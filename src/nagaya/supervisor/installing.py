@@ -52,8 +52,9 @@ class Installing:
 
     def hear(self, data: bytes) -> None:
         """What the console has said."""
-        self._tail = (self._tail + data.replace(b"\r", b""))[-_KEPT:]
-        self._done = self._done or installer.MARK in self._tail
+        said = self._tail + data.replace(b"\r", b"")
+        self._done = self._done or installer.MARK in said
+        self._tail = said[-_KEPT:]
         self._machine.set_timer("silence", SILENT_S, self._silent)
         if _ASKS.search(self._tail):
             self._machine.set_timer("question", ASKED_S, self._unanswered)
