@@ -33,26 +33,31 @@ CHECK = (
     " cat /dev/shm/n"
 )
 
+EMULATED_STEPS = {"pause", "disk", "rest", "adopt", "note", "run"}
 RELAY = str(Path(__file__).with_name("relay.py"))
 
 pytestmark = pytest.mark.timeout(400)
 
 
+def need(type_: str) -> None:
+    obstacle = find_obstacle(type_)
+    if obstacle:
+        pytest.skip(f"needs {type_}: {obstacle}")
+
+
 @pytest.fixture
 def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Two]:
-    obstacle = find_obstacle("kvm")
-    if obstacle:
-        pytest.skip(f"needs kvm: {obstacle}")
+    need("kvm")
     with open_two(tmp_path_factory.mktemp("two"), f"{busybox_root}/images") as made:
         yield made
 
 
-def start(side: Cli, *program: str, flags: tuple[str, ...] = ("--network", "none")) -> str:
+def start(side: Cli, *program: str, flags: tuple[str, ...] = ("--network", "none"), type_: str = "kvm") -> str:
     words = (
         "run",
         "-d",
         "--type",
-        "kvm",
+        type_,
         "-m",
         "128m",
         "--storage",
@@ -221,9 +226,9 @@ FAST = (
 SLOW_STREAM_BYTES_PER_S = 16 << 20
 
 
-def send_slowly(two: Two, *flags: str) -> Ran:
+def send_slowly(two: Two, *flags: str, type_: str = "kvm") -> Ran:
     """A machine that writes faster than that stream is."""
-    start(two.here, "sh", "-c", FAST)
+    start(two.here, "sh", "-c", FAST, type_=type_)
     wait_for(lambda: two.here("exec", "m", "ls", "/dev/shm/n").code == 0, 120)
     receiver = two.listen()
     relay = f"exec:{sys.executable} {RELAY} {two.socket} --rate {SLOW_STREAM_BYTES_PER_S}"
@@ -239,10 +244,13 @@ def goes_on(side: Cli) -> bool:
     return side("exec", "m", "sh", "-c", "md5sum -s -c /dev/shm/sum").code == 0
 
 
-def test_one_that_writes_faster_than_the_stream_says_so_and_stays(two: Two) -> None:
-    ran = send_slowly(two)
-    assert ran.code == 1 and "does not converge" in ran.err and "--max-downtime" in ran.err, ran
-    assert "--post-copy" in ran.err
+@pytest.mark.parametrize("type_", ["kvm", "emulated"])
+def test_one_that_writes_faster_than_the_stream_says_so_and_stays(two: Two, type_: str) -> None:
+    need(type_)
+    ran = send_slowly(two, type_=type_)
+    assert ran.code == 1 and "--max-downtime" in ran.err, ran
+    assert ("does not converge" if type_ == "kvm" else "in the time that it may stand") in ran.err
+    assert ("--post-copy" in ran.err) == (type_ == "kvm")
     assert two.states("m") == ["running", ""]
     assert os.listdir(f"{two.there.root}/machines") == os.listdir(f"{two.there.root}/names") == []
     assert supervisors(two.there.root) == []
@@ -307,3 +315,38 @@ def test_who_cannot_ask_says_where_it_is(two: Two) -> None:
     assert two.here("migrate", "resolve", "m", "--there").code == 1
     two.here.ok("start", "m", timeout_s=180)
     assert shell(two.here, "echo here") == "here\n"
+
+
+def test_an_emulated_machine_moves_with_its_address_its_disk_and_its_programs(two: Two) -> None:
+    need("emulated")
+    id_ = start(two.here, "sh", "-c", LOAD, flags=("--network", "house", "--hostname", "wanderer"), type_="emulated")
+    before = two.here.json("inspect", "m")[0]
+    wait_for(lambda: two.here("exec", "m", "ls", "/w/f1").code == 0, 120)
+    refused = two.here("migrate", "send", "--post-copy", "m", "--to", two.to)
+    assert refused.code == 1 and "--post-copy" in refused.err
+    count = 0
+    for source, target in ((two.here, two.there), (two.there, two.here)):
+        receiver = two.listen(to=target)
+        sent = source("migrate", "send", "--json", "--max-downtime", "30000", "m", "--to", two.to, timeout_s=180)
+        assert sent.code == 0, sent
+        moved = json.loads(sent.out.splitlines()[-1])
+        assert moved["machine_id"] == id_ and set(moved["downtime_steps_ms"]) == EMULATED_STEPS
+        assert finish(receiver)[0] == 0
+        assert source.machines() == []
+        now = shell(target, CHECK)
+        assert "bad" not in now and int(now.split()[-1]) > count
+        count = int(now.split()[-1])
+        wait_for(lambda target=target, count=count: int(shell(target, "cat /dev/shm/n")) > count, 60)  # type: ignore[misc]
+        after = target.json("inspect", "m")[0]
+        assert (after["id"], after["name"], after["state"]["origin"]) == (id_, "m", "migrated")
+        assert [(link["address"], link["mac"]) for link in after["links"]] == [
+            (link["address"], link["mac"]) for link in before["links"]
+        ]
+        pinged = target("exec", "m", "ping", "-c", "3", "-W", "5", after["links"][0]["gateway"], timeout_s=60)
+        assert pinged.code == 0, pinged
+        assert abs(int(shell(target, "date +%s")) - time.time()) < 60
+    # It can be saved, and stopped, as before.
+    two.here.ok("snapshot", "create", "m", timeout_s=120)
+    two.here.ok("snapshot", "rm", "--all", "m")
+    two.here.ok("stop", "-t", "0", "m", timeout_s=120)
+    assert shell_after_restart(two.here) == "0\n"

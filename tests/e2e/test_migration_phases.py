@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.types import find_obstacle
 from tests.e2e.command import Cli
 from tests.e2e.processes import below, supervisors
 from tests.e2e.test_lifecycle import wait_for
-from tests.e2e.test_migration import CHECK, LOAD, shell, start
+from tests.e2e.test_migration import CHECK, LOAD, need, shell, start
 from tests.e2e.two_stores import Two, open_two
 
 ALL = os.environ.get("NAGAYA_MIGRATION_PHASES") == "all"
@@ -34,6 +33,12 @@ EARLY_STEPS = {
     "strange": "out:STRANGE", "state": "out:STATE", "runs early": "back:RUNNING", "late pages": "out:STATE,out:PAGES",
     "ready": "back:READY", "commit": "out:COMMIT", "behind commit": "out:COMMIT", "running": "back:RUNNING,back:RUNNING",
 }  # fmt: skip
+EMULATED_STEPS = {
+    "offer": "out:OFFER", "accepted": "back:ACCEPT", "blocks": "out:BLOCKS", "round": "out:ROUND", "memory": "out:ENGINE",
+    "late memory": "out:ROUND,out:ENGINE,out:ENGINE", "state": "out:STATE", "ready": "back:READY", "commit": "out:COMMIT",
+    "behind commit": "out:COMMIT", "running": "back:RUNNING",
+}  # fmt: skip
+EMULATED_VICTIMS = ("source's mover", "target's mover", *VICTIMS)
 HANDED_OVER = ("commit", "behind commit", "running")
 """Steps that come when the source has written down that the machine may run there."""
 
@@ -42,9 +47,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Two]:
-    obstacle = find_obstacle("kvm")
-    if obstacle:
-        pytest.skip(f"needs kvm: {obstacle}")
+    need("kvm")
     with open_two(tmp_path_factory.mktemp("two"), f"{busybox_root}/images") as made:
         yield made
 
@@ -52,8 +55,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator
 class Held:
     """A migration whose stream stands at a step."""
 
-    def __init__(self, two: Two, at: str, *flags: str, round_s: float) -> None:
+    def __init__(self, two: Two, at: str, *flags: str, round_s: float, is_emulated: bool) -> None:
         self.two = two
+        self.is_emulated = is_emulated
         self.place = f"{two.socket}.step"
         with listening(self.place) as listener:
             self.receiver = two.listen("--keep")
@@ -68,8 +72,10 @@ class Held:
         side = self.two.here if victim.startswith("source") else self.two.there
         commands = (self.sender.pid, self.receiver.pid)
         found = [pid for pid in supervisors(side.root) if pid not in commands]
-        if victim.endswith("VMM"):
+        if victim.endswith(("VMM", "mover")):
             found = below(found)
+            if self.is_emulated:  # whose mover is a process of its own
+                found = [pid for pid in found if name_of(pid).startswith("qemu") == victim.endswith("VMM")]
         return found[0] if found else 0
 
     def harm(self, victim: str, step: str) -> bool:
@@ -153,6 +159,10 @@ def settle(two: Two) -> None:
         pytest.fail(f"this does not settle: {two.states('m')}, handed over: {is_handed_over(two.here)}")
 
 
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text()
+
+
 def check_nothing_is_left(side: Cli) -> None:
     assert side.machines() == []
     for place in ("machines", "names"):
@@ -168,30 +178,32 @@ def bring_back(two: Two) -> None:
         two.here.ok("start", "m", timeout_s=180)
 
 
-def cases(steps: dict[str, str]) -> list[tuple[str, str]]:
+def cases(steps: dict[str, str], victims: tuple[str, ...]) -> list[tuple[str, str]]:
     if ALL:
-        return [(step, victim) for step in steps for victim in VICTIMS]
-    return [(step, VICTIMS[number % len(VICTIMS)]) for number, step in enumerate(steps)]
+        return [(step, victim) for step in steps for victim in victims]
+    return [(step, victims[number % len(victims)]) for number, step in enumerate(steps)]
 
 
-def try_all(two: Two, steps: dict[str, str], *flags: str, round_s: float = 0.0) -> None:
-    start(two.here, "sh", "-c", f"rm -f /w/f?; {LOAD}")  # what a killed one had not synced is not worth anything
+def try_all(two: Two, steps: dict[str, str], *flags: str, round_s: float = 0.0, type_: str = "kvm") -> None:
+    # What a killed one had not synced is not worth anything.
+    start(two.here, "sh", "-c", f"rm -f /w/f?; {LOAD}", type_=type_)
     try:
         shell(two.here, "echo kept > /kept; sync")
-        for step, victim in cases(steps):
+        for step, victim in cases(steps, EMULATED_VICTIMS if type_ == "emulated" else VICTIMS):
             what = f"{victim} at {step}"
-            with closing(Held(two, steps[step], *flags, round_s=round_s)) as held:
+            with closing(Held(two, steps[step], *flags, round_s=round_s, is_emulated=type_ == "emulated")) as held:
                 check_one_runs(two)
                 harmed = held.harm(victim, step)
                 if not harmed:
-                    assert victim.startswith("target") and step == "offer", what
+                    is_early = step == "offer" or (victim == "source's mover" and step == "accepted")
+                    assert victim.startswith(("target", "source's mover")) and is_early, what
                 code, said = held.finish()
             settle(two)
             states = two.states("m")
             print(
                 f"{what}: send {code}, the machine is {states}: {said.strip().splitlines()[-1] if said.strip() else ''}"
             )
-            is_source_killed = harmed and victim.startswith("source")
+            is_source_killed = harmed and victim in ("source", "source's VMM")
             owner, other = (two.here, two.there) if states[0] else (two.there, two.here)
             if (
                 step not in HANDED_OVER and harmed and victim not in ("send", "receive")
@@ -220,3 +232,8 @@ def test_whoever_ends_at_whichever_step_one_machine_is_left(two: Two) -> None:
 def test_the_same_of_one_that_runs_before_its_memory_is_there(two: Two) -> None:
     """So little time, and such long rounds, that nothing is ever little enough: it runs there early, after some rounds."""
     try_all(two, EARLY_STEPS, "--max-downtime", "1", "--post-copy", round_s=0.3)
+
+
+def test_the_same_of_an_emulated_one(two: Two) -> None:
+    need("emulated")
+    try_all(two, EMULATED_STEPS, "--max-downtime", "30000", type_="emulated")

@@ -18,12 +18,13 @@ import pytest
 
 from nagaya.engines.base import Incoming
 from nagaya.engines.kvm import arriving, vm
-from nagaya.engines.kvm.leaving import Leaving, Terms
+from nagaya.engines.kvm.leaving import Leaving
 from nagaya.engines.kvm.machine import Machine
 from nagaya.errors import NagayaError, Unsupported
 from nagaya.kernel.userfaultfd import open_userfaultfd
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames, report
+from nagaya.migration.departure import Terms
 from nagaya.virtio.blk import Blk
 from nagaya.virtio.rng import Rng
 from tests.kernel.test_kvm_machine import COUNTER_GPA, PATIENCE_S, TEXT_GPA, open_files

@@ -67,6 +67,13 @@ def test_sockets() -> None:
     assert found.index("virtconsole,chardev=console") < found.index("virtserialport,chardev=agent,name=nagaya.agent")
 
 
+def test_whoever_moves_it_has_a_monitor_of_its_own() -> None:
+    command = plan_command(PLAIN._replace(moves=9, incoming=True))
+    assert "socket,id=moves,fd=9,server=on,wait=off" in values(command, "-chardev")
+    assert values(command, "-mon") == ["chardev=monitor,mode=control", "chardev=moves,mode=control"]
+    assert "-S" in command and value(command, "-incoming") == "defer"
+
+
 def test_sizes_in_units_that_lose_nothing() -> None:
     command = plan_command(PLAIN._replace(cpus=3, memory_bytes=(70 << 20) + 4096))
     assert value(command, "-m") == f"{(70 << 10) + 4}k"

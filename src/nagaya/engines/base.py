@@ -118,7 +118,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "oom", "offline", "init", "plug", "explain",
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy", "oom", "offline", "init", "plug", "explain",
     # "power", "screen", "discs", "disks", "guest-agent"}.
     capabilities: frozenset[str]
 
@@ -245,6 +245,11 @@ class Migrating(Protocol):
         """Begin to send the machine to the target at the other end of `stream`, which has accepted it.
 
         All else is said over `report_fd` (supervisor/leaving.py has the words). The descriptors are the caller's to close.
+        """
+
+    def recover(self) -> bool:
+        """It goes on here after all, and what moved it has said so, or has ended: put right what that has left. False when
+        there is nothing to go on with, for the machine was that process's. May be called twice. Raises nothing.
         """
 
 

@@ -203,10 +203,9 @@ class Machine:
         """Send it to another Nagaya, which receives at the address `to`. See `manager/migrating.py`."""
         from nagaya.manager import migrating  # lazy: only who migrates
         from nagaya.migration.addresses import parse_address
+        from nagaya.migration.departure import Terms
 
-        return migrating.send(
-            self, parse_address(to), migrating.Terms(max_downtime_ms, post_copy), on_progress=on_progress
-        )
+        return migrating.send(self, parse_address(to), Terms(max_downtime_ms, post_copy), on_progress=on_progress)
 
     def wait(self) -> int:
         """Block until it has ended for good; its exit status."""

@@ -14,6 +14,7 @@ from nagaya.kernel import unix
 from nagaya.manager.attachment import connect as connect_supervisor
 from nagaya.migration import addresses, frames
 from nagaya.migration.addresses import Address
+from nagaya.migration.departure import Terms
 from nagaya.migration.offer import Offer, digest_root
 from nagaya.migration.stream import Stream
 from nagaya.model.spec import Attachment, MachineSpec
@@ -33,13 +34,6 @@ ANSWERED_WITHIN_S = 30.0
 _ASK_TRIES, _ASK_EVERY_S = 10, 0.5
 _TAKEN_WITHIN_MS = 10_000
 _BLOB_BYTES = frames.DATA_BYTES
-
-
-class Terms(NamedTuple):
-    """How it is to be done."""
-
-    max_downtime_ms: int = 100
-    post_copy: bool = False
 
 
 class Sent(NamedTuple):
@@ -68,7 +62,7 @@ def send(
     with machine.lock():
         machine.reload()
         require("migrate", machine.settled().phase, machine.name)
-        _check(machine)
+        _check(machine, terms)
         migration_id = os.urandom(16).hex()
         offer = plan_offer(machine, migration_id)
         try:
@@ -97,7 +91,7 @@ def _steps(answer: dict[str, object]) -> dict[str, float]:
     return {name: float(took) for name, took in steps.items()} if isinstance(steps, dict) else {}
 
 
-def _check(machine: Machine) -> None:
+def _check(machine: Machine, terms: Terms) -> None:
     """All that can be said against it here."""
     spec = machine.spec
     machine.need_agent("migrate it")
@@ -106,6 +100,11 @@ def _check(machine: Machine) -> None:
         raise Unsupported(
             f"a machine of type '{spec.type}' cannot be migrated while it runs: {engine.missing.get('migrate', '')}",
             hint="stop it, and take its disk along: nagaya commit, nagaya save; or use --type kvm",
+        )
+    if terms.post_copy and "post-copy" not in engine.capabilities:
+        raise Unsupported(
+            f"a machine of type '{spec.type}' cannot run on the target before its memory is there",
+            hint="leave --post-copy away; --max-downtime says how long it may stand",
         )
     mounts = [mount.target for mount in spec.mounts if mount.kind != "tmpfs"]
     if mounts:

@@ -109,7 +109,7 @@ def _check(host: Host, offer: Offer) -> None:
             hint="install the same version on both hosts; or stop the machine, and take its disk along",
         )
     if spec.type not in TYPES or spec.hardware is not None:
-        raise Unsupported("only machines of type 'kvm' that were made from an image can be received")
+        raise Unsupported("only machines that were made from an image can be received")
     engine = open_engine(spec.type)
     if "migrate" not in engine.capabilities:
         raise Unsupported(f"a machine of type '{spec.type}' cannot be received while it runs")

@@ -25,12 +25,12 @@ DATA_BYTES = 1 << 20
 PAGE_BYTES = 4096
 
 # To the target.
-OFFER, QUESTION, PAGES, ZEROS, BLOCKS, HOLE, ROUND, STATE, COMMIT, ABORT, STRANGE, BLOB, BLOB_END = range(1, 14)
+OFFER, QUESTION, PAGES, ZEROS, BLOCKS, HOLE, ROUND, STATE, COMMIT, ABORT, STRANGE, BLOB, BLOB_END, ENGINE = range(1, 15)
 # To the source; ROUND too.
 WANT_IMAGE, WANT_ROOT, ACCEPT, REFUSE, READY, RUNNING, ANSWER, WANT = range(32, 40)
 
 _JSON = frozenset((OFFER, QUESTION, STATE, ABORT, WANT_IMAGE, WANT_ROOT, ACCEPT, REFUSE, READY, RUNNING, ANSWER))
-_DATA = frozenset((PAGES, BLOCKS, BLOB))
+_DATA = frozenset((PAGES, BLOCKS, BLOB, ENGINE))
 _LENGTHS = frozenset((ZEROS, HOLE, STRANGE))
 _EMPTY = frozenset((ROUND, COMMIT, BLOB_END, WANT))
 _MOST_JSON_BYTES = 16 << 20
@@ -38,7 +38,7 @@ LENGTH = Struct("<Q")
 
 
 class Frame(NamedTuple):
-    """`where` is an offset into memory, a disk or a blob, or the number of a round."""
+    """`where` is an offset into memory, a disk, a blob or an engine's own stream, or the number of a round."""
 
     type: int
     where: int

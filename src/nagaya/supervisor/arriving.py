@@ -12,19 +12,16 @@ Until "recorded" the machine is not this store's: it goes with whichever of its 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 from nagaya.engines.base import Booted, Incoming
 from nagaya.errors import Conflict, NagayaError, from_wire, to_wire
-from nagaya.kernel import unix
-from nagaya.migration import report
 from nagaya.static import Any
 from nagaya.storage import migrations
 from nagaya.supervisor import resuming
+from nagaya.supervisor.moving import Worker
 from nagaya.supervisor.programs import Programs
-from nagaya.supervisor.stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,59 +34,45 @@ class Arriving:
     def __init__(self, machine: Supervisor, place: str) -> None:
         self._machine = machine
         self._place = place
-        self._lines = report.Lines()
-        self._ours = -1
-        self._stream: Stream | None = None
+        self._worker = Worker(on_message=self._handle, on_broken=machine.engine.kill, on_lost=self._lost)
+        self._runs = False
         self._carried: resuming.CarriedPrograms | None = None
         machine.discards = True
 
     def boot(self, boot: Callable[[str, Incoming | None], Booted]) -> Booted:
         """Make the machine's walls, with nothing in them yet. Raises `NagayaError`, `OSError`."""
-        place = unix.connect(self._place, migrations.SOCKET)
-        try:
-            read, write = unix.receive_fds(place, 2)
-        finally:
-            os.close(place)
-        ours, theirs = unix.socket_pair()
-        try:
-            booted = boot("", Incoming(read, write, theirs, migrations.load_described(self._place)))
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            for fd in (read, write, theirs):
-                os.close(fd)
-        self._ours = ours
-        return booted
+        described = migrations.load_described(self._place)
+        return self._worker.start(
+            self._place, migrations.SOCKET, lambda stream, report_fd: boot("", Incoming(*stream, report_fd, described))
+        )
 
     def begin(self) -> None:
         """Listen to its process, which receives."""
-        self._stream = Stream(self._machine.loop, self._ours, on_data=self._received, on_closed=lambda: None)
+        self._worker.listen(self._machine.loop)
 
-    def _received(self, data: bytes) -> None:
-        try:
-            for message in self._lines.feed(data):
-                self._handle(message)
-        except NagayaError:
-            self._machine.engine.kill()  # its process is broken
+    def _lost(self) -> None:
+        """Nobody else lets it run."""
+        if not self._runs:
+            self._machine.engine.kill()
 
     def _handle(self, message: dict[str, Any]) -> None:
         what = message.get("what")
         try:
             if what == "programs":
                 self._carried = resuming.parse_carried(message.get("programs"))
-                self._answer("taken")
+                self._worker.answer("taken")
             elif what == "early":
                 self._go_on()
-                self._answer("taken")
+                self._worker.answer("taken")
             elif what == "committed":
                 self._commit()
             elif what == "running":
                 self._run()
             elif what == "failed":
                 self._machine.fail_start(from_wire(message.get("error")))
+                self._machine.engine.kill()
         except NagayaError as problem:
-            self._answer("error", error=to_wire(problem))
+            self._worker.answer("error", error=to_wire(problem))
 
     def _commit(self) -> None:
         """The one step by which it becomes this store's."""
@@ -100,7 +83,7 @@ class Arriving:
             )
         machine.discards = machine.spec.auto_remove
         self._go_on()
-        self._answer("recorded")
+        self._worker.answer("recorded")
 
     def _go_on(self) -> None:
         """Speak to the programs, once: they run, or are about to."""
@@ -112,6 +95,7 @@ class Arriving:
             machine.programs.set_clock(time.time_ns())
 
     def _run(self) -> None:
+        self._runs = True
         machine = self._machine
         machine.started(0)
         machine.record("arrive")
@@ -131,7 +115,3 @@ class Arriving:
                 announce_gateways(plan)
             except OSError:
                 return  # then the machine finds out by itself, in half a minute
-
-    def _answer(self, what: str, **details: object) -> None:
-        if self._stream is not None:
-            self._stream.send(report.encode({"what": what, **details}))

@@ -14,19 +14,16 @@ The words that the supervisor keeps on disk are `storage/migrations`'s.
 
 from __future__ import annotations
 
-import os
 import time
 
-from nagaya.errors import Conflict, NagayaError, from_wire
-from nagaya.kernel import unix
-from nagaya.migration import report
+from nagaya.errors import Conflict, NagayaError, RemoteError, from_wire
 from nagaya.model.state import PAUSED, RUNNING
 from nagaya.protocol import control
 from nagaya.static import Any
 from nagaya.storage import migrations
 from nagaya.storage.records import to_data
+from nagaya.supervisor.moving import Worker
 from nagaya.supervisor.programs import Programs
-from nagaya.supervisor.stream import Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,10 +42,10 @@ class Leaving:
         self.client = client
         self._machine = machine
         self._record = migrations.Leaving(migration_id, to, time.time_ns())
-        self._lines = report.Lines()
-        self._stream: Stream | None = None
+        self._worker = Worker(on_message=self._handle, on_broken=machine.engine.kill, on_lost=self._lost)
         self._frozen = False
         self._waiting = b""  # what had been said to the agent, and did not reach it
+        self._is_called_off = False
         self._recorded = False
         self._doubts = False
         self._gone = False
@@ -57,32 +54,25 @@ class Leaving:
     def begin(self, socket: str, *, max_downtime_ms: int, post_copy: bool) -> None:
         """Raises `NagayaError` and `OSError`; nothing has happened then."""
         machine = self._machine
-        place = unix.connect(machine.paths.runtime(machine.spec.id), socket)
-        try:
-            read, write = unix.receive_fds(place, 2)
-        finally:
-            os.close(place)
-        ours, theirs = unix.socket_pair()
-        try:
-            machine.engine.leave(  # type: ignore[attr-defined]
-                (read, write), theirs, max_downtime_ms=max_downtime_ms, post_copy=post_copy
-            )
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            for fd in (read, write, theirs):
-                os.close(fd)
-        self._stream = Stream(machine.loop, ours, on_data=self._received, on_closed=lambda: None)
+        self._worker.start(
+            machine.paths.runtime(machine.spec.id), socket,
+            lambda stream, report_fd: machine.engine.leave(  # type: ignore[attr-defined]
+                stream, report_fd, max_downtime_ms=max_downtime_ms, post_copy=post_copy
+            ),
+        )  # fmt: skip
+        self._worker.listen(machine.loop)
 
     # -- what the process says
 
-    def _received(self, data: bytes) -> None:
-        try:
-            for message in self._lines.feed(data):
-                self._handle(message)
-        except NagayaError:
-            self._machine.engine.kill()  # its process is broken
+    def _lost(self) -> None:
+        """It ended without a word. Where it was the machine's own, that has ended too, and is heard of otherwise."""
+        problem = RemoteError("the process that moved the machine ended")
+        if self._gone or self._doubts:
+            return
+        if self._recorded:
+            self._doubt(problem)
+        elif self._machine.engine.recover():  # type: ignore[attr-defined]
+            self._stay(problem)
 
     def _handle(self, message: dict[str, Any]) -> None:
         what = message.pop("what", "")
@@ -92,7 +82,7 @@ class Leaving:
         elif what == "freeze":
             self._programs.freeze()
             self._frozen = True
-            self._answer("frozen")
+            self._worker.answer("frozen")
         elif what == "standing":
             self._carry(bytes.fromhex(message["waiting"]))
         elif what == "ready":
@@ -114,18 +104,24 @@ class Leaving:
         try:
             carried = self._programs.carry(self._machine.main, waiting)
         except (NagayaError, ValueError) as problem:
-            self._answer("abort", why=str(problem))
+            self._call_off(str(problem))
             return
-        self._answer("carried", programs=to_data(carried))
+        self._worker.answer("carried", programs=to_data(carried))
+
+    def _call_off(self, why: str) -> None:
+        self._is_called_off = True
+        self._worker.answer("abort", why=why)
 
     def _note(self) -> None:
+        if self._is_called_off:
+            return  # it hears of that in the place of an answer
         try:
             migrations.store_leaving(self._machine.paths.machine(self._machine.spec.id), self._record)
         except (OSError, NagayaError) as problem:
-            self._answer("abort", why=f"that the machine is handed over cannot be written down: {problem}")
+            self._call_off(f"that the machine is handed over cannot be written down: {problem}")
             return
         self._recorded = True
-        self._answer("recorded")
+        self._worker.answer("recorded")
 
     def _leave(self, message: dict[str, Any]) -> None:
         """It runs there: nothing of it stays here."""
@@ -155,8 +151,13 @@ class Leaving:
     def _stay(self, problem: NagayaError) -> None:
         """Nothing comes of it: the machine goes on here, as if nothing had been."""
         machine = self._machine
-        self._close()
+        self._worker.close()
         machine.saving = None
+        machine.engine.recover()  # type: ignore[attr-defined]
+        try:
+            migrations.remove_leaving(machine.paths.machine(machine.spec.id))
+        except OSError:
+            pass  # `resolve` removes it
         if self._frozen and isinstance(machine.programs, Programs):
             machine.programs.thaw(self._waiting)
             machine.programs.set_clock(time.time_ns())
@@ -183,18 +184,21 @@ class Leaving:
             return
         migrations.remove_leaving(machine.paths.machine(machine.spec.id))
         self._resolver = client
-        self._answer("stay")
+        if self._worker.is_there:
+            self._worker.answer("stay")
+        else:
+            self._stay(Conflict("it does not run there"))
 
     def abandon(self) -> None:
         """The client has gone: nothing shall come of it, unless it is done."""
         if not self._recorded:
-            self._answer("abort", why="the command that migrated the machine was ended")
+            self._call_off("the command that migrated the machine was ended")
 
     def stopped(self) -> None:
         """The machine has ended, or is asked to end."""
         machine = self._machine
         if machine.booted is None:
-            self._close()
+            self._worker.close()
             machine.saving = None
             if not self._gone:
                 self.client.fail(Conflict("the machine ended while it was being migrated"))
@@ -202,12 +206,4 @@ class Leaving:
             machine.state = machine.state._replace(phase=RUNNING)
             machine.engine.kill()
         else:
-            self._answer("abort", why="the machine was asked to end while it was being migrated")
-
-    def _answer(self, what: str, **details: object) -> None:
-        if self._stream is not None:
-            self._stream.send(report.encode({"what": what, **details}))
-
-    def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
+            self._call_off("the machine was asked to end while it was being migrated")

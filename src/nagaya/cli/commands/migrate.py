@@ -28,6 +28,7 @@ def send(context: Context, parsed: Parsed) -> int:
     """Send a machine, and say what it took."""
     from nagaya.manager import migrating
     from nagaya.migration.addresses import describe, parse_address
+    from nagaya.migration.departure import Terms
 
     if not parsed.given("to"):
         raise UsageError("where to?", hint="for example --to exec:'ssh host nagaya migrate receive -'")
@@ -38,7 +39,7 @@ def send(context: Context, parsed: Parsed) -> int:
         )
     if to.kind == "-" and (os.isatty(0) or os.isatty(1)):
         raise UsageError("--to - needs the target on standard input and output", hint="use --to exec:COMMAND")
-    terms = migrating.Terms(_milliseconds(parsed), parsed.switch("post-copy"))
+    terms = Terms(_milliseconds(parsed), parsed.switch("post-copy"))
     machine = context.host.machines.get(parsed.words[0])
     shown = _Shown(quiet=parsed.switch("quiet"), as_json=parsed.switch("json"))
     sent = migrating.send(machine, to, terms, on_progress=shown.take)
@@ -182,13 +183,15 @@ SEND = Command(
         Flag("--to", "Where the target receives", value="ADDRESS"),
         Flag("--max-downtime", "How long it may stand at the end (default: 100)", value="MS"),
         Flag(
-            "--post-copy", "When it writes faster than that allows, let it run there before all of its memory is there"
+            "--post-copy",
+            "When it writes faster than that allows, let it run there before all of its memory is there (type kvm)",
         ),
         Flag("--json", "Progress and result as JSON objects, one a line"),
         _QUIET,
     ),
     about="The machine runs here until all of it is there, and then there; it keeps its name, id, addresses and programs, and "
-    "whatever fails before that leaves it running here. Of type kvm, without volumes and snapshots. " + _ADDRESSES,
+    "whatever fails before that leaves it running here. Of type kvm or emulated, without volumes and snapshots. "
+    + _ADDRESSES,
     examples=(
         ("nagaya migrate send web --to exec:'ssh host nagaya migrate receive -'", "to another host"),
         ("nagaya migrate send web --to unix:/run/migrate.sock", "to another store on this one"),

@@ -12,19 +12,17 @@ import signal
 from nagaya.engines.base import Incoming
 from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
 from nagaya.engines.kvm.missing import RAN, Pager
-from nagaya.errors import HostError, NagayaError, RemoteError, Unsupported, from_wire
-from nagaya.kernel.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from nagaya.errors import HostError, NagayaError, Unsupported
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames
+from nagaya.migration.arrival import Arrival, ArrivingDisk, describe, parse_state
 from nagaya.migration.frames import Frame
-from nagaya.migration.report import Report
-from nagaya.migration.stream import Stream
 from nagaya.static import Any
 
-_SECTOR_BYTES = 512
 _ZEROS = bytes(PAGE_BYTES)
-_COMMIT_WITHIN_S = 60.0
-_SILENCE_S = 60.0
+_STATE: dict[str, type] = {
+    "hardware": dict, "kvm": str, "cpu": str, "leaves": list, "vm": dict, "vcpus": list, "devices": list,
+}  # fmt: skip
 
 
 def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1, *, process: int = 0) -> None:
@@ -34,59 +32,48 @@ def arrive(machine: Machine, incoming: Incoming, userfault_fd: int = -1, *, proc
     source's goes on. The supervisor hears it by way of `report_fd`. `process` is killed when the machine waits for memory
     that will never come, and so cannot be told: the one that it has to itself.
     """
-    report = Report(incoming.report_fd)
+    arriving = Arriving(machine, Arrival(*incoming.fds), userfault_fd, process)
     try:
-        arriving = Arriving(machine, incoming, report, userfault_fd, process)
-        try:
-            arriving.run()
-        except (OSError, ValueError) as error:
-            problem = HostError.from_os(error, "cannot receive the machine") if isinstance(error, OSError) else None
-            raise problem or RemoteError(f"the machine in the stream makes no sense: {error}") from None
-        finally:
-            arriving.close()
-    except NagayaError as problem:
-        report.fail("failed", problem)
-        raise
+        arriving.run()
+    except (NagayaError, OSError, ValueError) as error:
+        problem = describe(error)
+        arriving.arrival.report.fail("failed", problem)
+        raise problem from None
+    finally:
+        arriving.close()
 
 
 class Arriving:
     """One machine that comes."""
 
-    def __init__(self, machine: Machine, incoming: Incoming, report: Report, userfault_fd: int, process: int) -> None:
+    def __init__(self, machine: Machine, arrival: Arrival, userfault_fd: int, process: int) -> None:
+        self.arrival = arrival
         self._machine = machine
-        self._report = report
-        self._stream = Stream(incoming.read_fd, incoming.write_fd, alarm=incoming.report_fd, on_alarm=report.look)
-        self._stream.patience_s = _SILENCE_S
-        self._disk_fd, self._disk_bytes = _find_disk(machine)
-        self._unsynced = False
+        self._stream = arrival.stream
+        self._disk = _find_disk(machine)
         self._userfault_fd = userfault_fd
         self._process = process
         self._strange: list[tuple[int, int]] = []  # what the source has written since it sent it
 
     def run(self) -> None:
+        arrival = self.arrival
         try:
-            self._stream.send_json(frames.ACCEPT, {"version": frames.VERSION})
+            arrival.accept()
             state = self._receive()
-            self._take_programs(state["programs"])
+            arrival.take_programs(state["programs"])
             if self._strange:
                 pager = self._start_pager()
             else:
                 self._machine.adopt(state["machine"])
         except NagayaError as problem:
-            self._refuse(problem)
+            arrival.refuse(problem)
             raise
         if self._strange:
             self._run_early(pager, state["machine"])
             return
-        self._stream.send_json(frames.READY, {"ready": True})
-        self._stream.expect(frames.COMMIT, patience_s=_COMMIT_WITHIN_S)
-        self._settle()
+        arrival.await_commit()
         self._machine.start()
-        try:
-            self._stream.send_json(frames.RUNNING, {"running": True})
-        except RemoteError:
-            pass  # the machine is ours all the same: the source is gone, or will ask
-        self._report.tell("running")
+        arrival.say_that_it_runs()
 
     def _start_pager(self) -> Pager:
         if self._userfault_fd < 0:
@@ -104,7 +91,7 @@ class Arriving:
 
     def _lost(self, problem: NagayaError) -> None:
         """In the pager: no thread of the machine's process can be relied on to say it, or to end."""
-        self._report.fail("failed", problem)
+        self.arrival.report.fail("failed", problem)
         if self._process:
             os.kill(self._process, signal.SIGKILL)
 
@@ -114,40 +101,17 @@ class Arriving:
 
     def _run_early(self, pager: Pager, state: dict[str, Any]) -> None:
         """Run before the memory is there; when it is, and only then, the machine is ours. The stream is the pager's."""
+        report = self.arrival.report
         self._machine.adopt(state)
-        self._report.tell("early")
-        self._answer()
+        report.tell("early")
+        self.arrival.hear()
         self._machine.start()
         pager.tell(RAN)
         pager.wait()
-        self._report.tell("committed")
-        self._answer()
+        report.tell("committed")
+        self.arrival.hear()
         pager.finish()
-        self._report.tell("running")
-
-    def _settle(self) -> None:
-        """From here on the machine is ours, by what the supervisor has written down; or it was refused meanwhile."""
-        self._report.tell("committed")
-        try:
-            self._answer()
-        except NagayaError as problem:
-            self._refuse(problem)  # it need not wait: nobody runs, and it can ask
-            raise
-
-    def _take_programs(self, programs: object) -> None:
-        self._report.tell("programs", programs=programs)
-        self._answer()
-
-    def _answer(self) -> None:
-        answer = self._report.hear()
-        if "error" in answer:
-            raise from_wire(answer["error"])
-
-    def _refuse(self, problem: NagayaError) -> None:
-        try:
-            self._stream.send_json(frames.REFUSE, frames.refusal(problem))
-        except NagayaError:
-            return  # the source is gone
+        report.tell("running")
 
     # -- what comes while the machine runs elsewhere
 
@@ -156,11 +120,12 @@ class Arriving:
         while True:
             frame = self._stream.receive()
             if frame.type == frames.STATE:
-                self._sync()
-                return _parse_state(frame)
+                self._disk.sync()
+                return parse_state(frame, _STATE)
             if frame.type == frames.ABORT:
                 raise frames.parse_refusal(frame)
-            self._take(frame)
+            if not self._disk.take(frame):
+                self._take(frame)
 
     def _take(self, frame: Frame) -> None:
         if frame.type == frames.PAGES:
@@ -169,14 +134,6 @@ class Arriving:
             memory.whole[frame.where : frame.where + len(frame.payload)] = frame.payload
         elif frame.type == frames.ZEROS:
             self._clear(frame)
-        elif frame.type == frames.BLOCKS:
-            frames.check_place(frame, len(frame.payload), self._disk_bytes, unit=_SECTOR_BYTES)
-            self._write(frame)
-        elif frame.type == frames.HOLE:
-            count = frames.parse_length(frame)
-            frames.check_place(frame, count, self._disk_bytes, unit=_SECTOR_BYTES)
-            fallocate(self._disk_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, frame.where, count)
-            self._unsynced = True
         elif frame.type == frames.STRANGE:
             count = frames.parse_length(frame)
             frames.check_place(frame, count, self._machine.memory.size_bytes, unit=PAGE_BYTES)
@@ -184,7 +141,7 @@ class Arriving:
             if len(self._strange) > self._machine.memory.size_bytes // PAGE_BYTES:
                 raise frames.unexpected(frame)
         elif frame.type == frames.ROUND:
-            self._sync()  # now, rather than while the machine stands
+            self._disk.sync()  # now, rather than while the machine stands
             self._stream.send(frames.ROUND, frame.where)
         else:
             raise frames.unexpected(frame)
@@ -197,35 +154,11 @@ class Arriving:
             if contents[at : at + PAGE_BYTES].tobytes() != _ZEROS:  # else it would take a page for nothing
                 contents[at : at + PAGE_BYTES] = _ZEROS
 
-    def _write(self, frame: Frame) -> None:
-        view, at = memoryview(frame.payload), frame.where
-        while view:
-            written = os.pwrite(self._disk_fd, view, at)
-            view, at = view[written:], at + written
-        self._unsynced = True
 
-    def _sync(self) -> None:
-        if self._unsynced:
-            os.fdatasync(self._disk_fd)
-            self._unsynced = False
-
-
-def _find_disk(machine: Machine) -> tuple[int, int]:
-    """The descriptor and the size of the disk that the machine writes."""
+def _find_disk(machine: Machine) -> ArrivingDisk:
+    """The one that the machine writes."""
     for device in machine.devices:
         writes = writes_of(device)
         if writes is not None:
-            return device.descriptors()[0], writes.size_bytes  # type: ignore[attr-defined]
+            return ArrivingDisk(device.descriptors()[0], writes.size_bytes)  # type: ignore[attr-defined]
     raise HostError("the machine has no disk that it writes")
-
-
-def _parse_state(frame: Frame) -> dict[str, Any]:
-    """Its form; what is in it is looked at where it is used. Raises `RemoteError`."""
-    state = frames.parse_json(frame)
-    machine = state.get("machine")
-    kinds = {"hardware": dict, "kvm": str, "cpu": str, "leaves": list, "vm": dict, "vcpus": list, "devices": list}
-    if not isinstance(machine, dict) or not all(isinstance(machine.get(name), kind) for name, kind in kinds.items()):
-        raise RemoteError("migration protocol: the machine's state has not got all its parts")
-    if not isinstance(state.get("programs"), dict):
-        raise RemoteError("migration protocol: the machine's state does not say which programs run")
-    return state

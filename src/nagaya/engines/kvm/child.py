@@ -140,8 +140,9 @@ def _serve(machine: Machine, control: int) -> None:
                 _save(machine, request, fds)
             elif request["do"] == "leave":
                 from nagaya.engines.kvm import leaving  # lazy: migrations alone
+                from nagaya.migration.departure import Terms
 
-                leaving.start(machine, (fds[0], fds[1]), fds[2], leaving.Terms(**request["terms"]))
+                leaving.start(machine, (fds[0], fds[1]), fds[2], Terms(**request["terms"]))
             elif request["do"] == "log-disk":
                 machine.log_disk(request["disk"], request["on"])
             elif request["do"] == "take-disk-log":

@@ -54,7 +54,7 @@ class KvmEngine:
     type = "kvm"
     rootfs_kind = "disk"
     capabilities = frozenset(
-        ("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "fork", "migrate")
+        ("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy")
     )
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
@@ -276,6 +276,10 @@ class KvmEngine:
         """See `Migrating.leave`."""
         terms = {"max_downtime_ms": max_downtime_ms, "post_copy": post_copy}
         self._ask("leave", fds=(*stream, report_fd), terms=terms)
+
+    def recover(self) -> bool:
+        """See `Migrating.recover`: a thread of the machine's own process does it."""
+        return False
 
     def stats(self) -> Stats:
         """See `Vmm.read_stats`."""

@@ -57,6 +57,7 @@ class Machine(NamedTuple):
     shares: tuple[Share, ...] = ()
     tsc_khz: int = 0  # how fast the time stamp counter runs; 0 = the guest has to find out
     append: str = ""
+    moves: int = -1  # where a further monitor is listened for: that of whoever moves the machine to another host
     incoming: bool = False  # waits to be told what to go on from
 
 
@@ -92,7 +93,7 @@ def plan_command(machine: Machine) -> list[str]:
         command += ["-chardev", f"socket,id=share{number},fd={share.socket}"]
         command += ["-device", f"vhost-user-fs-device,chardev=share{number},tag={share.tag}"]
     if machine.incoming:
-        command += ["-incoming", "defer"]
+        command += ["-S", "-incoming", "defer"]
     return command
 
 
@@ -123,7 +124,11 @@ def _kernel_arguments(machine: Machine) -> list[str]:
 
 
 def _monitor(machine: Machine) -> list[str]:
-    return ["-chardev", f"socket,id=monitor,fd={machine.monitor}", "-mon", "chardev=monitor,mode=control"]
+    command = ["-chardev", f"socket,id=monitor,fd={machine.monitor}", "-mon", "chardev=monitor,mode=control"]
+    if machine.moves >= 0:
+        command += ["-chardev", f"socket,id=moves,fd={machine.moves},server=on,wait=off"]
+        command += ["-mon", "chardev=moves,mode=control"]
+    return command
 
 
 def _console(machine: Machine) -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
 import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
-from nagaya.engines.base import Booted, BootRequest, Stats
+from nagaya.engines.base import Booted, BootRequest, Incoming, Stats
 from nagaya.engines.qemu import arguments, rights, saved
 from nagaya.engines.qemu.arguments import Card, Machine, Share
 from nagaya.engines.qemu.boards import BOARDS, Board, find_board
 from nagaya.engines.qemu.counter import find_khz
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.monitor import Monitor
+from nagaya.engines.qemu.mover import Mover
 from nagaya.engines.qemu.process import QemuProcess
 from nagaya.engines.vm import child, rules
 from nagaya.engines.vm.agent import agent_path
@@ -25,7 +29,17 @@ from nagaya.engines.vm.passt import start_passt
 from nagaya.engines.vm.setup import plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import start_shares
-from nagaya.errors import HostError, LaunchError, NagayaError, NotFound, Unsupported, UsageError
+from nagaya.errors import (
+    HostError,
+    IntegrityError,
+    LaunchError,
+    NagayaError,
+    NotFound,
+    RemoteError,
+    Unsupported,
+    UsageError,
+)
+from nagaya.kernel import unix
 from nagaya.kernels import cache
 from nagaya.model.spec import MachineSpec
 from nagaya.net import tap
@@ -33,8 +47,12 @@ from nagaya.net.plan import LinkPlan
 from nagaya.net.planning import find_passt
 from nagaya.protocol.setup import setup_payload
 from nagaya.storage.plan import DiskPlan, RootfsPlan
+from nagaya.storage.records import from_data, to_data
 
+MOVES = "moves.sock"
+MIGRATED = "migrated"
 PROGRAM_WITHIN_S = 120.0
+RECOVERED_WITHIN_S = 10.0
 END_WITHIN_S = 20.0
 ENTROPY_BYTES = 64
 USER_NETWORK_WARNING = (
@@ -48,13 +66,15 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "fork", "offline"))
-    missing = rules.MISSING | {
-        "migrate": "Nagaya moves machines of type 'emulated' while they stand: stop it, and export a snapshot"
-    }
+    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "fork", "migrate", "offline"))
+    missing = rules.MISSING
 
     def __init__(self) -> None:
         self._qemu = QemuProcess()
+        self._mover = Mover()
+        self._agent = -1  # of the supervisor's, which has it for as long as the machine runs
+        self._place = ""  # the machine's run-time directory
+        self._disk_bytes = 0
         self._machine: Machine | None = None
 
     # -- before a boot
@@ -91,7 +111,7 @@ class EmulatedEngine:
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
         spec = request.spec
         board = find_board(spec.platform)
-        bounds = self._qemu.bounds
+        bounds, self._place = self._qemu.bounds, request.runtime_dir
         bounds.make(request.spec, request.runtime_dir, stack, translates=True)
         with ExitStack() as failed:
             failed.callback(self._qemu.abandon)
@@ -102,7 +122,10 @@ class EmulatedEngine:
                 log_end = self._qemu.open_log(request.runtime_dir)
                 local.callback(os.close, log_end)
                 machine = self._assemble(request, board, log_end, inherited)
-                machine = machine._replace(agent=agent_number, incoming=bool(request.saved))
+                machine = machine._replace(
+                    agent=agent_number, incoming=bool(request.saved) or request.incoming is not None,
+                    moves=inherited.add(unix.listen(request.runtime_dir, MOVES)),
+                )  # fmt: skip
                 shares = start_shares(request.mounts, request.runtime_dir, log_end, local, enter=bounds.enter)
                 if shares is not None:
                     self._qemu.helpers.append(shares.pid)
@@ -117,12 +140,17 @@ class EmulatedEngine:
                 payload = setup_payload(setup)
                 self._machine = machine
                 self._start(machine, inherited, log_end)
+                if request.incoming is not None:
+                    failed.callback(self._mover.end)
+                    self._receive(request, request.incoming, inherited.fds[machine.data - child.FIRST_FD])
             # QEMU's ends are QEMU's alone now: each of us hears when the other ends.
             self._qemu.greet()
+            self._agent = agent
             if request.saved:
                 saved.go_on(self._qemu, saved.describe(machine), request.saved)
             failed.pop_all()
         stack.callback(self._qemu.clean_up)
+        stack.callback(self._mover.end)
         return Booted(
             pid=self._qemu.pid,
             pidfd=os.dup(self._qemu.pidfd),
@@ -135,7 +163,8 @@ class EmulatedEngine:
             ),
             setup=payload,
             helpers=tuple(self._qemu.helpers),
-            copies=plan_copies(request.mounts) if shares is None else (),
+            copies=plan_copies(request.mounts) if shares is None and request.incoming is None else (),
+            origin=MIGRATED if request.incoming is not None else "",
             watch=tuple((source.fd, self.listen) for source in self._qemu.sources()),
             start_timeout_s=PROGRAM_WITHIN_S,
             end_timeout_s=END_WITHIN_S,
@@ -155,7 +184,7 @@ class EmulatedEngine:
             kernel=inherited.add(_open_kernel(request.spec, board)),
             initrd=inherited.add(open_initramfs(board.architecture)),
             root=inherited.add(os.open(disks.image, os.O_RDONLY | os.O_CLOEXEC)),
-            data=inherited.add(open_data(disks)),
+            data=inherited.add(open_data(disks, form=request.incoming is None)),
             monitor=self._qemu.open_monitor(inherited),
             agent=-1,
             console=console_number,
@@ -163,6 +192,7 @@ class EmulatedEngine:
             append=request.spec.append,
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )
+        self._disk_bytes = os.fstat(inherited.fds[machine.data - child.FIRST_FD]).st_size
         self._qemu.memory_bytes = machine.memory_bytes
         self._qemu.links = tuple(link.host_link for link in request.network.links if link.host_link)
         return machine
@@ -204,13 +234,83 @@ class EmulatedEngine:
 
     def check_saved(self, spec: MachineSpec, directory: str) -> None:
         """See `Saving.check_saved`."""
+        saved.check(self._plan_saved(spec), directory)
+
+    def _plan_saved(self, spec: MachineSpec) -> saved.SavedMachine:
+        """What a machine would be here."""
         board = find_board(spec.platform)
         machine = Machine(
             board, spec.id, rules.cpus(spec), rules.memory_bytes(spec), -1, -1, -1, -1, -1, -1, -1,
             cards=() if spec.network == "none" else (Card(""),) * (len(spec.attachments) or 1),
             tsc_khz=find_khz() if board.architecture == "x86_64" else 0,
         )  # fmt: skip
-        saved.check(saved.describe(machine)._replace(version=saved.ask_version(board.program)), directory)
+        return saved.describe(machine)._replace(version=saved.ask_version(board.program))
+
+    def describe(self) -> str:
+        """See `Migrating.describe`."""
+        assert self._machine is not None
+        described = saved.describe(self._machine)
+        return json.dumps(to_data(described._replace(version=saved.read_version(self._qemu.monitor))))
+
+    def check_described(self, spec: MachineSpec, described: str) -> None:
+        """See `Migrating.check_described`."""
+        try:
+            data = json.loads(described)
+        except (ValueError, RecursionError):
+            raise IntegrityError("what the machine is said to be made of makes no sense") from None
+        then = from_data(saved.SavedMachine, data, what="what the machine is said to be made of")
+        saved.compare(then, self._plan_saved(spec), hint="stop the machine, and take its disk along")
+
+    def leave(self, stream: tuple[int, int], report_fd: int, *, max_downtime_ms: int, post_copy: bool) -> None:
+        """See `Migrating.leave`."""
+        assert self._machine is not None
+        from nagaya.engines.qemu.leaving import Ends, Leaving  # lazy: migrations alone
+        from nagaya.migration.departure import Terms
+
+        terms = Terms(max_downtime_ms, post_copy)
+        monitor = self._connect_mover()
+        try:
+            ends = Ends(*stream, report_fd, monitor, self._agent)
+            self._start_mover(self._machine.name, ends, lambda: Leaving(ends, self._disk_bytes, terms).run())
+        finally:
+            os.close(monitor)
+
+    def recover(self) -> bool:
+        """See `Migrating.recover`."""
+        from nagaya.engines.qemu.leaving import recover  # lazy: as above
+
+        self._mover.end()
+        try:
+            monitor = Monitor(self._connect_mover())
+            try:
+                monitor.negotiate(RECOVERED_WITHIN_S)
+                recover(monitor)
+            finally:
+                monitor.close()
+        except (OSError, RemoteError):
+            return False  # QEMU has ended, and is heard of otherwise
+        return True
+
+    def _receive(self, request: BootRequest, incoming: Incoming, disk: int) -> None:
+        """Have a machine whose QEMU waits for it filled."""
+        from nagaya.engines.qemu.arriving import arrive  # lazy: migrations alone
+
+        monitor = self._connect_mover()
+        try:
+            fds = (*incoming.fds, monitor, disk)
+            self._start_mover(request.spec.id, fds, lambda: arrive(incoming, monitor, disk))
+        finally:
+            os.close(monitor)
+
+    def _start_mover(self, machine_id: str, fds: Iterable[int], work: Callable[[], None]) -> None:
+        log = f"{self._place}/migration.log"
+        self._mover.start(machine_id, log, fds, work, enter=self._qemu.bounds.enter)
+
+    def _connect_mover(self) -> int:
+        """QEMU's monitor for whoever moves the machine."""
+        fd = unix.connect(self._place, MOVES)
+        os.set_blocking(fd, False)
+        return fd
 
     def pause(self) -> None:
         self._qemu.monitor.command("stop")

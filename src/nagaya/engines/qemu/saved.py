@@ -133,14 +133,16 @@ def check(now: SavedMachine, directory: str) -> None:
         raise Unsupported(f"the machine was saved in format {saved.format}, and this Nagaya knows {FORMAT}")
     if not os.path.isfile(f"{directory}/{STATE}"):
         raise IntegrityError(f"the saved machine in {directory} has no memory")
-    if saved.version != now.version:
-        raise Unsupported(
-            f"the machine was saved by QEMU {saved.version}, and this is {now.version}",
-            hint="restore its disks alone: --no-memory",
-        )
-    for name, before, here in zip(saved._fields, saved, now, strict=True):
+    compare(saved, now, hint="restore its disks alone: --no-memory")
+
+
+def compare(then: SavedMachine, now: SavedMachine, *, hint: str) -> None:
+    """Raise `Unsupported` when a machine that was like `then` could not go on as `now`."""
+    if then.version != now.version:
+        raise Unsupported(f"the machine's QEMU is {then.version}, and the one here {now.version}", hint=hint)
+    for name, before, here in zip(then._fields, then, now, strict=True):
         if before != here:
             raise Unsupported(
-                f"the machine was saved with another {name.replace('_', ' ')} than it has here ({before}, not {here})",
-                hint="restore its disks alone: --no-memory",
+                f"the machine has another {name.replace('_', ' ')} than it would have here ({before}, not {here})",
+                hint=hint,
             )
