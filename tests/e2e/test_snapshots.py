@@ -310,6 +310,14 @@ def run_counter(cli: Cli, type_: str, *flags: str) -> None:
     wait_for(lambda: len(numbers(cli, "m")) > 2, 60)
 
 
+def went_back(counted: list[int], at: int) -> list[int]:
+    """What was counted since the machine went back to where it was when it had counted to `at`: until then it had run on."""
+    for index, number in enumerate(counted):
+        if number <= at or (index and number < counted[index - 1]):
+            return counted[index:]
+    return []
+
+
 def check_memory(cli: Cli) -> None:
     """A counter that runs as "m" goes on from where it was, under a new supervisor; and its disk is that of then."""
     low = numbers(cli, "m")[-1]
@@ -322,10 +330,8 @@ def check_memory(cli: Cli) -> None:
     pid = state_of(cli, "m")["pid"]
     cli.ok("snapshot", "restore", "m", "s", timeout_s=120)
     assert state_of(cli, "m")["phase"] == "running" and state_of(cli, "m")["pid"] != pid
-    wait_for(lambda: numbers(cli, "m")[-1] > at + 4, 60)
-    after = numbers(cli, "m")[before:]
-    back = next(index for index, number in enumerate(after) if number <= at or (index and number < after[index - 1]))
-    after = after[back:]  # until then it had run on
+    wait_for(lambda: len(went_back(numbers(cli, "m")[before:], at)) > 4, 60)
+    after = went_back(numbers(cli, "m")[before:], at)
     assert low <= after[0] <= at + 2 and after == list(range(after[0], after[0] + len(after)))
     assert cli("exec", "m", "ls", "/later").code == 1
     guest_s = int(shell(cli, "m", "date +%s"))
