@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from nagaya.engines.qemu.monitor import MAX_EVENTS, Monitor, MonitorClosed
+from nagaya.engines.qemu.pc import WholeMachineEngine
 from nagaya.protocol.qmp import Event, QmpError
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
@@ -80,3 +81,13 @@ def test_a_qemu_that_breaks_the_rules_is_not_listened_to(played: Played) -> None
     played.say(GREETING)
     played.qemu.sendall(b"nonsense\n")
     assert not played.monitor.drain()
+
+
+def test_a_button_that_is_pressed_while_qemu_ends(played: Played) -> None:
+    """A supervisor presses it again every few seconds; what has just heard it is no reason to break."""
+    engine = WholeMachineEngine("emulated")
+    engine._qemu._monitor = played.monitor
+    played.qemu.close()
+    with pytest.raises(MonitorClosed):
+        played.monitor.command("system_powerdown")
+    engine.power_down()

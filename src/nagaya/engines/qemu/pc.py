@@ -16,6 +16,7 @@ from nagaya.engines.qemu.guest_agent import GuestAgent
 from nagaya.engines.qemu.host_pci import PciDevice, check_pinning, find_pci
 from nagaya.engines.qemu.host_usb import find_usb
 from nagaya.engines.qemu.inherited import Inherited
+from nagaya.engines.qemu.monitor import MonitorClosed
 from nagaya.engines.qemu.pc_arguments import PcMachine
 from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board
 from nagaya.engines.qemu.pc_parts import (
@@ -244,7 +245,10 @@ class WholeMachineEngine:
 
     def power_down(self) -> None:
         """See `Powered.power_down`."""
-        self._qemu.monitor.command("system_powerdown")
+        try:
+            self._qemu.monitor.command("system_powerdown")
+        except MonitorClosed:
+            return  # it is ending already: its pidfd tells
 
     def quit(self) -> None:
         """See `Powered.quit`. QEMU that gets SIGTERM writes its caches out, and ends."""
