@@ -31,6 +31,12 @@ def handle(machine: Supervisor, client: Client, request: dict[str, object]) -> N
     call(machine, client, request)
 
 
+def describe(request: dict[str, object]) -> str:
+    """What was asked for, in a user's words, for a sentence that begins with "cannot"."""
+    op = str(request.get("op"))
+    return _WORDS.get(op, op.replace("_", " the "))
+
+
 def tell_end(machine: Supervisor, clients: list[Client], status: int, problem: NagayaError | None) -> None:
     """The machine has ended for good: answer everyone who is still connected, and close."""
     launcher = machine.take_launcher()
@@ -328,6 +334,13 @@ def _change_disks(machine: Supervisor, client: Client, request: dict[str, object
     client.finish(control.reply())
 
 
+_WORDS = {
+    "plug_disk": "attach the disk", "unplug_disk": "detach the disk", "login": "find out how to log in",
+    "guest_links": "ask for its addresses", "press_keys": "press keys", "screenshot": "take a screenshot",
+    "describe": "describe the machine", "leave": "migrate the machine", "resolve": "settle the migration",
+    "wait": "wait for the machine", "stats": "read its statistics", "plug": "connect the network",
+    "unplug": "disconnect the network",
+}  # fmt: skip
 _REQUESTS: dict[str, Any] = {
     "change_disc": _change_disc,
     "plug_disk": _change_disks,

@@ -497,7 +497,7 @@ class Supervisor:
         except NagayaError as problem:
             client.fail(problem)
         except OSError as error:
-            client.fail(HostError.from_os(error, f"cannot {request.get('op')}"))
+            client.fail(HostError.from_os(error, f"cannot {requests.describe(request)}"))
 
     def _gone(self, client: Client) -> None:
         self._clients.discard(client)
