@@ -211,8 +211,9 @@ def test_a_storm(cli: Cli, type_: str) -> None:
     remove_all(cli)
     assert not failures, "\n".join(failures)
     assert cli.machine_ids() == []
-    assert storm.counts["killed"] > 0
-    assert COUNT < 8 or storm.counts["checked with records"] > 0, "nothing had been synced: nothing was shown"
+    if COUNT >= 8:  # of fewer, every kill may come too late
+        assert storm.counts["killed"] > 0
+        assert storm.counts["checked with records"] > 0, "nothing had been synced: nothing was shown"
 
 
 def _try(storm: Storm, number: int) -> str:

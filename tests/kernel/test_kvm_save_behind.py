@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -217,18 +218,27 @@ def test_a_base_that_is_missing_damaged_or_another_is_told(
 
 @pytest.mark.parametrize("end", ["killed", "given up"])
 def test_a_writer_that_ends_leaves_nothing_whole_and_the_machine_running(
-    directory: Path, kernel: str, disk: Path, tmp_path: Path, end: str
+    directory: Path, kernel: str, disk: Path, tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = place_of(tmp_path, 0)
+    writers: list[int] = []
+    fork = os.fork
+
+    def watched() -> int:
+        writers.append(fork())
+        return writers[-1]
+
     with go_on(directory, kernel, disk) as machine:
         memory_of(machine).write(0x100000, os.urandom(8 << 20))
-        before = own_children()
         machine.pause()
-        under_way = Behind(machine, place)
-        (writer,) = map(int, own_children() - before)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fork", watched)
+            under_way = Behind(machine, place)
+        (writer,) = writers
         machine.resume()
         if end == "killed":
-            os.kill(writer, signal.SIGKILL)  # our child, which a thread of ours waits for: at worst it has just ended
+            with contextlib.suppress(ProcessLookupError):  # it may have ended, and a thread of ours have waited for it
+                os.kill(writer, signal.SIGKILL)
             under_way.finish()
         else:
             os.close(under_way.fd)
