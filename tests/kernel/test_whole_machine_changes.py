@@ -215,10 +215,11 @@ def test_a_linux_takes_and_gives(linux: Machine, host: Host, tmp_path: Path) -> 
         shell(console, "echo one > /disk/file")
         assert freeze_and_look("frozen") == (False, ())
         assert shell(console, "echo two > /disk/file; cat /disk/file") == "two"  # thawed
-        shell(console, "kill -STOP $(cat /run/ga.pid)")
+        # The agent is a child of this shell, which is the guest's init: to hear of it at its prompt would be its end.
+        shell(console, "kill -STOP $(cat /run/ga.pid); sleep 1")
         needed, warnings = freeze_and_look("stopped")
         assert needed and "could not be frozen" in warnings[0]
-        shell(console, "kill -CONT $(cat /run/ga.pid)")
+        shell(console, "kill -CONT $(cat /run/ga.pid); sleep 1")
         assert shell(console, "sleep 5; echo three > /disk/file; cat /disk/file") == "three"  # it was thawed in the end
         # Its memory
         shell(console, "X=42")
