@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 
 from nagaya.kernel import mount, namespaces
-from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, die_with, prctl
 
 
 def enclose(enter: Callable[[], None]) -> Callable[[], None]:
@@ -24,9 +24,7 @@ def enclose(enter: Callable[[], None]) -> Callable[[], None]:
 
     def begin() -> None:
         enter()  # first: with other credentials the kernel may forget what follows (prctl(2))
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(127)
+        die_with(parent, 127)
         namespaces.unshare(namespaces.CLONE_NEWPID | namespaces.CLONE_NEWNS)
         mount.mount("", "/", "", mount.MS_REC | mount.MS_SLAVE)
         between = os.pidfd_open(os.getpid())

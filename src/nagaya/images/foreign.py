@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from nagaya.errors import HostError, Unsupported
 from nagaya.kernel import mount, namespaces, unix
-from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import die_with
 from nagaya.static import NoReturn
 
 BINFMT = "/proc/sys/fs/binfmt_misc"
@@ -102,9 +102,7 @@ def _map_ids(ours: int, pid: int) -> bytes:
 def _hold(socket: int, parent: int, rule: bytes) -> NoReturn:
     """In the child; never returns."""
     try:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with(parent)
         namespaces.unshare(namespaces.CLONE_NEWUSER | namespaces.CLONE_NEWNS)
         os.write(socket, b"1")
         if os.read(socket, 1) != b"1":

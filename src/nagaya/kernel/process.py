@@ -1,4 +1,4 @@
-"""prctl(2), execveat(2), memfd seals, and the descriptors that a forked child is not to have."""
+"""prctl(2), execveat(2), memfd seals, and what a forked child is not to have: descriptors, ids, a life after its parent's."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 MFD_EXEC = 0x10
 AT_EMPTY_PATH = 0x1000
 KEYCTL_JOIN_SESSION_KEYRING = 1
+_SIGKILL = 9  # of `signal`, which takes a millisecond to import
 
 
 _prctl = libc.prctl  # declared once: a start makes a hundred calls for the bounding set
@@ -32,6 +33,23 @@ def prctl(option: int, argument: int) -> int:
     if result < 0:
         raise fail("prctl")
     return result
+
+
+def die_with(parent: int, status: int = 1) -> None:
+    """In a child: be killed when `parent`, its parent's pid, ends; exit with `status` when that has happened before we could ask.
+
+    The kernel forgets it when the child takes other ids (prctl(2)): after `become`, then.
+    """
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
+    if os.getppid() != parent:
+        os._exit(status)
+
+
+def become(id_: int, groups: Iterable[int] = ()) -> None:
+    """Take the user and group `id_` for good, with `groups` and no others beside. Needs root."""
+    os.setgroups(list(groups))
+    os.setresgid(id_, id_, id_)
+    os.setresuid(id_, id_, id_)
 
 
 def close_all_but(keep: Iterable[int], *, first: int = 3) -> None:

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 
 from nagaya.errors import HostError, NagayaError
-from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import close_all_but, die_with
 from nagaya.static import NoReturn
 from nagaya.storage import snapshots
 
@@ -73,9 +73,7 @@ def _run(work: Callable[[], None], said: int, parent: int) -> NoReturn:
     status = 1
     try:
         os.setpgid(0, 0)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(status)
+        die_with(parent, status)
         close_all_but((said,))
         work()
         status = 0

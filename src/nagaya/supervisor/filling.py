@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nagaya.engines.base import Copy
 from nagaya.errors import HostError, LaunchError, NagayaError
-from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import close_all_but, die_with
 from nagaya.model.policy import APPLET
 from nagaya.model.spec import Process
 from nagaya.static import NoReturn
@@ -155,9 +155,7 @@ def _make_archive(copy: Copy, write: int, complain: int, parent: int) -> NoRetur
     """In a child: `copy.source` as a tar stream; never returns."""
     status = 1
     try:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(status)
+        die_with(parent, status)
         close_all_but((write, complain))
         from nagaya.supervisor.archive import write_archive  # lazy: brings tarfile, for the child alone
 

@@ -10,7 +10,7 @@ import resource
 import signal
 
 from nagaya.kernel.inet import TCP
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, become, close_all_but, die_with, prctl
 from nagaya.static import NamedTuple, NoReturn
 from nagaya.supervisor.loop import Loop
 from nagaya.supervisor.proxy_tcp import MOST_CONNECTIONS, TcpRelay
@@ -50,13 +50,10 @@ def _run(relayed: tuple[Relayed, ...], parent: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         files = _allow_files()
         if os.geteuid() == 0:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            become(NOBODY)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # only now: whoever changes its ids loses it
-        if os.getppid() == parent:  # else the supervisor was killed before we could ask to die with it
-            serve(relayed, most_files=files)
+        die_with(parent)  # only now: whoever changes its ids loses it
+        serve(relayed, most_files=files)
     finally:
         os._exit(1)  # the supervisor makes another one for the next client
 

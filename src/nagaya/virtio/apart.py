@@ -20,7 +20,7 @@ from functools import partial
 from struct import Struct
 
 from nagaya.errors import GuestFault, RemoteError
-from nagaya.kernel.process import PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import close_all_but, die_with
 from nagaya.memory import GuestMemory, WriteLog
 from nagaya.static import Any, NoReturn, Protocol
 from nagaya.virtio.device import Activated, Device, QueuePlace, make_queue
@@ -261,9 +261,7 @@ def _run(
 
     try:
         gc.disable()  # a collection would write to, and so copy, every page that we share with the machine's process
-        prctl(PR_SET_PDEATHSIG, _SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it was killed before we could ask to die with it
+        die_with(parent)
         kept = [end.fileno() for pair in ends for end in pair]
         # Above all not the virtual machine, which lives as long as anybody holds it, nor others' ends of our sockets.
         close_all_but([2, *kept, *(fd for device in devices for fd in device.descriptors())], first=0)

@@ -80,7 +80,7 @@ def find_controllers(hierarchy: Hierarchy) -> frozenset[str]:
     if not hierarchy.pure_v2:
         return frozenset(hierarchy.v1)
     try:
-        with open(f"{hierarchy.v2}/cgroup.controllers", encoding="ascii") as file:
+        with open(f"{hierarchy.v2}/cgroup.controllers", encoding="utf-8") as file:  # other codecs have to be imported
             there = file.read().split()
     except OSError:
         return frozenset()
@@ -88,13 +88,19 @@ def find_controllers(hierarchy: Hierarchy) -> frozenset[str]:
 
 
 def create_cgroup(
-    machine_id: str, limits: Limits, *, devices: list[DeviceRule] | None, controllers: tuple[str, ...] = ()
+    machine_id: str,
+    limits: Limits,
+    *,
+    devices: list[DeviceRule] | None,
+    controllers: tuple[str, ...] = (),
+    hierarchy: Hierarchy | None = None,
 ) -> Cgroup:
     """Make a machine's control group with its limits and its device list (None: any device). Raises `Unsupported`, `OSError`.
 
     `controllers`: version 1 has a tree for each, and each takes its time; () = all that containers need.
+    `hierarchy`: the host's, where the caller has read it.
     """
-    hierarchy = host_hierarchy()
+    hierarchy = hierarchy or host_hierarchy()
     cgroup: Cgroup
     if hierarchy.pure_v2:
         from nagaya.engines.cgroups.v2 import CgroupV2

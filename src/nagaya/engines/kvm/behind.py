@@ -15,12 +15,11 @@ from collections.abc import Callable
 from nagaya.engines.kvm import saved
 from nagaya.engines.kvm.saved import Files, Saved
 from nagaya.errors import Conflict, HostError, NagayaError, to_wire
-from nagaya.kernel.process import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_DUMPABLE, close_all_but, die_with, prctl
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, NamedTuple, NoReturn
 
 _NICE = 5
-_SIGKILL = 9
 
 
 class Order(NamedTuple):
@@ -56,9 +55,7 @@ def _run(order: Order, memory: GuestMemory, state: dict[str, Any], parent: int) 
 
     message: dict[str, Any]
     try:
-        prctl(PR_SET_PDEATHSIG, _SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with(parent)
         prctl(PR_SET_DUMPABLE, 1)  # whoever changed its ids may not look at its own page map otherwise
         memory.open_page_map()
         bases = order.base.fds if order.base is not None else ()

@@ -21,7 +21,7 @@ from nagaya.engines.kvm.saved import MOST_BASES, Files
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, become, close_all_but, die_with, prctl
 from nagaya.static import Any, NamedTuple, NoReturn
 
 BROKEN = 1
@@ -68,9 +68,7 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         machine.make()
         userfault_fd = _open_userfaultfd() if plan.incoming is not None else -1
         _give_up_rights(plan)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # once more: who changes its ids loses it
-        if os.getppid() != parent:
-            os._exit(BROKEN)  # the supervisor was killed before we could ask to die with it
+        die_with(parent, BROKEN)  # once more: who changes its ids loses it
         if plan.incoming is None:
             machine.start()
         _send(plan.control, {"running": True})
@@ -112,9 +110,7 @@ def _give_up_rights(plan: Plan) -> None:
     """All is open by now: from here on the process reads, writes and runs what it holds, and no more."""
     if plan.id >= 0:
         namespaces.unshare(namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWNET)
-        os.setgroups([])
-        os.setresgid(plan.id, plan.id, plan.id)
-        os.setresuid(plan.id, plan.id, plan.id)
+        become(plan.id)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -14,14 +14,13 @@ from collections.abc import Callable
 
 from nagaya.errors import HostError, NagayaError, RemoteError
 from nagaya.kernel import userfaultfd
-from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import die_with
 from nagaya.memory import PAGE_BYTES, GuestMemory
 from nagaya.migration import frames
 from nagaya.migration.stream import Stream
 from nagaya.static import NoReturn
 
 _PUSH_BYTES = 64 << 10
-_SIGKILL = 9
 _SILENCE_S = 10.0
 """Less than what the source waits: when the target has given up, the source may let its machine go on."""
 _COMMIT_WITHIN_S = 20.0
@@ -143,9 +142,7 @@ class Pager:
 
     def _run(self, parent: int) -> NoReturn:
         try:
-            prctl(PR_SET_PDEATHSIG, _SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
+            die_with(parent)
             os.close(self._reads[0])
             os.close(self._writes[1])
             try:

@@ -25,7 +25,7 @@ from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.errors import HostError, LaunchError, NagayaError
 from nagaya.kernel import unix
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, become, close_all_but, die_with, prctl
 from nagaya.protocol.agent import HELLO, PREPARE, PREPARED
 from nagaya.protocol.frame import Decoder, Frame, encode
 from nagaya.protocol.setup import GuestNetwork, GuestSetup, setup_payload, warm_payload
@@ -277,13 +277,9 @@ class _Build:
         if os.geteuid() == 0:
             for path in (self._stage, *(file.path for file in os.scandir(self._stage))):
                 os.chown(path, FIRST_ID, FIRST_ID)
-            os.setgroups([])
-            os.setresgid(FIRST_ID, FIRST_ID, FIRST_ID)
-            os.setresuid(FIRST_ID, FIRST_ID, FIRST_ID)
+            become(FIRST_ID)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # once more: who changes its ids loses it
-        if os.getppid() != self._parent:
-            os._exit(1)
+        die_with(self._parent)  # once more: who changes its ids loses it
 
     def _prepare(self, machine: Machine, prepared: Prepared) -> None:
         mac = template.placeholder_mac(0).hex(":")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from nagaya.engines.vm.parts import user_id
 from nagaya.kernel import namespaces
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, become, close_all_but, die_with, prctl
 from nagaya.static import NoReturn
 
 
@@ -64,14 +64,11 @@ def _run(
         if os.geteuid() == 0:
             namespaces.unshare(namespaces.CLONE_NEWIPC | namespaces.CLONE_NEWNET)
             id_ = user_id(machine_id)
-            os.setgroups([])
-            os.setresgid(id_, id_, id_)
-            os.setresuid(id_, id_, id_)
+            become(id_)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # only now: whoever changes its ids loses it
-        if os.getppid() == parent:
-            work()
-            status = 0
+        die_with(parent, status)  # only now: whoever changes its ids loses it
+        work()
+        status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from nagaya.engines.qemu.host_pci import PciDevice, show_nodes
 from nagaya.engines.vm.parts import user_id
 from nagaya.kernel import namespaces
+from nagaya.kernel.process import become
 
 MOST_FILES = 256
 
@@ -34,8 +35,6 @@ def plan_rights(
         id_ = user_id(machine_id)
         if pci:
             show_nodes(pci, id_, memory_bytes=memory_bytes)
-        os.setgroups(groups)
-        os.setresgid(id_, id_, id_)
-        os.setresuid(id_, id_, id_)
+        become(id_, groups)
 
     return give_up

@@ -54,7 +54,8 @@ class Bounds:
             return
         wanted = plan_bounds(spec, translates=translates)
         asked = wanted._replace(memory_bytes=0, pids=0)
-        there = find_controllers(host_hierarchy())
+        hierarchy = host_hierarchy()
+        there = find_controllers(hierarchy)
         missing = [name for name in ("memory", "pids") if name not in there]
         if missing:
             self.warnings = (
@@ -73,6 +74,7 @@ class Bounds:
                 wanted,
                 devices=None,
                 controllers=(*controllers, *(("blkio",) if wanted.blkio_weight else ())),
+                hierarchy=hierarchy,
             )
         except (OSError, HostError) as error:
             if asked != Limits():

@@ -11,7 +11,7 @@ import resource
 import signal
 from collections.abc import Callable
 
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, die_with, prctl
 from nagaya.static import NamedTuple, NoReturn
 
 FIRST_FD = 3
@@ -57,9 +57,7 @@ def _run(launch: Launch, parent: int) -> NoReturn:
         launch.enter()
         launch.prepare()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # only now: whoever changes its ids loses it
-        if os.getppid() != parent:
-            os._exit(FAILED)  # the supervisor was killed before we could ask to die with it
+        die_with(parent, FAILED)  # only now: whoever changes its ids loses it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a guest's memory is nobody else's business
         step = "cannot be executed"
         os.chdir("/")

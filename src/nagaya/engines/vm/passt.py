@@ -14,6 +14,7 @@ from nagaya.engines.vm import child
 from nagaya.engines.vm.parts import user_id
 from nagaya.errors import Unsupported
 from nagaya.kernel import unix
+from nagaya.kernel.process import become
 from nagaya.net.plan import USER_NAMESERVER, LinkPlan, NetworkPlan
 from nagaya.net.planning import PASST_PLACES, find_passt
 from nagaya.static import NamedTuple
@@ -76,8 +77,6 @@ def _plan_rights(machine_id: str) -> Callable[[], None]:
     def give_up() -> None:
         if os.geteuid() == 0:
             id_ = user_id(machine_id)
-            os.setgroups([])
-            os.setresgid(id_, id_, id_)
-            os.setresuid(id_, id_, id_)
+            become(id_)
 
     return give_up

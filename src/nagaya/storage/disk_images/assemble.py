@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import uuid
 import zlib
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from struct import pack, unpack_from
 
 from nagaya.errors import IntegrityError, LaunchError, NotFound
-from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
+from nagaya.kernel.process import die_with
 from nagaya.static import NamedTuple
 
 SECTOR = 512
@@ -218,9 +217,7 @@ def _run(argv: list[str], enter: Enter = lambda: None) -> None:
 
     def begin() -> None:
         enter()  # first: with other credentials the kernel may forget what follows (prctl(2))
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(127)
+        die_with(parent, 127)
 
     try:
         done = subprocess.run(

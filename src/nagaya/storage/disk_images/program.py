@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from nagaya.errors import Conflict, HostError, IntegrityError, LaunchError, NagayaError, Unsupported
 from nagaya.kernel import capabilities, namespaces
-from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, close_all_but, prctl
+from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, close_all_but, die_with, prctl
 from nagaya.static import NamedTuple, NoReturn
 
 PROGRAM = "qemu-img"
@@ -109,9 +109,7 @@ def _execute(argv: list[str], fds: tuple[int, ...], ends: tuple[int, int], paren
 
 def give_up(parent: int, *, look: bool) -> None:
     """In the child: what a program that reads disks may do."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(127)
+    die_with(parent, 127)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
