@@ -46,7 +46,7 @@ def copy_data(source: int, target: int) -> int:
     """Copy what `source` has outside of its holes into the empty file `target`; how many bytes. Raises `OSError`."""
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
-    return sum(_copy_run(source, target, start, end) for start, end in _data(source, 0, size))
+    return sum(copy_run(source, target, start, end) for start, end in data_runs(source, 0, size))
 
 
 def copy_again(source: int, target: int, runs: list[tuple[int, int]]) -> None:
@@ -59,15 +59,15 @@ def copy_again(source: int, target: int, runs: list[tuple[int, int]]) -> None:
 
     for offset, size in runs:
         at = offset
-        for start, end in _data(source, offset, offset + size):
+        for start, end in data_runs(source, offset, offset + size):
             clear(at, start)
-            _copy_run(source, target, start, end)
+            copy_run(source, target, start, end)
             at = end
         clear(at, offset + size)
 
 
-def _data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what a file has outside of its holes, between these two places."""
+def data_runs(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of what a file has outside of its holes, between these two places. Raises `OSError`."""
     while at < end:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
@@ -81,7 +81,8 @@ def _data(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
         yield start, at
 
 
-def _copy_run(source: int, target: int, start: int, end: int) -> int:
+def copy_run(source: int, target: int, start: int, end: int) -> int:
+    """Make `target` the same between these two places; how many bytes that were. Raises `OSError`."""
     at = start
     while at < end:
         done = os.copy_file_range(source, target, end - at, at, at)

@@ -13,6 +13,7 @@ import os
 
 from nagaya.errors import Conflict, HostError, LaunchError, NotFound, Unsupported, UsageError
 from nagaya.kernel.locks import pack_lock
+from nagaya.kernel.reflink import copy_run, data_runs
 
 DEFAULT_BYTES = 10 << 30
 LEAST_BYTES = 64 << 20
@@ -106,25 +107,11 @@ def copy_data_disk(source: str, fd: int) -> None:
         size = os.fstat(other).st_size
         if size != os.fstat(fd).st_size:
             raise OSError(errno.EINVAL, "the disks are not of one size")
-        at = BLOCK  # the first block says that there is a file system: it comes last
-        while at < size:
-            try:
-                start = os.lseek(other, at, os.SEEK_DATA)
-            except OSError:
-                break
-            at = os.lseek(other, start, os.SEEK_HOLE)
-            _copy(other, fd, start, at)
-        _copy(other, fd, 0, BLOCK)
+        for start, end in data_runs(other, BLOCK, size):
+            copy_run(other, fd, start, end)
+        copy_run(other, fd, 0, BLOCK)  # it says that there is a file system, and so comes last
     finally:
         os.close(other)
-
-
-def _copy(source: int, target: int, start: int, end: int) -> None:
-    while start < end:
-        count = os.copy_file_range(source, target, end - start, start, start)
-        if not count:
-            raise OSError(errno.EIO, "the disk ended")
-        start += count
 
 
 def grow_data_disk(path: str, size_bytes: int) -> None:
