@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from nagaya.kernels.cache import cache_directory, find_kernel
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
+from tests.e2e.kvm_place import make_place
 from tests.e2e.snapshot_files import damaged, rewrite
 from tests.e2e.test_lifecycle import state_of, wait_for
 from tests.e2e.test_snapshots import machine_dir, numbers, shell, snapshots_of
@@ -34,13 +34,7 @@ pytestmark = pytest.mark.timeout(BUILD_S + 10 * PATIENCE_S)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Cli]:
     """With busybox, and a template for machines of it."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("needs /dev/kvm")
-    if find_kernel() is None:
-        pytest.skip("needs a guest kernel: nagaya kernel build")
-    place = tmp_path_factory.mktemp("kvm-snapshots")
-    (place / "cache" / "nagaya").mkdir(parents=True)
-    (place / "cache" / "nagaya" / "kernels").symlink_to(cache_directory())
+    place = make_place(tmp_path_factory, "kvm-snapshots")
     env = {"XDG_CACHE_HOME": str(place / "cache"), "NAGAYA_TEMPLATES": "1", "NAGAYA_TYPE": "kvm"}
     os.mkdir(place / "store")
     subprocess.run(["cp", "-a", f"{busybox_root}/images", str(place / "store")], check=True)

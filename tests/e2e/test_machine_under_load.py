@@ -12,20 +12,17 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from nagaya.kernels.cache import cache_directory, find_kernel
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
+from tests.e2e.kvm_place import make_place, pack_program
 from tests.e2e.test_lifecycle import wait_for
 
 ROUNDS = int(os.environ.get("NAGAYA_SNAPSHOTS", "2"))
@@ -106,20 +103,8 @@ class Stream:
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Cli]:
     """A store with an image of busybox and the load."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("needs /dev/kvm")
-    if find_kernel() is None:
-        pytest.skip("needs a guest kernel: nagaya kernel build")
-    place = tmp_path_factory.mktemp("load")
-    (place / "cache" / "nagaya").mkdir(parents=True)
-    (place / "cache" / "nagaya" / "kernels").symlink_to(cache_directory())
-    tree = place / "tree"
-    (tree / "bin").mkdir(parents=True)
-    shutil.copy2("/bin/busybox", tree / "bin" / "busybox")
-    (tree / "bin" / "sh").symlink_to("busybox")
-    source = str(Path(__file__).parent / "load.c")
-    subprocess.run(["gcc", "-O2", "-static-pie", "-o", str(tree / "bin" / "load"), source, "-lpthread"], check=True)
-    subprocess.run(["tar", "-C", str(tree), "-cf", str(place / "tree.tar"), "bin"], check=True)
+    place = make_place(tmp_path_factory, "load")
+    pack_program(place, "load.c", "load", "-lpthread")
     made = Cli(
         str(place / "store"),
         env={"XDG_CACHE_HOME": str(place / "cache"), "NAGAYA_TEMPLATES": "1", "NAGAYA_TYPE": "kvm"},

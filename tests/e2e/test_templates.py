@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from nagaya.engines.vm.shares import why_not
-from nagaya.kernels.cache import cache_directory, find_kernel
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
+from tests.e2e.kvm_place import make_place, pack_program
 from tests.e2e.leftovers import cgroups
 from tests.e2e.test_lifecycle import wait_for
 
@@ -51,20 +50,8 @@ pytestmark = pytest.mark.timeout(BUILD_S + START_S * (1 + STARTS // AT_ONCE))
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator[Cli]:
     """A store with busybox and an image of busybox and the probe; a cache with the kernels of this host's, and a template."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("needs /dev/kvm")
-    if find_kernel() is None:
-        pytest.skip("needs a guest kernel: nagaya kernel build")
-    place = tmp_path_factory.mktemp("templates")
-    (place / "cache" / "nagaya").mkdir(parents=True)
-    (place / "cache" / "nagaya" / "kernels").symlink_to(cache_directory())
-    tree = place / "tree"
-    (tree / "bin").mkdir(parents=True)
-    shutil.copy2("/bin/busybox", tree / "bin" / "busybox")
-    (tree / "bin" / "sh").symlink_to("busybox")
-    probe = str(Path(__file__).parent / "identity.c")
-    subprocess.run(["gcc", "-O2", "-static-pie", "-o", str(tree / "bin" / "identity"), probe], check=True)
-    subprocess.run(["tar", "-C", str(tree), "-cf", str(place / "tree.tar"), "bin"], check=True)
+    place = make_place(tmp_path_factory, "templates")
+    pack_program(place, "identity.c", "identity")
     namespace = f"nagayatest-templates-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", namespace], check=True)
     subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "up"], check=True)
