@@ -52,11 +52,14 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     """On a host where root makes groups, whoever runs this test."""
     made = Group()
 
-    def create(machine_id: str, limits: Limits, *, devices: object, controllers: tuple[str, ...]) -> Group:
+    def create(
+        machine_id: str, limits: Limits, *, devices: object, controllers: tuple[str, ...], hierarchy: Hierarchy
+    ) -> Group:
         assert (
             machine_id == bounds.group_name("b" * 32, "/run/m")
             and devices is None
             and {"memory", "pids", "cpuacct"} <= set(controllers)
+            and hierarchy == bounds.host_hierarchy()
         )
         made.limits.append(limits)
         return made
