@@ -89,6 +89,19 @@ def test_a_whole_life(make: Callable[..., Machine]) -> None:
     assert machine.wait() == 0  # it has switched itself off
 
 
+def test_what_is_typed_right_before_a_detach_arrives(make: Callable[..., Machine]) -> None:
+    """The console is still printing when its reader goes: the supervisor finds it gone by a write."""
+    machine = make()
+    machine.start()
+    wait_until(machine, "READY")
+    for number in range(1, 21):
+        with machine.attach() as attachment:
+            talk(attachment, "r", "n")  # of "absent", then of "found": more of it follows
+            attachment.send_stdin(b"w")
+            attachment.flush()
+        wait_until(machine, "stored", times=number)
+
+
 def test_what_is_not_inside_cannot_be_asked(make: Callable[..., Machine], tmp_path: Path) -> None:
     machine = make()
     for attempt in (

@@ -77,6 +77,34 @@ def test_a_peer_that_breaks_off_is_told_once(loop: Loop) -> None:
     assert not stream.open
 
 
+def test_what_a_peer_said_before_it_went_is_heard(loop: Loop) -> None:
+    """It is found gone by a write, with its last words unread: somebody types and detaches while output comes."""
+    ours, theirs = unix.socket_pair()
+    told: list[bytes] = []
+    stream = Stream(loop, ours, on_data=told.append, on_closed=lambda: told.append(b"closed"))
+    stream.send(b"never read")
+    os.write(theirs, b"last words")
+    os.close(theirs)
+    stream.send(b"x")
+    stream.send(b"y")
+    assert told == []
+    assert stream.queued == 0
+    _spin(loop)
+    assert told == [b"last words", b"closed"]
+
+
+def test_the_same_of_a_peer_that_had_not_taken_all(loop: Loop) -> None:
+    ours, theirs = unix.socket_pair()
+    told: list[bytes] = []
+    stream = Stream(loop, ours, on_data=told.append, on_closed=lambda: told.append(b"closed"))
+    stream.send(bytes(4 << 20))
+    assert stream.queued
+    os.write(theirs, b"last words")
+    os.close(theirs)
+    _spin(loop)
+    assert told == [b"last words", b"closed"]
+
+
 class _Program:
     """Stands in for a program: remembers what it is given."""
 

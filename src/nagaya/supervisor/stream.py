@@ -13,7 +13,8 @@ CHUNK = 256 << 10
 class Stream:
     """Owns `fd`. `on_data(bytes)`; `on_closed()` once, at end of stream or error; `on_drained()` after a flush.
 
-    Nothing is ever written or called back from inside `__init__`.
+    Nothing is ever written or called back from inside `__init__`. A peer that takes no more may have said something
+    before it went: it is heard to its end, and what is sent to it meanwhile is dropped.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Stream:
         self._queue = bytearray()
         self._ending = False
         self._frozen = False
+        self._refused = False  # the peer takes no more
         os.set_blocking(fd, False)
         loop.watch(fd, self._ready)
 
@@ -47,7 +49,7 @@ class Stream:
 
     def send(self, data: bytes) -> None:
         """Write now what fits, queue the rest. After the end it does nothing."""
-        if self._fd < 0 or self._ending:
+        if self._fd < 0 or self._ending or self._refused:
             return
         self._queue += data
         self._flush()
@@ -114,7 +116,7 @@ class Stream:
             except BlockingIOError:
                 break
             except OSError:
-                self.close()
+                self._refuse()
                 return
             del self._queue[:written]
         self._loop.watch(self._fd, self._ready, READ | WRITE if self._queue else READ)
@@ -124,3 +126,12 @@ class Stream:
             self.close()
         elif self._on_drained is not None:
             self._on_drained()
+
+    def _refuse(self) -> None:
+        """The peer is gone, but what it had said is not: closing here would lose what was typed before a detach."""
+        self._refused = True
+        self._queue.clear()
+        if self._ending:
+            self.close()
+        else:
+            self._loop.watch(self._fd, self._ready, READ)  # its hang-up is reported behind its last words
