@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
 from ctypes import addressof, c_char
 
 from nagaya.errors import GuestFault, HostError, UsageError
@@ -23,7 +22,7 @@ from nagaya.kernel.files import (
     map_copy_on_write,
     map_zeros,
 )
-from nagaya.static import NamedTuple
+from nagaya.static import Callable, Iterable, Iterator, NamedTuple
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20

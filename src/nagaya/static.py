@@ -2,12 +2,17 @@
 
 Importing `typing` takes 7 ms, and each of its NamedTuple classes 0.2 ms, because their constructor is compiled from text.
 Annotations are never evaluated here (`from __future__ import annotations`), so most names only have to exist.
+`collections.abc` brings `collections`, 1 ms, for classes that every interpreter has loaded with `os`.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable as Callable
+    from collections.abc import Iterable as Iterable
+    from collections.abc import Iterator as Iterator
+    from collections.abc import Sequence as Sequence
     from typing import IO as IO
     from typing import Any as Any
     from typing import BinaryIO as BinaryIO
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from typing import cast as cast
 else:
     from _collections import _tuplegetter as field_at  # what collections.namedtuple makes its fields of
+    from _collections_abc import Callable, Iterable, Iterator, Sequence  # noqa: F401
 
     class Generic:
         """Anything in brackets after it means nothing."""

@@ -6,9 +6,9 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
 
 from nagaya.kernel.libc import SYS_EXECVEAT, SYS_KEYCTL, fail, libc, syscall
+from nagaya.static import Iterable
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
 
 from nagaya.engines.kvm import cpuid, layout
 from nagaya.engines.kvm.boot.image import EntryState, write_image
@@ -18,7 +17,7 @@ from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError, IntegrityError, Unsupported, UsageError
 from nagaya.kernels.arguments import plan_arguments
 from nagaya.memory import GuestMemory, check_size
-from nagaya.static import Any, Literal, NamedTuple
+from nagaya.static import Any, Callable, Literal, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not need: 8 ms

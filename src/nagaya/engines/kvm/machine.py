@@ -8,23 +8,23 @@ with Machine(Hardware(kernel="vmlinux", command_line="console=hvc0"), (console,)
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
-import threading
-from collections.abc import Callable
-from functools import partial
-from types import TracebackType
 
 from nagaya.engines.kvm import layout
 from nagaya.engines.kvm.assembly import Hardware, Parts, check
 from nagaya.engines.kvm.known import PVM, find_kvm
 from nagaya.engines.kvm.vcpu import EXIT_NAMES, Ending, Vcpu, share_interpreter
 from nagaya.errors import Conflict, HostError, NagayaError
+from nagaya.kernel.light_threads import Condition, Thread
 from nagaya.memory import PAGE_BYTES, GuestMemory, WriteLog
-from nagaya.static import Any, Self
+from nagaya.static import Any, Callable, Self
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from nagaya.engines.kvm.behind import Order
     from nagaya.engines.kvm.saved import Files, Saved
     from nagaya.virtio.apart import DeviceProcess
@@ -67,9 +67,9 @@ class Machine:
         self._writes = WriteLog(hardware.memory_bytes, PAGE_BYTES)
         self._shared = shared or apart is not None
         self.software_kvm = False
-        self._control = threading.RLock()
+        self._control = _thread.RLock()
         """Held by all that changes the state from outside: one at a time. `end` and `wait` do without it."""
-        self._state = threading.Condition()
+        self._state = Condition()
         self._ending: Ending | None = None
         self._begun = False
         self._paused = False
@@ -80,7 +80,7 @@ class Machine:
         self._parts: Parts | None = None
         self._loops: list[Loop] = []
         self._loop_of: dict[str, Loop] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
 
     def make(self) -> None:
         """Take from the host all that the machine needs: after it, `start` asks for no file and no right any more.
@@ -118,7 +118,7 @@ class Machine:
                 loop.start()
             self._run(parts)
             if self.hardware.serial_input_fd >= 0:
-                threading.Thread(target=self._type, name="serial", daemon=True).start()
+                Thread(self._type)
 
     def _start_apart(self, process: DeviceProcess, parts: Parts) -> None:
         parts.keep_from_children()
@@ -171,15 +171,10 @@ class Machine:
             if anew:
                 self._ending, self._paused, self._parked = None, False, 0
             self._parts = parts
-            self._threads = [
-                threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-                for vcpu in parts.vcpus
-            ]
             if self._ending is not None:  # while the parts were made
                 for vcpu in parts.vcpus:
                     vcpu.stop()
-            for thread in self._threads:
-                thread.start()
+            self._threads = [Thread(self._run_vcpu, vcpu) for vcpu in parts.vcpus]
 
     def _built(self) -> Parts:
         if self._parts is None:
@@ -206,8 +201,7 @@ class Machine:
         with self._state:
             self._parked += 1
             self._state.notify_all()
-            while self._paused and self._ending is None:
-                self._state.wait()
+            self._state.wait_for(lambda: not self._paused or self._ending is not None)
             self._parked -= 1
             self._state.notify_all()
             if self._ending is None:
@@ -231,7 +225,7 @@ class Machine:
             ending, threads = self._ending, self._threads
         if ending is not None:
             for thread in threads:
-                if thread is not threading.current_thread():
+                if not thread.is_current:
                     thread.join()
         return ending
 
@@ -396,7 +390,7 @@ class Machine:
         for device in self.devices:
             if hasattr(device, "mark_written"):
                 loop = self._loop_of[device.name]
-                call(device) if loop.is_held else loop.call(partial(call, device))  # type: ignore[arg-type]
+                call(device) if loop.is_held else loop.call(lambda card=device: call(card))  # type: ignore[arg-type,misc]
 
     def save_standing(self) -> dict[str, Any]:
         """All but the memory, of a machine that is paused and whose devices are held. Raises `OSError`, as `save`."""

@@ -10,7 +10,6 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable
 
 from nagaya.errors import HostError, NagayaError, RemoteError
 from nagaya.kernel import userfaultfd
@@ -18,7 +17,7 @@ from nagaya.kernel.process import die_with
 from nagaya.memory import PAGE_BYTES, GuestMemory
 from nagaya.migration import frames
 from nagaya.migration.stream import Stream
-from nagaya.static import NoReturn
+from nagaya.static import Callable, NoReturn
 
 _PUSH_BYTES = 64 << 10
 _SILENCE_S = 10.0

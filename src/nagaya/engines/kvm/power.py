@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.vcpu import Ending
+from nagaya.static import Callable
 
 SLEEP_CONTROL_PORT = 0x600
 SLEEP_STATUS_PORT = 0x601

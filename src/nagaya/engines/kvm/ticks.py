@@ -9,10 +9,11 @@ for a CPU. A guest that sleeps and wakes has its timers on time; one that comput
 
 from __future__ import annotations
 
+import _thread
 import os
-import threading
 import time
-from collections.abc import Callable
+
+from nagaya.static import Callable
 
 BUSY_NS = 100_000_000
 """Of work, for one interrupt."""
@@ -32,9 +33,9 @@ class ThreadTimes:
 
     def __call__(self) -> tuple[int, int]:
         try:
-            if self._thread_id != threading.get_native_id():
+            if self._thread_id != _thread.get_native_id():
                 self.close()
-                self._thread_id = threading.get_native_id()
+                self._thread_id = _thread.get_native_id()
                 self._fd = os.open(f"/proc/self/task/{self._thread_id}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
             busy, waited, _ = os.pread(self._fd, 128, 0).split()
             return int(busy), int(waited)

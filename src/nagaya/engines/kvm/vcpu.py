@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import errno
 import mmap
 import os
 import sys
-import threading
 from struct import Struct
 
 from nagaya.engines.kvm.boot.image import EntryState, SegmentRegister
@@ -195,7 +195,7 @@ class Vcpu:
         """Run until `stop` (None) or until the CPU cannot go on. Raises `HostError` when KVM itself fails."""
         make_thread_interruptible()
         make_thread_punctual()  # it waits for its turn at Python by the clock, when another thread does not rest
-        self._thread_id = threading.get_native_id()
+        self._thread_id = _thread.get_native_id()
         try:
             return self._loop(bus, quirks)
         finally:

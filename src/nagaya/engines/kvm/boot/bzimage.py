@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 
 from nagaya.engines.kvm.boot.elf import Segment
 from nagaya.engines.kvm.boot.image import BootImage, Handover, plan_segments
 from nagaya.engines.kvm.boot.linux import SETUP_HEADER_AT, SETUP_HEADER_END, enter_long_mode, plan_handover
 from nagaya.errors import IntegrityError, Unsupported, UsageError
-from nagaya.static import NamedTuple
+from nagaya.static import Callable, NamedTuple
 
 _BOOT_FLAG_AT = 0x1FE
 _BOOT_FLAG = b"\x55\xaa"

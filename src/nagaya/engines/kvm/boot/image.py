@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
 
 from nagaya.engines.kvm import layout
 from nagaya.errors import HostError, IntegrityError, UsageError
 from nagaya.memory import PAGE_BYTES, GuestMemory, Region
-from nagaya.static import NamedTuple
+from nagaya.static import NamedTuple, Sequence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

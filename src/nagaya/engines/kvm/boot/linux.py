@@ -6,8 +6,6 @@ The kernel starts in long mode with the first 4 GiB mapped one to one, and RSI a
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Sequence
 
 from nagaya.engines.kvm import layout
 from nagaya.engines.kvm.boot.elf import ElfKernel
@@ -25,7 +23,7 @@ from nagaya.engines.kvm.boot.image import (
     plan_memory_map,
     plan_segments,
 )
-from nagaya.static import Any
+from nagaya.static import Any, Sequence
 
 BOOT_PARAMS_BYTES = 4096
 SETUP_HEADER_AT = 0x1F1
@@ -114,12 +112,12 @@ def plan_handover(handover: Handover, *, header: bytes, kernel_end: int) -> list
 def plan_page_tables() -> bytes:
     """The first 4 GiB one to one, in pages of 2 MiB, which every CPU has: PML4, PDPT, and four page directories."""
     first = layout.PAGE_TABLES_GPA
-    tables = array("Q", bytes(2 * _TABLE))
-    tables[0] = first + _TABLE | _PRESENT_WRITABLE
-    for index in range(_DIRECTORIES):
-        tables[_TABLE // 8 + index] = first + (2 + index) * _TABLE | _PRESENT_WRITABLE
-    tables.extend(range(_LARGE_PAGE | _PRESENT_WRITABLE, _DIRECTORIES << 30, 2 << 20))
-    return tables.tobytes()
+    directories = [first + (2 + index) * _TABLE | _PRESENT_WRITABLE for index in range(_DIRECTORIES)]
+    pages = range(_LARGE_PAGE | _PRESENT_WRITABLE, _DIRECTORIES << 30, 2 << 20)
+    return b"".join(
+        struct.pack(f"<{len(entries)}Q", *entries).ljust(_TABLE, b"\0")
+        for entries in ([first + _TABLE | _PRESENT_WRITABLE], directories, pages)
+    )
 
 
 def enter_long_mode(entry: int) -> EntryState:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Sequence
 
 from nagaya.engines.kvm.boot.elf import MAGIC, parse_elf
 from nagaya.engines.kvm.boot.image import BootImage, Handover
 from nagaya.engines.kvm.boot.linux import plan_linux
 from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.memory import Region
-from nagaya.static import Literal
+from nagaya.static import Literal, Sequence
 
 Protocol = Literal["auto", "linux", "pvh", "multiboot"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
 from struct import Struct
 
 from nagaya.engines.kvm.boot.elf import HEADER_BYTES, MAGIC
+from nagaya.static import Iterable, Iterator
 
 _HEADER = Struct("<40xQ10xHHH")  # e_shoff, e_shentsize, e_shnum, e_shstrndx
 _SECTION = Struct("<IIQQQQIIQQ")
