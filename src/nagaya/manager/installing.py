@@ -11,7 +11,7 @@ from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageEr
 from nagaya.images.progress import Progress
 from nagaya.images.sources.apt_package import Archive, extract
 from nagaya.images.sources.apt_sources import AptSource, base_suite, find_debian_sources, find_proxies, rewrite_suite
-from nagaya.images.sources.bootstrap import DEBIAN_ARCHITECTURES, NUMBERS, SUITES, host_suite
+from nagaya.images.sources.bootstrap import DEBIAN_ARCHITECTURES, NUMBERS, SUITES, host_suite, require_port
 from nagaya.manager.hardware import InstallOptions
 from nagaya.model.spec import MachineSpec
 from nagaya.static import NamedTuple
@@ -76,6 +76,7 @@ def _name_package(suite: str, platform: str) -> _Wanted:
     if not number:
         raise Unsupported(f"the installer of '{suite}' is in no package", hint="name a release, as debian:bookworm")
     name = DEBIAN_ARCHITECTURES[platform]
+    require_port(suite, name)
     inside = f"usr/lib/debian-installer/images/{number}/{name}/text/debian-installer/{name}"
     return _Wanted(suite, f"debian-installer-{number}-netboot-{name}", inside)
 
