@@ -25,8 +25,7 @@ from nagaya.engines.kvm.sources import TEMPLATE
 from nagaya.kernels.cache import cache_directory, find_kernel
 from nagaya.manager.options import CreateOptions
 from nagaya.net.plan import NetworkPlan
-from nagaya.protocol.agent import SETUP
-from nagaya.protocol.frame import Decoder, encode
+from nagaya.protocol.frame import Decoder
 from nagaya.storage import rootfs
 from nagaya.supervisor.etc import write_etc
 
@@ -114,7 +113,7 @@ def _restore(request: BootRequest, stack: ExitStack) -> float:
         os.fork = fork
     assert booted.origin == TEMPLATE
     os.set_blocking(booted.agent, True)
-    os.write(booted.agent, encode(SETUP, 0, booted.setup))
+    assert booted.told
     decoder, frames = Decoder(), 0
     while frames < 2:  # HELLO, READY
         frames += len(decoder.feed(os.read(booted.agent, 65536)))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nagaya.engines.kvm import assembly, cpuid, layout, power, vm
+from nagaya.engines.kvm import cpuid, layout, power, vm
+from nagaya.engines.kvm.boot import image
 from nagaya.engines.kvm.boot.image import BootImage
 from nagaya.engines.kvm.known import HARDWARE, PVM
 from nagaya.engines.kvm.machine import Hardware, Machine
@@ -426,13 +427,13 @@ def test_controls_from_several_threads_take_turns(machine: MakeMachine) -> None:
 
 def test_end_while_the_machine_is_being_made(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     made = machine(COUNT)
-    real = assembly.write_image
+    real = image.write_image
 
-    def write_image(image: BootImage, memory: GuestMemory) -> None:
-        real(image, memory)
+    def write_image(what: BootImage, memory: GuestMemory) -> None:
+        real(what, memory)
         made.end(Ending("stopped", "too early"))
 
-    monkeypatch.setattr(assembly, "write_image", write_image)
+    monkeypatch.setattr(image, "write_image", write_image)
     begun = time.monotonic()
     assert run(made).reason == "too early"
     assert time.monotonic() - begun < 2

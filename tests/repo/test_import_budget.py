@@ -61,6 +61,7 @@ PATHS = {
     "the manager": ("import nagaya.manager.host, nagaya.manager.machines, nagaya.images.store", 60),
     "the supervisor": ("import nagaya.supervisor.entry, nagaya.supervisor.supervisor", 50),
     "the engine": ("from nagaya.engines import open_engine; open_engine('container')", 45),
+    "the kvm engine, to its machine": ("from nagaya.engines import open_engine; open_engine('kvm').preload()", 105),
     "the VMM": ("import nagaya.engines.kvm.machine, nagaya.engines.kvm.pvm", 36),
 }
 

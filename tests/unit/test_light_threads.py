@@ -50,11 +50,11 @@ def test_thread_knows_itself() -> None:
         seen.append(thread.is_current)
 
     thread = Thread(look)
-    assert not thread.is_current
+    assert thread.is_alive() and not thread.is_current
     started.set()
     thread.join()
     assert seen == [True]
-    assert not thread.is_current
+    assert not thread.is_alive() and not thread.is_current
 
 
 def test_all_who_wait_hear_of_a_change() -> None:

@@ -36,12 +36,12 @@ class Log:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self.seen: list[str] = []
-        self.threads: set[str] = set()
+        self.threads: set[int] = set()
 
     def add(self, text: str) -> None:
         with self._condition:
             self.seen.append(text)
-            self.threads.add(threading.current_thread().name)
+            self.threads.add(threading.get_ident())
             self._condition.notify_all()
 
     def wait_for(self, count: int) -> None:
@@ -58,8 +58,8 @@ def taking(fd: int, log: Log, text: str = "kicked") -> Callable[[], None]:
 
 
 def test_calls_run_on_the_loops_thread(loop: Loop) -> None:
-    assert loop.call(lambda: threading.current_thread().name) == "test"
-    assert threading.current_thread().name != "test"
+    one, other = loop.call(threading.get_ident), loop.call(threading.get_ident)
+    assert one == other != threading.get_ident()
 
 
 def test_call_from_the_loops_thread_runs_at_once(loop: Loop) -> None:
@@ -106,7 +106,7 @@ def test_watched_descriptor_calls_back(loop: Loop, kick: int) -> None:
     for number in range(3):
         os.eventfd_write(kick, 1)
         log.wait_for(number + 1)
-    assert log.threads == {"test"}
+    assert log.threads == {loop.call(threading.get_ident)}
     assert len(log.seen) == 3  # and not for ever
 
 

@@ -69,6 +69,7 @@ class Booted(NamedTuple):
     console: int = -1  # connected stream to the serial console of a machine that has no agent
     setup: bytes = b""  # the agent's first frame, SETUP, where it has the machine's inside to set up itself
     # (for one that went on from what was saved too, and then not to be sent: its agent has had it)
+    told: bool = False  # whether `setup` has been sent already
     origin: str = ""  # how it came to run, for `inspect`: "boot", "template", "saved"; "" = there is one way only
     watch: tuple[tuple[int, Callable[[], None]], ...] = ()  # while it runs: what to call when a descriptor is readable
     start_timeout_s: float = 30.0  # until the program must have been started
@@ -254,8 +255,7 @@ class Migrating(Protocol):
 
 
 class Resizable(Protocol):
-    def set_limits(self, limits: Limits) -> tuple[str, ...]:
-        """Make these the machine's. Sentences on what else there is to do. Raises `Unsupported`, `Conflict`, `HostError`."""
+    def set_limits(self, limits: Limits) -> None: ...
 
 
 class Pluggable(Protocol):

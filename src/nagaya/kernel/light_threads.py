@@ -32,10 +32,14 @@ class Thread:
         finally:
             self._running.release()
 
+    def is_alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._running.locked()
+
     @property
     def is_current(self) -> bool:
         """Whether it is the one that asks."""
-        return self._running.locked() and self._id == _thread.get_ident()
+        return self.is_alive() and self._id == _thread.get_ident()
 
     def join(self) -> None:
         """Until it has ended."""

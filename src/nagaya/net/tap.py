@@ -10,7 +10,6 @@ import os
 from nagaya.errors import HostError
 from nagaya.kernel import tun
 from nagaya.kernel.netlink import Netlink, index_of
-from nagaya.net import rates
 from nagaya.net.plan import LinkPlan
 
 
@@ -26,7 +25,10 @@ def open_link(link: LinkPlan) -> int:
         try:
             with Netlink() as netlink:
                 netlink.enslave(index_of(link.host_link), master=index_of(link.bridge), mtu=link.mtu)
-            rates.limit(link.host_link, link.rate_bits)
+            if link.rate_bits:
+                from nagaya.net import rates  # lazy: few links have one
+
+                rates.limit(link.host_link, link.rate_bits)
         except BaseException:
             os.close(fd)
             raise

@@ -255,16 +255,17 @@ class AgentLink:
         self._kept.clear()
         self._hold = "leaving" if self._hold == "held" else "given up"
 
-    def setup(self, payload: bytes) -> None:
+    def setup(self, payload: bytes, *, sent: bool = False) -> None:
         """Have a virtual machine's agent make the machine's inside; `payload` is `setup_payload`'s.
 
         Before anything else is asked for. It and what follows are sent when the agent has said HELLO, so that `stamp`
-        can tell the time then; what follows need not wait for the answer.
+        can tell the time then; what follows need not wait for the answer. `sent`: somebody else has sent it, to an agent
+        that waited for it.
         """
         if self._setup or self._next != 1:
             raise ValueError("SETUP is the first frame")
         self._setup = "asked"
-        self._held = payload
+        self._held = None if sent else payload
 
     def stamp(self, time_ns: int) -> None:
         """The time to start the machine's clock with, nanoseconds since the epoch: at HELLO, if there is a set-up."""

@@ -6,7 +6,6 @@ lost by not syncing it: the first that a guest's kernel does with its journal is
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from nagaya.storage.disks import copy_data_disk, describe_format, format_data_disk, reserve_data_disk
@@ -25,6 +24,8 @@ def fill_blank(fd: int, directory: str) -> None:
     if not directory:
         format_data_disk(fd)
         return
+    import hashlib  # lazy: 3 ms, and who begins from a template does without
+
     name = hashlib.sha256(describe_format(size_bytes).encode()).hexdigest()[:16]
     path = f"{directory}/{size_bytes}-{name}"
     try:

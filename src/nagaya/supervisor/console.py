@@ -63,7 +63,7 @@ class Console:
 
     # -- what the supervisor asks of `Programs`
 
-    def setup(self, payload: bytes) -> None:
+    def setup(self, payload: bytes, *, sent: bool = False) -> None:
         """There is nobody to set it up."""
 
     def set_clock(self, time_ns: int) -> None:

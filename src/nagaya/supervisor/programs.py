@@ -153,9 +153,12 @@ class Programs:
         self._on_held: Callable[[int], None] = lambda errno: None
         self._stream = Stream(loop, agent_fd, on_data=self._received, on_closed=self._closed, on_drained=self.flush)
 
-    def setup(self, payload: bytes) -> None:
-        """Have the agent make the machine's inside: before any `spawn`. `on_set_up(warnings)`, or `on_lost`, follows."""
-        self.link.setup(payload)
+    def setup(self, payload: bytes, *, sent: bool = False) -> None:
+        """Have the agent make the machine's inside: before any `spawn`. `on_set_up(warnings)`, or `on_lost`, follows.
+
+        `sent`: see `AgentLink.setup`.
+        """
+        self.link.setup(payload, sent=sent)
         self.flush()
 
     def set_clock(self, time_ns: int) -> None:

@@ -144,7 +144,7 @@ class Supervisor:
             return
         if booted.setup:
             self.programs.on_set_up = self._set_up
-            self.programs.setup(booted.setup)
+            self.programs.setup(booted.setup, sent=booted.told)
         self.set_timer("boot", booted.start_timeout_s, self._boot_timed_out)
         if booted.copies:
             self._fill(booted)

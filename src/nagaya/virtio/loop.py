@@ -5,13 +5,14 @@ Not the supervisor's loop: that one has timers and is its process's main thread;
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable
 
+from nagaya.kernel.light_threads import Thread
 from nagaya.static import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class _Call(Generic[T]):
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
-        self._done = threading.Lock()
+        self._done = _thread.allocate_lock()
         self._done.acquire()
         self._error: BaseException | None = None
         self._result: T
@@ -52,11 +53,11 @@ class Loop:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._registered: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self._calls: deque[_Call[object]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._stopping = False
         self.is_held = False
         """Whether its thread stands (`hold`)."""
@@ -84,7 +85,7 @@ class Loop:
         call = _Call(function)
         with self._lock:
             thread = self._thread
-            elsewhere = thread is not None and thread.ident != threading.get_ident() and not self._stopping
+            elsewhere = thread is not None and not thread.is_current and not self._stopping
             if elsewhere:
                 self._calls.append(call)  # type: ignore[arg-type]  # nobody looks at the result before `wait`
                 os.eventfd_write(self._wake_fd, 1)  # under the lock: once `close` has it, the descriptor may be gone
@@ -92,36 +93,37 @@ class Loop:
 
     def hold(self) -> Callable[[], None]:
         """Have the thread stand between two callbacks until the answer is called; nothing changes meanwhile."""
-        standing, gone_on = threading.Event(), threading.Event()
+        standing, gone_on = _thread.allocate_lock(), _thread.allocate_lock()
+        standing.acquire()
+        gone_on.acquire()
 
         def stand() -> None:
-            standing.set()
-            gone_on.wait()
+            standing.release()
+            gone_on.acquire()
 
         with self._lock:
             if self._thread is None or self._stopping:
                 return lambda: None
             self._calls.append(_Call(stand))  # nobody waits for its end
             os.eventfd_write(self._wake_fd, 1)
-        standing.wait()
+        standing.acquire()
         self.is_held = True
 
         def release() -> None:
             self.is_held = False
-            gone_on.set()
+            gone_on.release()
 
         return release
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self.run, name=self.name, daemon=True)
-        self._thread.start()
+        self._thread = Thread(self.run)  # `threading`'s would have us wait until it runs
 
     def close(self) -> None:
         """End the thread after the calls that it has been given, and wait for it. May be called twice."""
         with self._lock:
             self._stopping = True
             thread = self._thread
-        if thread is not None and thread.ident != threading.get_ident():
+        if thread is not None and not thread.is_current:
             os.eventfd_write(self._wake_fd, 1)
             thread.join()
             self._thread = None

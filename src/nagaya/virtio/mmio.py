@@ -5,8 +5,8 @@ vCPU threads read and write the registers. Whatever concerns the device itself h
 
 from __future__ import annotations
 
+import _thread
 import os
-import threading
 from functools import partial
 
 from nagaya.errors import GuestFault, IntegrityError, Unsupported
@@ -84,7 +84,7 @@ class MmioTransport:
         self._offered = device.features | VERSION_1 | RING_EVENT_IDX | RING_INDIRECT_DESC
         self.kick_fds = tuple(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes)
         """One for each queue; a write is the driver's notification."""
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
         self._pending = 0
         self._generation = 0
         self._active = False

@@ -9,8 +9,8 @@ may overtake an older store, though, which `_fence` prevents where the two sides
 
 from __future__ import annotations
 
+import _thread
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from nagaya.errors import GuestFault
@@ -77,7 +77,7 @@ class Queue:
         self._elements = memory.slice(used + 4, 8 * size).cast("I")  # id and length, by turns
         self._avail_event = memory.slice(used + 4 + 8 * size, 2).cast("H")
         self._signalled = 0  # next_used when the driver was last asked whether it wants an interrupt
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()
 
     def peek_available(self) -> int:
         """How many chains wait. Raises `GuestFault` when the driver claims more than there can be."""

@@ -57,7 +57,9 @@ def find_hierarchy(mountinfo: str) -> Hierarchy:
         fields, about = left.split(" "), right.split(" ")
         if not separator or len(fields) < 5 or len(about) < 3:
             continue
-        where = fields[4].encode().decode("unicode_escape")
+        where = fields[4]
+        if "\\" in where:  # a codec of its own, which would have to be imported
+            where = where.encode().decode("unicode_escape")
         if about[0] == "cgroup2":
             v2 = v2 or where
         elif about[0] == "cgroup":

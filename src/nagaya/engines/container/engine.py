@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from nagaya.engines import mount_rules
 from nagaya.engines.base import Booted, BootRequest, Stats
-from nagaya.engines.cgroups.group import Cgroup, create_cgroup, find_cgroup, host_hierarchy
+from nagaya.engines.cgroups.group import Cgroup, Hierarchy, create_cgroup, find_cgroup, host_hierarchy
 from nagaya.engines.container import boot, mounts, policy, seccomp_profile
 from nagaya.engines.container.devices import device_rules, look_at, plan_nodes
 from nagaya.errors import HostError, Unsupported, UsageError, from_wire
@@ -165,12 +165,13 @@ class ContainerEngine:
         filter_ = seccomp_profile.compile_profile(spec.security.seccomp, mask, CACHE)
         confined = spec.security.no_new_privileges
         userns = spec.userns == "auto"
-        steps = _plan_mounts(request, userns=userns)
+        hierarchy = host_hierarchy()  # once: a host may have thousands of mounts
+        steps = _plan_mounts(request, hierarchy, userns=userns)
         # A user namespace may not make device nodes: the host's are bound instead.
         nodes = () if userns else plan_nodes(spec.devices)
         self._links = tuple(link.host_link for link in request.network.links)
         self._sources = tuple((step.target, step.source) for step in steps if not step.fstype)
-        cgroup = self._make_cgroup(spec, stack)
+        cgroup = self._make_cgroup(spec, hierarchy, stack)
         programs = ProcessPolicy(mask, confined, filter_ if confined else b"", limits)
         if request.saved:
             booted = self._go_on(request, layout, cgroup, programs)
@@ -219,9 +220,9 @@ class ContainerEngine:
         self._pidfd, self._inside = os.dup(started.pidfd), started.pid
         return Booted(started.pid, started.pidfd, started.agent, programs, started.warnings, origin="saved")
 
-    def _make_cgroup(self, spec: MachineSpec, stack: ExitStack) -> Cgroup:
+    def _make_cgroup(self, spec: MachineSpec, hierarchy: Hierarchy, stack: ExitStack) -> Cgroup:
         try:
-            self._cgroup = create_cgroup(spec.id, spec.limits, devices=device_rules(spec.devices))
+            self._cgroup = create_cgroup(spec.id, spec.limits, devices=device_rules(spec.devices), hierarchy=hierarchy)
         except OSError as error:
             raise HostError.from_os(error, "cannot make the machine's control group") from None
         stack.callback(self._cleanup)
@@ -283,11 +284,9 @@ class ContainerEngine:
 
         route(link, self._pidfd)
 
-    def set_limits(self, limits: Limits) -> tuple[str, ...]:
-        """See `Resizable.set_limits`."""
+    def set_limits(self, limits: Limits) -> None:
         assert self._cgroup is not None
         self._cgroup.set_limits(limits)
-        return ()
 
     def oom_killed(self) -> bool:
         return self._cgroup is not None and self._cgroup.oom_kills() > 0
@@ -355,10 +354,10 @@ def _open_userns(machine_id: str, stack: ExitStack) -> tuple[int, int]:
     return userns, base
 
 
-def _plan_mounts(request: BootRequest, *, userns: bool) -> tuple[mounts.MountStep, ...]:
+def _plan_mounts(request: BootRequest, hierarchy: Hierarchy, *, userns: bool) -> tuple[mounts.MountStep, ...]:
     steps = mounts.plan_mounts(
         request.mounts,
-        cgroups=_cgroup_mounts(),
+        cgroups=_cgroup_mounts(hierarchy),
         host_network=request.network.kind == "host",
         userns=userns,
         etc=request.etc,
@@ -372,8 +371,7 @@ def _plan_mounts(request: BootRequest, *, userns: bool) -> tuple[mounts.MountSte
     return steps
 
 
-def _cgroup_mounts() -> mounts.CgroupMounts:
-    hierarchy = host_hierarchy()
+def _cgroup_mounts(hierarchy: Hierarchy) -> mounts.CgroupMounts:
     if hierarchy.pure_v2:
         return mounts.CgroupMounts(v2=True)
     by_mount: dict[str, list[str]] = {}

@@ -6,8 +6,6 @@ import mmap
 import os
 
 from nagaya.engines.kvm import cpuid, layout
-from nagaya.engines.kvm.boot.image import EntryState, write_image
-from nagaya.engines.kvm.boot.load import Protocol, load_kernel
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.known import HARDWARE, PVM
 from nagaya.engines.kvm.layout import MmioDevice
@@ -21,6 +19,8 @@ from nagaya.static import Any, Callable, Literal, NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what a machine without devices, on a hardware KVM, does not need: 8 ms
+    from nagaya.engines.kvm.boot.image import EntryState
+    from nagaya.engines.kvm.boot.load import Protocol
     from nagaya.engines.kvm.cpuid import Leaf
     from nagaya.engines.kvm.pvm import Pvm
     from nagaya.engines.kvm.saved import Saved
@@ -231,6 +231,9 @@ class Parts:
         if saved is not None:
             self._restore(hardware, saved.state)
             return
+        from nagaya.engines.kvm.boot.image import write_image  # lazy: who goes on from what was saved loads no kernel
+        from nagaya.engines.kvm.boot.load import load_kernel
+
         rsdp_gpa = self._describe(hardware, places)
         command_line = self._command_line(hardware, places)
         image = load_kernel(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import select
 import sys
-import threading
 from collections.abc import Callable
 
 from nagaya.engines.kvm import saved
 from nagaya.engines.kvm.saved import Files, Saved
 from nagaya.errors import Conflict, HostError, NagayaError, to_wire
+from nagaya.kernel.light_threads import Thread
 from nagaya.kernel.process import PR_SET_DUMPABLE, close_all_but, die_with, prctl
 from nagaya.memory import GuestMemory
 from nagaya.static import Any, NamedTuple, NoReturn
@@ -46,7 +46,7 @@ def start(order: Order, memory: GuestMemory, state: dict[str, Any], ended: Calla
         os.waitpid(pid, 0)
         ended()
 
-    threading.Thread(target=reap, name="saved", daemon=True).start()
+    Thread(reap)
 
 
 def _run(order: Order, memory: GuestMemory, state: dict[str, Any], parent: int) -> NoReturn:

@@ -12,8 +12,7 @@ import json
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
 
 from nagaya.engines.base import Incoming
 from nagaya.engines.kvm.machine import Machine
@@ -21,13 +20,32 @@ from nagaya.engines.kvm.saved import MOST_BASES, Files
 from nagaya.engines.kvm.vcpu import Ending
 from nagaya.errors import HostError, LaunchError, NagayaError, to_wire
 from nagaya.kernel import namespaces
+from nagaya.kernel.light_threads import Thread
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, become, close_all_but, die_with, prctl
-from nagaya.static import Any, NamedTuple, NoReturn
+from nagaya.protocol.agent import SETUP
+from nagaya.protocol.frame import encode
+from nagaya.protocol.setup import with_time
+from nagaya.static import Any, Callable, Iterator, NamedTuple, NoReturn
 
 BROKEN = 1
 _ORDERLY = ("power-off", "reset", "exit", "stopped")  # kinds of endings that somebody wanted
 _MOST_LINE_BYTES = 1 << 16
 _MOST_FDS = 3 + 1 + MOST_BASES
+
+
+class FirstWord(NamedTuple):
+    """What a guest's agent, which waits for it, is told on the supervisor's behalf: its SETUP.
+
+    A supervisor hears that the machine runs when it has run for a while; by then, the agent has begun. And the time that
+    a set-up sets the guest's clock to is the time when it is sent.
+    """
+
+    fd: int  # the supervisor's end of the agent's stream: one of those that the child keeps, until this is sent
+    setup: bytes
+
+    def say(self) -> None:
+        os.write(self.fd, encode(SETUP, 0, with_time(self.setup, time.time_ns())))
+        os.close(self.fd)
 
 
 class Plan(NamedTuple):
@@ -41,6 +59,7 @@ class Plan(NamedTuple):
     id: int = -1  # user and group to become; -1 = stay who we are
     reboots: bool = False  # a guest that asks for a reset gets it; otherwise that is the machine's end
     incoming: Incoming | None = None  # what the machine, which `assemble` makes bare, comes from
+    first_word: FirstWord | None = None
 
 
 def start(plan: Plan) -> int:
@@ -69,10 +88,12 @@ def _run(plan: Plan, parent: int) -> NoReturn:
         userfault_fd = _open_userfaultfd() if plan.incoming is not None else -1
         _give_up_rights(plan)
         die_with(parent, BROKEN)  # once more: who changes its ids loses it
+        if plan.first_word is not None:
+            plan.first_word.say()
         if plan.incoming is None:
             machine.start()
         _send(plan.control, {"running": True})
-        threading.Thread(target=_serve, args=(machine, plan.control), name="control", daemon=True).start()
+        Thread(_serve, machine, plan.control)
         if plan.incoming is not None:
             from nagaya.engines.kvm.arriving import arrive  # lazy: migrations alone
 

@@ -125,7 +125,7 @@ def plan_leaves(
                 registers[rule.register] &= ~rule.cleared if isinstance(rule, Mask) else rule.kept
         _place(leaf, registers, index, count)
         eax, ebx, ecx, edx = registers
-        planned.append(leaf._replace(registers=(eax, ebx, ecx, edx)))
+        planned.append(Leaf(leaf.function, leaf.subleaf, leaf.flags, (eax, ebx, ecx, edx)))
     return tuple(planned)
 
 

@@ -21,7 +21,6 @@ from nagaya.engines.vm.bounds import Bounds, reclaim
 from nagaya.engines.vm.console import TextLog
 from nagaya.engines.vm.copies import plan_copies
 from nagaya.engines.vm.parts import open_data, open_initramfs, user_id
-from nagaya.engines.vm.passt import require_passt, start_passt
 from nagaya.engines.vm.setup import AGENT_PORT, DATA_SERIAL, ROOT_SERIAL, plan_setup
 from nagaya.engines.vm.shares import TAG as SHARES_TAG
 from nagaya.engines.vm.shares import Shares, start_shares
@@ -45,6 +44,7 @@ PLATFORM = "linux/amd64"
 PROGRAM_WITHIN_S = 120.0  # a software KVM boots a kernel in 10 to 20 s
 END_WITHIN_S = 30.0
 ENTROPY_BYTES = 64
+_FIRST_WORD_BYTES = 64 << 10  # what a new socket takes at once
 _POWER_OFF = "port"  # without ACPI: a kernel that is ours needs none, and reading its tables takes time
 
 
@@ -102,6 +102,8 @@ class KvmEngine:
                 f"the image is for {spec.platform}, and this host's CPU runs {PLATFORM}", hint="use --type emulated"
             )
         if spec.network == "user" or (os.geteuid() and spec.network == "bridge"):
+            from nagaya.engines.vm.passt import require_passt  # lazy: most machines have a bridge, or nothing
+
             require_passt()
         return rules.check_spec(spec)
 
@@ -139,13 +141,16 @@ class KvmEngine:
                 vmm = self._vmm = Vmm(f"{request.runtime_dir}/vmm.log", local, self._bounds)
                 shares = _share(request, vmm, local, self._bounds)
                 plan = self._plan(request, source, vmm, theirs, shares, local)
-                if source.hello:
-                    os.write(theirs, source.hello)  # said when the template was made: it will not say so again
                 setup = plan_setup(
                     request, time_ns=time.time_ns(), entropy=os.urandom(ENTROPY_BYTES), power_off=_POWER_OFF,
                     virtiofs_tags=shares.tags if shares is not None else (),
                 )  # fmt: skip
                 payload = setup_payload(setup)
+                told = bool(source.hello) and len(payload) < _FIRST_WORD_BYTES
+                if source.hello:
+                    os.write(theirs, source.hello)  # said when the template was made: it will not say so again
+                if told:
+                    plan = plan._replace(first_word=child.FirstWord(agent, payload), kept=(*plan.kept, agent))
                 vmm.start(plan)
             # The child's ends are the child's alone now: each of us hears when the other ends.
             vmm.greet()
@@ -153,7 +158,7 @@ class KvmEngine:
         stack.callback(self._close)
         return Booted(
             pid=vmm.pid, pidfd=os.dup(vmm.pidfd), agent=agent, policy=rules.plan_policy(spec),
-            warnings=(*rules.check_spec(spec), *self._bounds.warnings), helpers=tuple(vmm.helpers), setup=payload,
+            warnings=(*rules.check_spec(spec), *self._bounds.warnings), helpers=tuple(vmm.helpers), setup=payload, told=told,
             copies=plan_copies(request.mounts) if shares is None and not request.saved and not request.incoming else (), origin=source.origin,
             watch=tuple((source.fd, self._listen) for source in self._logs()),
             start_timeout_s=PROGRAM_WITHIN_S, end_timeout_s=END_WITHIN_S,
@@ -196,6 +201,8 @@ class KvmEngine:
     def _plug(self, plan: LinkPlan, request: BootRequest, vmm: Vmm, local: ExitStack) -> int:
         """What a network card of the machine's is plugged into."""
         if plan.driver == "user":
+            from nagaya.engines.vm.passt import start_passt
+
             link = start_passt(
                 plan, request.network, request.spec.id, vmm.log_end, local, enter=self._bounds.enter
             )  # fmt: skip

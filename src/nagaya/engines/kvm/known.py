@@ -29,8 +29,28 @@ def make_finding(kind: str) -> Finding:
     return Finding(kind, _HOW[kind])
 
 
+_known: tuple[tuple[int, ...], Finding] | None = None  # of this process, and of those that it forks
+
+
 def find_kvm() -> Finding:
     """What is known, or what the probe says. Raises as `probe_kvm`; a KVM that cannot be used is tried out each time."""
+    global _known
+    node = _look()
+    if _known is None or not node or _known[0] != node:
+        _known = (node, _find())
+    return _known[1]
+
+
+def _look() -> tuple[int, ...]:
+    """The device node, which is made anew with each load of KVM's module; () when there is none."""
+    try:
+        node = os.stat(DEVICE)
+    except OSError:
+        return ()
+    return (node.st_dev, node.st_ino, node.st_ctime_ns)
+
+
+def _find() -> Finding:
     path = f"{find_paths().run}/kvm"
     key = _identify()
     kind = _read(path, key) if key else ""
@@ -45,14 +65,14 @@ def find_kvm() -> Finding:
 
 
 def _identify() -> str:
-    """This boot, and this load of KVM's module, whose device node is made anew with it; "" when there is no such."""
+    """This boot, and this load of KVM's module; "" when there is no such."""
     try:
         with open(_BOOT_ID, encoding="utf-8") as file:  # other codecs have to be imported
             boot_id = file.read().strip()
-        node = os.stat(DEVICE)
     except OSError:
         return ""
-    return f"{boot_id} {node.st_dev}:{node.st_ino}:{node.st_ctime_ns}"
+    node = _look()
+    return f"{boot_id} {':'.join(map(str, node))}" if node else ""
 
 
 def _read(path: str, key: str) -> str:

@@ -8,13 +8,13 @@ only then the target hears that it may run.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
 from nagaya.engines.kvm.missing import serve_missing, skip_wanted
 from nagaya.errors import Conflict
+from nagaya.kernel.light_threads import Thread
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames
 from nagaya.migration.departure import Departure, Pace, Terms
@@ -39,7 +39,7 @@ class _Disk(NamedTuple):
 def start(machine: Machine, stream_fds: tuple[int, int], report_fd: int, terms: Terms) -> None:
     """Begin; the descriptors belong to the thread. Everything else is said by way of `report_fd`."""
     leaving = Leaving(machine, stream_fds, report_fd, terms)
-    threading.Thread(target=leaving.run, name="leaving", daemon=True).start()
+    Thread(leaving.run)
 
 
 class Leaving:

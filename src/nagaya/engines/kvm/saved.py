@@ -33,7 +33,7 @@ _SUM_BYTES = 128 << 10  # of memory, for each of its sums
 _MARK_BYTES = 8
 MOST_BASES = 16
 """Below one difference. Each is one more place to look for a page."""
-_PLACE = re.compile(r"\.\./\.\./[0-9a-f]{16}/memory")
+_PLACE = r"\.\./\.\./[0-9a-f]{16}/memory"
 """A base is another snapshot's memory, of the same machine (storage/snapshots.py)."""
 _MOST_RUNS = 1 << 18  # of pages that are not beside each other: their list would be larger than the pages
 
@@ -294,7 +294,7 @@ def _is_whole(state: dict[str, Any]) -> bool:
         isinstance(base, dict)
         and isinstance(base.get("mark"), str)
         and isinstance(base.get("place"), str)
-        and _PLACE.fullmatch(base["place"]) is not None
+        and re.fullmatch(_PLACE, base["place"]) is not None
         and all(_are_runs(state.get(name), state["memory_bytes"]) for name in ("held", "zeros"))
     )
 

@@ -10,7 +10,6 @@ import os
 import sys
 from struct import Struct
 
-from nagaya.engines.kvm.boot.image import EntryState, SegmentRegister
 from nagaya.engines.kvm.bus import Bus
 from nagaya.engines.kvm.vm import Vm
 from nagaya.errors import HostError
@@ -18,6 +17,10 @@ from nagaya.kernel import kvm
 from nagaya.kernel.kvm import kvm_run
 from nagaya.kernel.threads import interrupt_thread, make_thread_interruptible, make_thread_punctual
 from nagaya.static import NamedTuple, Protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nagaya.engines.kvm.boot.image import EntryState, SegmentRegister
 
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0

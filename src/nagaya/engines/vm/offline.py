@@ -79,7 +79,7 @@ class _Applet:
         return self._status
 
     def _talk(self, booted: Booted) -> None:
-        self._link.setup(booted.setup)
+        self._link.setup(booted.setup, sent=booted.told)
         process = Process(self._argv, stdin=True)
         self._channel = self._link.spawn(process, APPLET, applet=True, data_disk=self._data_disk)
         calls = dict(booted.watch)

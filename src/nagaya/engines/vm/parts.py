@@ -7,7 +7,6 @@ import os
 import time
 
 from nagaya.engines.vm.agent import agent_path
-from nagaya.engines.vm.initramfs import make_initramfs
 from nagaya.errors import Conflict
 from nagaya.storage.blank_disks import fill_blank
 from nagaya.storage.disks import is_blank
@@ -52,6 +51,8 @@ def open_data(disks: DiskPlan, *, form: bool = True) -> int:
 
 def open_initramfs(architecture: str = "") -> int:
     """A sealed memory file: a VMM opens it anew as another user, which such a file lets everybody do."""
+    from nagaya.engines.vm.initramfs import make_initramfs  # lazy: who begins from a template has none
+
     fd = os.memfd_create("initramfs", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         data = memoryview(make_initramfs(agent_path(architecture)))
