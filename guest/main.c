@@ -423,10 +423,11 @@ static void close_child_ends(int child[3])
 			close(child[i]);
 }
 
+/* Of a pipe or a terminal that is new: no other flag is set that a call could. */
 static void unblock(int fd)
 {
 	if (fd >= 0)
-		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+		fcntl(fd, F_SETFL, O_NONBLOCK);
 }
 
 static void spawn_failed(struct channel *c, uint32_t status, uint32_t error, const char *text)
@@ -513,7 +514,8 @@ static void read_report(struct channel *c)
 	if (n == 0) {
 		c->started = 1;
 		send_u32(F_STARTED, c->id, (uint32_t)c->pid);
-		pump_output(c);
+		if (c->exited)
+			pump_output(c); /* EXITED has waited for this */
 		return;
 	}
 	e.text[sizeof e.text - 1] = 0;
@@ -743,8 +745,8 @@ static void read_signals(int fd)
 {
 	struct signalfd_siginfo info[8];
 
-	while (read(fd, info, sizeof info) > 0)
-		;
+	if (read(fd, info, sizeof info) < 0) /* more than these come again: it is level-triggered */
+		return;
 	reap();
 }
 

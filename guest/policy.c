@@ -59,16 +59,33 @@ static uint64_t permitted_now(void)
 	return data[0].permitted | (uint64_t)data[1].permitted << 32;
 }
 
+int policy_bound(uint64_t caps)
+{
+	static uint64_t dropped;
+	static int known = 64;
+
+	if (caps & dropped) { /* nobody gets them back */
+		errno = EPERM;
+		return -1;
+	}
+	for (int cap = 0; cap < known; cap++) {
+		if ((caps | dropped) >> cap & 1)
+			continue;
+		if (!prctl(PR_CAPBSET_DROP, cap, 0, 0, 0))
+			dropped |= (uint64_t)1 << cap;
+		else if (errno == EINVAL && cap > CAP_SETPCAP)
+			known = cap; /* the kernel knows no more of them */
+		else
+			return -1;
+	}
+	return 0;
+}
+
 int policy_apply_identity(const struct identity *id, uint64_t caps, int applet)
 {
 	/* An applet is the agent's own code: as the asked-for user, with all that the agent may do. */
-	if (!applet)
-		for (int cap = 0; cap < 64; cap++)
-			if (!(caps >> cap & 1) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) {
-				if (errno == EINVAL && cap > CAP_SETPCAP)
-					break; /* the kernel knows no more of them */
-				return -1;
-			}
+	if (!applet && policy_bound(caps))
+		return -1;
 	/* Raw calls: the C library's own go round every thread, which a forked child does not have. */
 	if (syscall(SYS_setgroups, id->group_count, id->groups) && !(errno == EPERM && id->group_count == 0))
 		return -1;

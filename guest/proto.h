@@ -76,6 +76,7 @@ enum setup_tag {
 	U_PIDS = 11,	 /* u32 */
 	U_MACHINE_ID = 12, /* 32 hex digits; CONTINUE's alone */
 	U_WARM = 13,	 /* path of a file whose pages are to be in memory; of PREPARE */
+	U_BOUND = 14,	 /* u64 capabilities that MAIN will have at most; of PREPARE */
 };
 
 enum setup_flag {

@@ -93,12 +93,16 @@ static const char *find_env(char **env, const char *name)
 	return NULL;
 }
 
-/* Execute one candidate; returns errno. A text file without "#!" is ENOEXEC, and stays one: no shell guesses. */
-static int try_exec(const struct spawn *s, const char *path)
+/* Execute one candidate; returns errno, and whether there is such a file, which is looked at first: most directories of
+ * PATH do not have it. A text file without "#!" is ENOEXEC, and stays one: no shell guesses. */
+static int try_exec(const struct spawn *s, const char *path, int *is_there)
 {
 	struct stat st;
 
-	if (!stat(path, &st) && S_ISDIR(st.st_mode))
+	*is_there = !stat(path, &st);
+	if (!*is_there && (errno == ENOENT || errno == ENOTDIR))
+		return errno;
+	if (*is_there && S_ISDIR(st.st_mode))
 		return EISDIR;
 	execve(path, s->argv, s->env);
 	return errno;
@@ -108,12 +112,12 @@ static void __attribute__((noreturn)) execute(const struct spawn *s)
 {
 	const char *name = s->argv[0], *path = find_env(s->env, "PATH");
 	char candidate[4096];
-	int worst = ENOENT;
+	int worst = ENOENT, is_there;
 
 	if (strchr(name, '/')) {
-		worst = try_exec(s, name);
+		worst = try_exec(s, name, &is_there);
 		/* ENOENT for a file that exists: its interpreter or dynamic loader is what is missing. */
-		if (worst == ENOENT && !access(name, F_OK))
+		if (worst == ENOENT && is_there)
 			fail(127, worst, "%s: its interpreter or dynamic loader does not exist", name);
 		fail(worst == ENOENT || worst == ENOTDIR ? 127 : 126, worst, "%s: %s", name, strerror(worst));
 	}
@@ -121,10 +125,10 @@ static void __attribute__((noreturn)) execute(const struct spawn *s)
 		size_t length = strcspn(path, ":");
 		int n = snprintf(candidate, sizeof candidate, "%.*s%s%s", (int)length, path, length ? "/" : "./", name);
 		if (*name && n > 0 && (size_t)n < sizeof candidate) {
-			int error = try_exec(s, candidate);
+			int error = try_exec(s, candidate, &is_there);
 			if (error != ENOENT && error != ENOTDIR)
 				worst = error;
-			else if (error == ENOENT && !access(candidate, F_OK))
+			else if (error == ENOENT && is_there)
 				fail(127, error, "%s: its interpreter or dynamic loader does not exist", candidate);
 		}
 		path += length;
@@ -134,6 +138,30 @@ static void __attribute__((noreturn)) execute(const struct spawn *s)
 	if (worst == ENOENT)
 		fail(127, worst, "%s: not found in the machine's PATH", name);
 	fail(126, worst, "%s: %s", name, strerror(worst));
+}
+
+static int begun;
+
+void spawn_begin(void)
+{
+	setsid(); /* fails when we lead a session already (the stub): no matter */
+	umask(022);
+	reset_signals();
+	begun = 1;
+}
+
+void spawn_rehearse(void)
+{
+	static const char directories[] = DEFAULT_PATH;
+	struct identity id;
+	struct stat st;
+	char path[sizeof directories + 16], why[300];
+
+	for (const char *at = directories; *at; at += strcspn(at, ":"), at += *at == ':') {
+		snprintf(path, sizeof path, "%.*s/sh", (int)strcspn(at, ":"), at);
+		stat(path, &st);
+	}
+	identity_find("", &id, why, sizeof why);
 }
 
 void spawn_refuse(int error, int error_fd)
@@ -149,16 +177,17 @@ void spawn_become(const struct spawn *s, const int fds[3], int error_fd)
 	int applet = !!(s->flags & SF_APPLET), entered;
 
 	report_fd = error_fd;
-	setsid(); /* fails when we lead a session already (the stub): no matter */
+	if (!begun)
+		spawn_begin();
 	take_descriptors(s, fds);
-	umask(022);
 	if (identity_find(s->user, &id, why, sizeof why))
 		fail(125, 0, "%s", why);
 	if (s->flags & SF_TTY && fchown(0, id.uid, (gid_t)-1) && errno != EPERM && errno != EROFS)
 		fail(125, errno, "cannot hand over the terminal: %s", strerror(errno));
-	if (make_path(s->cwd) && errno != EROFS && errno != EEXIST)
-		fail(125, errno, "cannot make the working directory %s: %s", s->cwd, strerror(errno));
 	entered = !chdir(s->cwd); /* as root first, like runc: WORKDIR /root goes with any USER */
+	if (!entered && make_path(s->cwd) && errno != EROFS && errno != EEXIST)
+		fail(125, errno, "cannot make the working directory %s: %s", s->cwd, strerror(errno));
+	entered = entered || !chdir(s->cwd);
 	if (policy_apply_rlimits(s))
 		fail(125, errno, "cannot set a resource limit: %s", strerror(errno));
 	if (policy_apply_identity(&id, s->caps, applet))
@@ -169,7 +198,6 @@ void spawn_become(const struct spawn *s, const int fds[3], int error_fd)
 		snprintf(home, sizeof home, "HOME=%s", id.home);
 		s->env[s->envc] = home;
 	}
-	reset_signals();
 	if (applet) {
 		close(report_fd); /* what execve does for the others: started */
 		_exit(applet_main((int)s->argc, s->argv));

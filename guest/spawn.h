@@ -43,6 +43,11 @@ struct spawn_error {
  * fds[0..2] become standard input, output and error; with SF_TTY, fds[0] is the terminal. */
 void spawn_become(const struct spawn *s, const int fds[3], int error_fd) __attribute__((noreturn));
 
+/* Of that, what is the same for every program: for a child that waits until it is told which, and has the time now. */
+void spawn_begin(void);
+/* Go a part of the way, and come back: what is looked at on it is known then to the kernel, of a machine about to be saved. */
+void spawn_rehearse(void);
+
 /* mkdir -p: 0, or -1 with errno. */
 int make_path(const char *path);
 
@@ -64,6 +69,8 @@ FILE *open_database(const char *path);
 
 /* policy.c: what binds the program. Each answers 0 or -1 with errno. */
 int policy_apply_rlimits(const struct spawn *s);
+/* Let nothing that this process executes have more than `caps`; may be called ahead, and again for as many or fewer. */
+int policy_bound(uint64_t caps);
 int policy_apply_identity(const struct identity *id, uint64_t caps, int applet);
 int policy_apply_seccomp(const struct spawn *s);
 

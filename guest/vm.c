@@ -255,6 +255,7 @@ static int is_well_formed(const struct field *f)
 	case U_POWER_OFF:
 		return f->size == 4 && get32(f->bytes) >= UP_ACPI && get32(f->bytes) <= UP_PORT;
 	case U_TIME:
+	case U_BOUND:
 		return f->size == 8;
 	case U_ENTROPY:
 		return f->size <= 512;
@@ -443,6 +444,15 @@ static int power_off_only(const struct field *f)
 	return f->tag == U_POWER_OFF ? early(f) : 0;
 }
 
+static uint64_t bound = ~(uint64_t)0;
+
+static int read_bound(const struct field *f)
+{
+	if (f->tag == U_BOUND)
+		bound = get64(f->bytes);
+	return 0;
+}
+
 int vm_prepare(const unsigned char *payload, size_t size)
 {
 	uint32_t flags, pids;
@@ -458,7 +468,7 @@ int vm_prepare(const unsigned char *payload, size_t size)
 	prepared = 1;
 	if (chdir("/"))
 		return vm_fail(errno, "cannot enter the root");
-	if (vm_start_early_stub())
+	if (each(payload, size, read_bound) || vm_start_early_stub(bound))
 		return -1;
 	vm_flush(); /* as little as can be is left to be written: whoever goes on would have to do it */
 	return 0;

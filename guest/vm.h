@@ -67,7 +67,7 @@ int vm_mount_disks(void);
 int vm_switch_root(void);
 /* vm_system.c */
 int vm_mount_system(uint32_t pids, int own_pids);
-int vm_start_early_stub(void); /* who will be MAIN: forked ahead, while it costs nobody's time */
+int vm_start_early_stub(uint64_t bound); /* who will be MAIN: forked ahead, while it costs nobody's time */
 int vm_make_device(const char *node, const char *path);
 int vm_protect_root(void);
 int vm_mask(void);

@@ -17,6 +17,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "spawn.h"
 #include "stub.h"
 #include "vm.h"
 
@@ -160,7 +161,7 @@ static void touch_pages(void)
 	free((void *)heap);
 }
 
-int vm_start_early_stub(void)
+int vm_start_early_stub(uint64_t bound)
 {
 	int pair[2];
 
@@ -171,6 +172,9 @@ int vm_start_early_stub(void)
 	if (!vm_stub) {
 		close(pair[0]);
 		touch_pages();
+		spawn_rehearse();
+		if (policy_bound(bound))
+			_exit(125);
 		stub_become(pair[1]);
 	}
 	close(pair[1]);

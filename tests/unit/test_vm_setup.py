@@ -69,7 +69,7 @@ def test_both_ends_have_the_same_numbers() -> None:
     text = (Path(__file__).parents[2] / "guest" / "proto.h").read_text()
     numbers = {name: int(value) for name, value in re.findall(r"^\t(U[FMP]?_\w+) = (\d+),", text, re.M)}
     of = {prefix: {n[len(prefix) :]: v for n, v in numbers.items() if n.startswith(prefix)} for prefix in ("U_", "UF_")}
-    assert len(of["U_"]) == 13 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
+    assert len(of["U_"]) == 14 and of["U_"] == {name: getattr(setup, f"_{name}") for name in of["U_"]}
     assert len(of["UF_"]) == 4 and of["UF_"] == {name: getattr(setup, f"_{name}") for name in of["UF_"]}
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UM_")} == setup.MOUNT_KINDS
     assert {n[3:].lower(): v for n, v in numbers.items() if n.startswith("UP_")} == setup.POWER_OFF
@@ -193,6 +193,16 @@ def test_setup_goes_first_and_once() -> None:
     late.spawn(Process(("true",)), POLICY)
     with pytest.raises(ValueError, match="first frame"):
         late.setup(b"late")
+
+
+def test_setup_that_somebody_else_has_sent_is_not_sent_again() -> None:
+    link = AgentLink()
+    link.setup(setup_payload(PLAIN), sent=True)
+    link.spawn(Process(("true",)), POLICY)
+    kinds = [(frame.type, frame.channel) for frame in Decoder().feed(link.outgoing())]
+    assert kinds == [(agent.SPAWN, 1)]  # the agent was there when it was sent
+    assert link.receive(encode(agent.HELLO, 0, struct.pack("<II", agent.VERSION, 1))) == [Hello(agent.VERSION, 1)]
+    assert link.receive(encode(agent.READY, 0, bytes(4))) == [SetUp(())]
 
 
 def test_the_clock_is_eight_bytes() -> None:

@@ -270,7 +270,6 @@ class Machine:
                 )
             before = self.spec
             alive = self.settled().phase in ALIVE
-            notes = [note] if note else []
             if planned.type != before.type or planned.limits.storage_bytes != before.limits.storage_bytes:
                 from nagaya.manager.retyping import rebuild  # lazy: rarer still
 
@@ -279,14 +278,13 @@ class Machine:
             machines.store_spec(self.paths, planned)
             if alive:
                 try:
-                    told = self.ask("update").get("told")
-                    notes += [str(line) for line in told] if isinstance(told, list) else []
+                    self.ask("update")
                 except NagayaError:
                     self.spec = before
                     machines.store_spec(self.paths, before)
                     raise
         self.record("update")
-        return describe(before, planned, alive=alive) + notes
+        return describe(before, planned, alive=alive) + ([note] if note else [])
 
     def change(self, planned: MachineSpec, op: str, network: str) -> str:
         """Store a record with another set of networks, under the command lock, and carry that out if it runs.

@@ -53,6 +53,7 @@ def build_template(
             prepared=Prepared(
                 image=root, data_bytes=DEFAULT_BYTES, read_only=False, unmask=False, own_pids=False, pids=0,
                 files=_WITH_NETWORK if network else _FILES, mtu=_mtu(cards),
+                capabilities=rules.plan_policy(spec).capabilities,
             )
         )  # fmt: skip
     build(mold, report=report)

@@ -13,7 +13,7 @@ from nagaya.static import NamedTuple
 
 _HOSTNAME, _FLAGS, _TIME, _ENTROPY, _FILE, _MOUNT, _NETWORK, _SYSCTL, _POWER_OFF, _DEVICE, _PIDS = range(1, 12)
 _MACHINE_ID = 12
-_WARM = 13
+_WARM, _BOUND = 13, 14
 _READ_ONLY, _UNMASK, _DATA_ONLY, _OWN_PIDS = 1, 2, 4, 8
 
 MOUNT_KINDS = {"virtiofs": 1, "tmpfs": 2}
@@ -133,6 +133,11 @@ def with_machine_id(payload: bytes, machine_id: str) -> bytes:
 def warm_payload(paths: tuple[str, ...]) -> bytes:
     """What PREPARE has beside SETUP's fields: files that are to be in memory. Those that there are not do not matter."""
     return b"".join(_field(_WARM, _absolute(path) + b"\0") for path in paths)
+
+
+def bound_payload(capabilities: int) -> bytes:
+    """And this: the capabilities, a mask, that the machine's main program will have at most."""
+    return _field(_BOUND, _U64.pack(capabilities))
 
 
 def with_time(payload: bytes, time_ns: int) -> bytes:

@@ -138,5 +138,6 @@ def plan_prepared(bare: Mold, request: BootRequest) -> Mold | None:
             image=disks.image, data_bytes=size, read_only=spec.read_only or disks.read_only, unmask=spec.security.unmask,
             own_pids=not spec.init, pids=spec.limits.pids,
             files=tuple(path for path, _ in request.etc if not covers(request.mounts, path)), mtu=request.network.links[0].mtu if request.network.links else 0,
+            capabilities=rules.plan_policy(spec).capabilities,
         )
     )  # fmt: skip

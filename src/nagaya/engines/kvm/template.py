@@ -24,8 +24,8 @@ from nagaya.static import NamedTuple
 
 SWITCH = "NAGAYA_TEMPLATES"
 _PLACEHOLDER_MAC = b"\x02naga%c"
-REVISION = 3
-"""Of how they are booted and prepared, beside what the key names: 2 has another clock on a software KVM, 3 several cards."""
+REVISION = 4
+"""Of how they are booted and prepared, beside what the key names: 2 has another clock on a software KVM, 3 several cards, 4 bounds its main program."""
 MOST = 24
 """Kept at a time; the one that was used longest ago goes first."""
 DATA = "data"
@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
     pids: int
     files: tuple[str, ...]  # paths inside of what is mounted over the image's own
     mtu: int
+    capabilities: int  # a mask: what the main program has at most
 
 
 class Mold(NamedTuple):

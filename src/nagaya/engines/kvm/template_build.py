@@ -28,7 +28,7 @@ from nagaya.kernel import unix
 from nagaya.kernel.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, become, close_all_but, die_with, prctl
 from nagaya.protocol.agent import HELLO, PREPARE, PREPARED
 from nagaya.protocol.frame import Decoder, Frame, encode
-from nagaya.protocol.setup import GuestNetwork, GuestSetup, setup_payload, warm_payload
+from nagaya.protocol.setup import GuestNetwork, GuestSetup, bound_payload, setup_payload, warm_payload
 from nagaya.static import NoReturn
 from nagaya.storage.disks import DEFAULT_BYTES, create_data_disk
 from nagaya.storage.lock import FileLock
@@ -290,7 +290,8 @@ class _Build:
                 power_off="port", files=tuple((path, b"") for path in prepared.files), networks=networks,
             )
         )  # fmt: skip
-        data = memoryview(encode(PREPARE, 0, payload + warm_payload(WARM)))
+        beside = warm_payload(WARM) + bound_payload(prepared.capabilities)
+        data = memoryview(encode(PREPARE, 0, payload + beside))
         while data:
             try:
                 data = data[os.write(self._agent, data) :]
