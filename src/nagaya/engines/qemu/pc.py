@@ -148,7 +148,9 @@ class WholeMachineEngine:
             raise HostError.from_os(error, "cannot start the machine") from None
 
     def _boot(self, request: BootRequest, stack: ExitStack) -> Booted:
-        self._qemu.bounds.make(request.spec, request.runtime_dir, stack, translates=self.type != "kvm")
+        self._qemu.bounds.make(
+            _as_started(request.spec, request.saved), request.runtime_dir, stack, translates=self.type != "kvm"
+        )
         with ExitStack() as failed:
             failed.callback(self._abandon)
             with ExitStack() as local:
@@ -210,7 +212,7 @@ class WholeMachineEngine:
             id=spec.id,
             kvm=self.type == "kvm",
             cpus=rules.cpus(spec),
-            memory_bytes=rules.memory_bytes(spec),
+            memory_bytes=rules.memory_bytes(_as_started(spec, request.saved)),
             compat=hardware.compat,
             firmware=open_firmware(board, hardware, plan, inherited),
             kernel=open_kernel(plan, inherited),
@@ -276,7 +278,8 @@ class WholeMachineEngine:
         cards = 0 if spec.network == "none" else len(spec.attachments) or 1
         self._ports = {str(number): number for number in range(cards)}
         version = saved.ask_version(find_pc_board(spec.platform).program)
-        saved.check(self._describe(spec)._replace(version=version), directory)
+        now = self._describe(_as_started(spec, directory))
+        saved.check(now._replace(version=version), directory)
 
     def _describe(self, spec: MachineSpec) -> saved.SavedMachine:
         """What has to be the same where it goes on: its devices stand where they stood."""
@@ -444,6 +447,14 @@ class WholeMachineEngine:
         if self._screen >= 0:
             os.close(self._screen)
             self._screen = -1
+
+
+def _as_started(spec: MachineSpec, directory: str) -> MachineSpec:
+    """With the memory that the machine saved in `directory` was started with; "" = it is started anew."""
+    if not directory:
+        return spec
+    most = saved.started_memory(directory, rules.memory_bytes(spec))
+    return spec._replace(limits=spec.limits._replace(memory_bytes=most))
 
 
 def _hardware(spec: MachineSpec) -> Hardware:

@@ -123,12 +123,21 @@ def _await_stand(monitor: Monitor) -> None:
         time.sleep(_LOOK_AGAIN_S)
 
 
-def check(now: SavedMachine, directory: str) -> None:
-    """Raise `Unsupported` when a machine like `now`, whose `version` is told, could not go on from there; `IntegrityError`."""
+def started_memory(directory: str, least_bytes: int) -> int:
+    """With how much the machine saved there was started: a balloon may have had a part of that. Raises `IntegrityError`."""
+    return max(_load(directory).memory_bytes, least_bytes)
+
+
+def _load(directory: str) -> SavedMachine:
     try:
-        saved = records.load(f"{directory}/{RECORD}", SavedMachine)
+        return records.load(f"{directory}/{RECORD}", SavedMachine)
     except FileNotFoundError:
         raise IntegrityError(f"there is no saved machine in {directory}") from None
+
+
+def check(now: SavedMachine, directory: str) -> None:
+    """Raise `Unsupported` when a machine like `now`, whose `version` is told, could not go on from there; `IntegrityError`."""
+    saved = _load(directory)
     if saved.format != FORMAT:
         raise Unsupported(f"the machine was saved in format {saved.format}, and this Nagaya knows {FORMAT}")
     if not os.path.isfile(f"{directory}/{STATE}"):
