@@ -79,6 +79,15 @@ def test_a_negative_number_is_a_value() -> None:
     assert read("--pids-limit", "-1", "debian").text("pids-limit") == "-1"
 
 
+def test_a_size_that_is_to_be_less_is_no_flag() -> None:
+    command = Command(lambda context, parsed: 0, words=(2, 2), flags=(Flag("-s --shrink", "Cut"),))
+    parsed = parse("disk resize", command, ["web", "-10g", "-s"])
+    assert parsed.words == ("web", "-10g") and parsed.switch("shrink")
+    for other in ("-x1", "-9"):  # as in kill -9
+        with pytest.raises(UsageError, match=f"unknown flag {other[:2]}"):
+            parse("disk resize", command, ["web", other])
+
+
 def test_the_last_value_wins() -> None:
     assert read("--name", "a", "--name", "b", "debian").text("name") == "b"
 

@@ -166,7 +166,7 @@ def test_updates_are_planned_and_described() -> None:
     after = plan_update(before, UpdateOptions(memory_bytes=64 << 20, restart=Restart("always"))).spec
     assert after.limits.memory_bytes == 64 << 20
     assert describe(before, after, alive=True) == [
-        "memory limit: none -> 67108864 (now)",
+        "memory limit: none -> 64MiB (now)",
         "restart policy: no -> always (now)",
     ]
     with pytest.raises(UsageError):

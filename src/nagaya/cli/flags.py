@@ -134,6 +134,8 @@ def parse(name: str, command: Command, argv: list[str]) -> Parsed:
         elif word == "--help" or (word == "-h" and "-h" not in known):
             parsed.help = True
             return parsed
+        elif word[1].isdigit() and word[-1].isalpha() and word[:2] not in known:
+            words.append(word)  # a size that is to be less: -10g
         elif word[1] == "-":
             at = _long(name, known, parsed, argv, at)
         else:

@@ -40,7 +40,7 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
     names = [""] * count if not name else [name] if count == 1 else [f"{name}-{number + 1}" for number in range(count)]
     for one in filter(None, names):
         check_name(one)
-    source.need_agent("be forked")
+    source.need_agent("fork it", instead="a linked clone of its disk makes another machine: --disk DISK,clone")
     engine = open_engine(source.spec.type)
     if not disk_only and "fork" not in engine.capabilities:
         raise Unsupported(

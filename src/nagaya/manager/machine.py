@@ -261,7 +261,9 @@ class Machine:
         with self.lock():
             self.reload()
             if options.type is not None or options.storage_bytes is not None:
-                self.need_agent("change its type or storage; 'nagaya disk resize' makes a disk larger")
+                self.need_agent(
+                    "change its type or storage", instead="'nagaya machine resize-disk' makes a disk larger"
+                )
             planned, note = plan_update(self.spec, options)
             if planned == self.spec:
                 raise UsageError(
@@ -452,7 +454,7 @@ class Machine:
         self, reference: str, *, author: str = "", message: str = "", changes: tuple[str, ...] = (), pause: bool = True
     ) -> Image:
         """Make an image of its changes. `pause` freezes it meanwhile, if it runs."""
-        self.need_agent("make an image of it")
+        self.need_agent("make an image of it", instead="'nagaya disk convert' makes a disk of its disk")
         base = self.store.images.get(self.spec.image_id)
         # The agent, which tells what is on a machine's own disk, would be frozen with it.
         frozen = pause and self.state.phase == "running" and not self._has_disk()
@@ -478,12 +480,12 @@ class Machine:
         links: list[dict[str, object]] = [to_data(link) for link in plan.links] if plan is not None else []
         return links
 
-    def need_agent(self, what: str) -> None:
+    def need_agent(self, what: str, *, instead: str = "") -> None:
         """Raise `Unsupported` for a whole machine: nothing of ours is inside it that could do `what`."""
         if self.spec.hardware is not None:
             raise Unsupported(
                 f"machine '{self.name}' is a whole machine with a system of its own: Nagaya cannot {what}",
-                hint=f"'nagaya attach {self.name}' shows its serial console",
+                hint=instead or f"'nagaya attach {self.name}' shows its serial console",
             )
 
     def _has_disk(self) -> bool:

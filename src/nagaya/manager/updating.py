@@ -45,7 +45,7 @@ def describe(before: MachineSpec, after: MachineSpec, *, alive: bool) -> list[st
     """A sentence for each thing that changed."""
     when = "now" if alive else "from the next start"
     sentences = [
-        f"{_WORDS[name]}: {old or 'none'} -> {new or 'none'} ({when})"
+        f"{_WORDS[name]}: {_say(name, old)} -> {_say(name, new)} ({when})"
         for name, old, new in zip(Limits._fields, before.limits, after.limits, strict=True)
         if old != new
     ]
@@ -54,3 +54,15 @@ def describe(before: MachineSpec, after: MachineSpec, *, alive: bool) -> list[st
     if before.restart != after.restart:
         sentences.append(f"restart policy: {before.restart.policy} -> {after.restart.policy} (now)")
     return sentences
+
+
+def _say(name: str, value: object) -> str:
+    """A limit's value as it is written on a command line."""
+    if not isinstance(value, int) or not value:
+        return str(value or "none")
+    if name == "cpus_milli":
+        return f"{value / 1000:g}"
+    if name.endswith("_bytes"):
+        units = ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, " bytes"))
+        return next(f"{value >> shift}{unit}" for shift, unit in units if not value % (1 << shift))
+    return str(value)

@@ -39,6 +39,14 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Where the command's word is no verb.
+_SAID = {
+    "attach": "attach to it", "exec": "run a program in it", "top": "list its programs", "stats": "measure it",
+    "screen": "show its screen", "keys": "press its keys", "login": "log in to it", "disc": "change its disc",
+    "plug": "change its disks",
+}  # fmt: skip
+
+
 def require(command: str, phase: str, name: str) -> None:
     """Raise `Conflict` unless `command` is accepted in `phase`."""
     accepted = ACCEPTS[command]
@@ -54,7 +62,10 @@ def require(command: str, phase: str, name: str) -> None:
     elif phase == PAUSED:
         hint = f"let it go on with 'nagaya unpause {name}'"
     raise Conflict(
-        f"machine '{name}' is {phase}: cannot {command} it", hint=hint, state=phase, required=" or ".join(accepted)
+        f"machine '{name}' is {phase}: cannot {_SAID.get(command, f'{command} it')}",
+        hint=hint,
+        state=phase,
+        required=" or ".join(accepted),
     )
 
 
