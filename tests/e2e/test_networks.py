@@ -541,7 +541,7 @@ def test_many_machines_and_random_kills_leave_exactly_the_survivors(net: Cli) ->
     outside(net, "nft", "flush", "ruleset")
     net.ok("network", "ls")
     assert ruleset(net) == incremental, "what came by elements is what a rebuild makes"
-    assert incremental.count('"ngy') == len(alive) * (1 + 1 + 1 + 2 + 2)
+    assert incremental.count('"ngy') == len(alive) * (1 + 1 + 1 + 1 + 2 + 2)
     for one in random.Random(seed).sample(alive, 3):
         assert can_ping(net, one["machine"], random.Random(seed).choice(alive)["machine"])
 

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from nagaya.images.sources.apt_package import download
+from nagaya.images.sources.apt_package import Archive
 from nagaya.images.sources.apt_sources import find_debian_sources, rewrite_suite
 from nagaya.manager.installing import find_mirror
 
@@ -114,7 +114,9 @@ class Mirror:
         (tree / "DEBIAN").mkdir(parents=True)
         for package in packages:
             work = self._place / package
-            deb = download(package, self._lines, str(work))
+            archive = Archive(self._lines, str(work))
+            archive.find(package)
+            deb = archive.download(package)
             subprocess.run(["dpkg-deb", "-x", deb, work / "x"], check=True)
             for path in (work / "x").rglob("*"):
                 inside = str(path.relative_to(work / "x"))

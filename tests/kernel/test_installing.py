@@ -234,7 +234,8 @@ def test_the_command(empty_cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(4 * 3600)
-def test_debians_own_installer(empty_cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("firmware", ["bios", "uefi"])
+def test_debians_own_installer(empty_cli: Cli, tmp_path: Path, firmware: str) -> None:
     """From the host's package sources to a login by ssh; at the end it is a machine as any other."""
     if not os.environ.get("NAGAYA_INSTALL") or os.environ.get(own_network.CHOICE) != "host":
         pytest.skip(
@@ -250,15 +251,17 @@ def test_debians_own_installer(empty_cli: Cli, tmp_path: Path) -> None:
             "d-i debian-installer/allow_unauthenticated boolean true\n"
         )
         words = ("--disk", "8g", "--cpus", "2", "--install", "debian:trixie", "--preseed", str(own))
-        made = cli("machine", "create", "deb", *words, timeout_s=600)
+        made = cli("machine", "create", "deb", "--firmware", firmware, *words, timeout_s=600)
         assert made.code == 0, made
         mirror.prepare(f"{cli.root}/machines/{made.out.strip()}/install/{INITRAMFS}")
         cli.ok("start", "deb")
         said = cli(
-            "ssh", "--wait", "12000", "deb", "hostname; findmnt -no FSTYPE /; cat /etc/debian_version", timeout_s=13000
-        )
+            "ssh", "--wait", "12000", "deb", "hostname; findmnt -no FSTYPE /; cat /etc/debian_version; ls /sys/firmware",
+            timeout_s=13000,
+        )  # fmt: skip
         log = cli.ok("logs", "deb")[-3000:]
         assert said.code == 0 and said.out.startswith("deb\next4\n13."), (said, log, mirror.missing)
+        assert ("efi" in said.out.split()) == (firmware == "uefi")
         assert "(Installing)" not in cli.ok("ps", "--format", "{{.Status}}")
         cli.ok("stop", "deb", timeout_s=120)
         cli.ok("snapshot", "create", "deb", "fresh", timeout_s=120)

@@ -113,11 +113,43 @@ def test_memory_needs_a_driver(make: Callable[..., Machine]) -> None:
     for options, text in (
         (UpdateOptions(memory_bytes=512 << 20), "no driver"),
         (UpdateOptions(memory_bytes=4 * GIB), "cannot get more"),
-        (UpdateOptions(cpus_milli=2000), "memory alone"),
+        (UpdateOptions(pids=2000), "alone can be changed"),
     ):
         with pytest.raises(Unsupported, match=text):
             machine.update(options)
     assert machine.spec.limits.memory_bytes == GIB
+    machine.kill()
+
+
+def _need_two_cpus() -> None:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two CPUs")
+
+
+def test_cpus_are_put_in_while_it_runs(make: Callable[..., Machine]) -> None:
+    """Beneath a system that knows nothing of them: it uses none, and lets go of none."""
+    _need_two_cpus()
+    machine = make()
+    machine.start()
+    wait_until(machine, "READY")
+    with pytest.raises(Unsupported, match="parts of CPUs"):
+        machine.update(UpdateOptions(cpus_milli=1500))
+    told = machine.update(UpdateOptions(cpus_milli=2000))
+    assert "(now)" in told[0] and "online" in told[1]
+    with pytest.raises(Conflict, match="knows nothing of CPUs that go"):
+        machine.update(UpdateOptions(cpus_milli=1000))
+    assert machine.spec.limits.cpus_milli == 2000
+    machine.snapshots.create("two")
+    machine.kill()
+    machine.update(UpdateOptions(cpus_milli=1000))
+    machine.snapshots.restore("two")  # with its memory: as many CPUs, in the same places
+    with machine.attach() as attachment:
+        assert "xyz" in talk(attachment, "xyz", "xyz")
+    assert machine.spec.limits.cpus_milli == 2000
+    machine.stop()
+    machine.update(UpdateOptions(cpus_milli=1000))
+    machine.start()
+    wait_until(machine, "READY", times=2)
     machine.kill()
 
 
@@ -255,4 +287,17 @@ def test_a_linux_takes_and_gives(linux: Machine, host: Host, tmp_path: Path) -> 
         assert linux.spec.limits.memory_bytes == 768 << 20 and before - free_kib() > 128 << 10
         linux.update(UpdateOptions(memory_bytes=GIB))
         wait_for(lambda: before - free_kib() < 64 << 10)
+        # Its CPUs
+        _need_two_cpus()
+        assert shell(console, "nproc") == "1"
+        assert len(linux.update(UpdateOptions(cpus_milli=2000))) == 1  # the agent has taken it into use
+        assert shell(console, "nproc") == "2"
+        linux.snapshots.create("two")
+        linux.update(UpdateOptions(cpus_milli=1000))
+        assert shell(console, "nproc") == "1"
+    linux.snapshots.restore("two")
+    with linux.attach() as console:
+        assert shell(console, "nproc") == "2"
+        linux.update(UpdateOptions(cpus_milli=1000))  # one that it was born with goes, too
+        assert shell(console, "nproc") == "1"
     linux.kill()

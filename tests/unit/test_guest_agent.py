@@ -62,6 +62,32 @@ def test_what_it_says_of_its_network(ends: tuple[GuestAgent, socket.socket]) -> 
     )  # fmt: skip
 
 
+def test_it_takes_cpus_into_use(monkeypatch: pytest.MonkeyPatch, ends: tuple[GuestAgent, socket.socket]) -> None:
+    cpus = [{"logical-id": number, "online": number < 2, "can-offline": number > 0} for number in range(4)]
+    asked: list[object] = []
+
+    def ask(self: GuestAgent, command: str, within_s: float, arguments: dict | None = None) -> object:
+        asked.append((command, arguments))
+        if command == "guest-set-vcpus":
+            assert arguments is not None
+            for told in arguments["vcpus"][:1]:  # as one that has trouble with the others
+                cpus[told["logical-id"]]["online"] = told["online"]
+            return 1
+        return cpus
+
+    monkeypatch.setattr(GuestAgent, "_ask", ask)
+    agent, _ = ends
+    assert agent.use_cpus() == 3
+    wanted = [{"logical-id": number, "online": True} for number in (2, 3)]
+    assert asked[1] == ("guest-set-vcpus", {"vcpus": wanted})
+    cpus[:] = cpus[:2]
+    del asked[:]
+    assert agent.use_cpus() == 2 and [command for command, _ in asked] == ["guest-get-vcpus"] * 2
+    cpus[:] = [{"logical-id": "x"}]
+    with pytest.raises(RemoteError, match="protocol"):
+        agent.use_cpus()
+
+
 @pytest.mark.parametrize(
     "answer",
     [

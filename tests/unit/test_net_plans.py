@@ -203,7 +203,7 @@ def test_the_firewall_names_only_its_own_tables() -> None:
     heads = [line.removesuffix(" {").split()[-1] for line in text.splitlines() if "table " in line]
     assert set(heads) == {name}
     assert text.count("{{") == text.count("}}") == 0
-    assert firewall.rules_of(firewall._INET) == 28 and firewall.rules_of(firewall._BRIDGE) == 12
+    assert firewall.rules_of(firewall._INET) == 28 and firewall.rules_of(firewall._BRIDGE) == 36
 
 
 def test_elements_of_a_machine() -> None:
@@ -218,9 +218,9 @@ def test_elements_of_a_machine() -> None:
 def test_an_internal_network_s_elements_have_no_way_out() -> None:
     record = NetworkRecord("front", "0" * 32, "bridge", 1, "10.64.0.0/24", "10.64.0.1", "fd00::/64", "fd00::1")
     inside = [name for _, name, _ in firewall.network_elements("/r", record._replace(internal=True))]
-    assert inside == ["bridges", "insides", "closed", "gateways4", "gateways6"]
+    assert inside == ["bridges", "insides", "closed", "gateways4", "gateways6", "reserved6", "reserved6"]
     assert [name for _, name, _ in firewall.network_elements("/r", record)] == [
-        "bridges", "insides", "gateways4", "gateways6"
+        "bridges", "insides", "gateways4", "gateways6", "reserved6", "reserved6"
     ]  # fmt: skip
 
 
@@ -238,11 +238,13 @@ def test_elements_as_the_kernel_has_them() -> None:
             NFPROTO_INET, "ports4", bytes.fromhex("11000000 c0000201 00350000"), bytes.fromhex("0a400002 14e90000")
         ),
     ]
-    assert {(family, name) for family, name, _ in elements.marks()} == set(elements.SETS)
+    static = {key: shape for key, shape in elements.SETS.items() if not shape.timeout_s}
+    assert {(family, name) for family, name, _ in elements.marks()} == set(static)
     lengths = {
-        "ifname": 16, "ether_addr": 8, "ipv4_addr": 4, "ipv6_addr": 16, "inet_proto": 4, "inet_service": 4, elements.TARGET: 16
+        "ifname": 16, "ether_addr": 8, "ipv4_addr": 4, "ipv6_addr": 16, "inet_proto": 4, "inet_service": 4, elements.TARGET: 16,
+        elements.HARDWARE: 8, "mark": 4,
     }  # fmt: skip
-    for element, shape in zip(elements.encode(elements.marks()), elements.SETS.values(), strict=True):
+    for element, shape in zip(elements.encode(elements.marks()), static.values(), strict=True):
         assert len(element.key) == sum(lengths[field] for field in shape.key)
         assert len(element.data) == sum(lengths[field] for field in shape.data)
 

@@ -68,6 +68,20 @@ def test_what_runs_the_cpus() -> None:
     assert values(kvm, "-accel") == ["kvm"] and values(kvm, "-cpu") == ["host"]
 
 
+def test_places_for_cpus() -> None:
+    """A machine of one number of CPUs and of another are the same beside that: what a saved one goes on in."""
+    assert values(plan(), "-smp") == ["cpus=2,maxcpus=16"]
+    assert values(plan(cpus=20), "-smp") == ["cpus=20,maxcpus=20"]
+    assert values(plan(AARCH64), "-smp") == ["cpus=2,maxcpus=2"]
+    for compat in (False, True):
+        one, more = (plan(cpus=cpus, compat=compat) for cpus in (1, 16))
+        assert [pair for pair in zip(one, more, strict=True) if pair[0] != pair[1]] == [
+            ("cpus=1,maxcpus=16", "cpus=16,maxcpus=16")
+        ]
+    disks = [value for value in values(plan(), "-device") if value.startswith("virtio-blk-pci,")]
+    assert all(",num-queues=4" in value for value in disks)  # QEMU's default is the number of CPUs
+
+
 def test_firmware() -> None:
     uefi = plan(firmware=PcFirmware(code=6, variables=7))
     assert values(uefi, "-machine")[0].endswith(",pflash0=firmware,pflash1=variables")

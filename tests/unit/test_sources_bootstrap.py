@@ -5,12 +5,15 @@ The real mmdebstrap takes half a minute and a network: tests/e2e runs it.
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -305,6 +308,38 @@ def test_another_platforms_debian(programs: Path, root: Path, tmp_path: Path, mo
     with pytest.raises(LaunchError, match="arch-test") as caught:
         DebianSource("bookworm").fetch(blobs, platform="linux/s390x", progress=Silent())
     assert "qemu-user-static" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a plain user's mmdebstrap enters a namespace of its own")
+def test_another_platforms_programs_run_in_an_emulator(
+    programs: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the host is told nothing of: mmdebstrap runs where it is known, and does not look for it elsewhere."""
+    entered = tmp_path / "entered"
+
+    @contextmanager
+    def double(architecture: str) -> Iterator[Callable[[], None]]:
+        assert architecture == "riscv64"
+        yield lambda: entered.touch()
+
+    own = apt_sources.AptSource("http://mirror.example/debian", ("trixie",), ("main",), ())
+    monkeypatch.setattr(bootstrap, "find_debian_sources", lambda: [own])
+    monkeypatch.setattr(bootstrap, "find_emulator", lambda architecture: "/usr/bin/qemu")
+    monkeypatch.setattr(bootstrap, "foreign_programs", double)
+    (tmp_path / "rootfs.tar").write_bytes(layer_tar({"x": b"1"}))
+    program(programs, "mmdebstrap", f'printf "%s\\n" "$@" > {tmp_path}/asked\ncat {tmp_path}/rootfs.tar')
+    DebianSource("trixie").fetch(Blobs(str(root)), platform="linux/riscv64", progress=Silent())
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert {"--skip=check/qemu", "--architectures=riscv64"} <= set(asked) and entered.exists()
+    entered.unlink()
+    DebianSource("trixie").fetch(Blobs(str(root)), platform="", progress=Silent())
+    assert "--skip=check/qemu" not in (tmp_path / "asked").read_text() and not entered.exists()
+
+
+def test_releases_before_a_cpu_was_there(root: Path) -> None:
+    with pytest.raises(Unsupported, match="bookworm was not made for riscv64") as caught:
+        DebianSource("bookworm").fetch(Blobs(str(root)), platform="linux/riscv64", progress=Silent())
+    assert "debian:trixie" in caught.value.hint
 
 
 def test_platforms_that_there_are_none_for(root: Path) -> None:

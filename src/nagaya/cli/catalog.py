@@ -128,6 +128,10 @@ GROUPS: dict[str, tuple[str, dict[str, str]]] = {
         "Build, list and remove the kernels that machines boot",
         {"build": "kernel:BUILD", "ls": "kernel:LS", "path": "kernel:PATH", "rm": "kernel:RM"},
     ),
+    "installer": (
+        "List and remove the installers that were fetched for whole machines",
+        {"ls": "installer:LS", "rm": "installer:RM", "prune": "installer:PRUNE"},
+    ),
     "template": (
         "Build, list and remove what machines of type kvm begin from",
         {"build": "template:BUILD", "ls": "template:LS", "rm": "template:RM", "prune": "template:PRUNE"},
@@ -186,6 +190,9 @@ GROUP_SUMMARIES = {
     "kernel ls": "List guest kernels",
     "kernel path": "Show where a guest kernel is",
     "kernel rm": "Remove guest kernels",
+    "installer ls": "List the installers in the cache",
+    "installer rm": "Remove installers from the cache",
+    "installer prune": "Remove installers that nobody has used for a month",
     "template build": "Boot a machine once and save it for others to begin from",
     "template ls": "List templates",
     "template rm": "Remove templates",

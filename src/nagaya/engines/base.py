@@ -255,7 +255,8 @@ class Migrating(Protocol):
 
 
 class Resizable(Protocol):
-    def set_limits(self, limits: Limits) -> None: ...
+    def set_limits(self, limits: Limits) -> tuple[str, ...]:
+        """Make these the machine's. Sentences on what else there is to do. Raises `Unsupported`, `Conflict`, `HostError`."""
 
 
 class Pluggable(Protocol):

@@ -37,6 +37,7 @@ RTM_NEWADDR = 20
 RTM_GETADDR = 22
 RTM_NEWROUTE = 24
 RTM_GETROUTE = 26
+RTM_GETNEIGH = 30
 RTN_UNICAST = 1
 RT_TABLE_MAIN = 254
 RTPROT_BOOT = 3
@@ -60,6 +61,9 @@ IFA_ADDRESS = 1
 IFA_LOCAL = 2
 IFA_BROADCAST = 4
 IFA_F_NODAD = 0x02
+NDA_DST = 1
+NDA_LLADDR = 2
+NUD_VALID = 0xDE  # permanent, noarp, reachable, probe, stale, delay
 RTA_DST = 1
 RTA_OIF = 4
 RTA_GATEWAY = 5
@@ -67,6 +71,7 @@ RTA_GATEWAY = 5
 _HEADER = Struct("=IHHII")
 _IFINFO = Struct("=BxHiII")
 _IFADDR = Struct("=BBBBi")
+_NDMSG = Struct("=BxxxiHBB")
 _RTMSG = Struct("=BBBBBBBBI")
 _ATTR = Struct("=HH")
 _ERROR = Struct("=i")
@@ -344,6 +349,17 @@ class Netlink:
             link = int.from_bytes(parts.get(RTA_OIF, b""), "little")
             network = parts.get(RTA_DST, bytes(4 if family == AF_INET else 16))
             found.append(Route(network, prefix, link, protocol))
+        return found
+
+    def neighbours6(self, index: int) -> list[tuple[bytes, str]]:
+        """(IPv6 address, MAC address) of those that are, or were lately, known by a link."""
+        found = []
+        for data in self.dump(RTM_GETNEIGH, _NDMSG.pack(AF_INET6, 0, 0, 0, 0), "list neighbours"):
+            _, link, state, _, _ = _NDMSG.unpack_from(data)
+            parts = attributes(data, _NDMSG.size)
+            address, mac = parts.get(NDA_DST, b""), parts.get(NDA_LLADDR, b"")
+            if link == index and state & NUD_VALID and len(address) == 16 and len(mac) == 6:
+                found.append((address, ":".join(f"{byte:02x}" for byte in mac)))
         return found
 
     def add_default_route(self, gateway: str) -> None:

@@ -13,7 +13,7 @@ from nagaya.images.enclosed import enclose
 from nagaya.images.foreign import find_emulator, foreign_programs
 from nagaya.images.progress import Progress
 from nagaya.images.sources.apt_sources import find_debian_sources, find_proxies, rewrite_suite
-from nagaya.images.sources.bootstrap import HOST_PARTS, NUMBERS, SUITES, host_suite
+from nagaya.images.sources.bootstrap import HOST_PARTS, NUMBERS, SUITES, host_suite, require_port
 from nagaya.manager.hardware import find_architecture
 from nagaya.static import NamedTuple
 from nagaya.storage.disk_images.assemble import PLATFORMS, Platform, Uuids, assemble_disk
@@ -61,6 +61,7 @@ def build_debian(paths: Paths, options: BuildOptions, progress: Progress) -> Dis
         raise Unsupported("only root can make a Debian with all its owners", hint="run it as root")
     architecture = find_architecture(options.architecture)
     foreign = architecture != os.uname().machine
+    require_port(suite, ARCHITECTURES[architecture][0])
     if foreign:
         find_emulator(architecture)
     if options.size_bytes < LEAST_BYTES:

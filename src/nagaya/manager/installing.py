@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nagaya.errors import HostError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.images.progress import Progress
+from nagaya.images.sources.apt_package import Archive, extract
 from nagaya.images.sources.apt_sources import AptSource, base_suite, find_debian_sources, find_proxies, rewrite_suite
-from nagaya.images.sources.bootstrap import DEBIAN_ARCHITECTURES, NUMBERS, SUITES, host_suite
+from nagaya.images.sources.bootstrap import DEBIAN_ARCHITECTURES, NUMBERS, SUITES, host_suite, require_port
 from nagaya.manager.hardware import InstallOptions
 from nagaya.model.spec import MachineSpec
 from nagaya.static import NamedTuple
+from nagaya.storage.disk_images import installer_cache
 from nagaya.storage.disk_images.installer import INITRAMFS, KERNEL, InstallerFiles, put_into
+from nagaya.storage.disk_images.installer_cache import Kept
 from nagaya.storage.disk_images.installer_source import check_kernel, take_from_directory, take_from_disc
 from nagaya.storage.disk_images.preseed import Answers, Mirror, make_preseed, split_mirror
 from nagaya.storage.disk_images.seed import read_key
 from nagaya.storage.workplace import open_workplace
 
 DEBIAN = "debian"
+_FRESH_S = 24 * 3600.0
+"""An installer in the cache is used for so long without a look at whether its archive has a newer one."""
 
 
 class Installer(NamedTuple):
@@ -33,15 +39,17 @@ class Installer(NamedTuple):
 def open_installer(
     source: str, *, directory: str, architecture: str, platform: str, progress: Progress
 ) -> Iterator[Installer]:
-    """The installer that `source` names. What is fetched or copied lies in a directory below `directory` for so long.
+    """The installer that `source` names. What is copied from a disc lies in a directory below `directory` for so long.
 
     Raises `NotFound`, `Unsupported`, `IntegrityError`, `UsageError`, `LaunchError`, `HostError`.
     """
     name, _, tag = source.partition(":")
     if name == DEBIAN and "/" not in tag:
         suite = NUMBERS.get(tag, tag) or host_suite()
-        with open_workplace(directory) as place:
-            yield Installer(_fetch(suite, place, platform, architecture, progress), suite)
+        wanted = _name_package(suite, platform)
+        with installer_cache.open_cache() as cache:  # locked: nobody removes it while it is copied
+            kept = _find_kept(wanted, cache, architecture, progress)
+            yield Installer(kept.files, suite)
         return
     path = os.path.realpath(source)
     if os.path.isdir(path):
@@ -53,32 +61,68 @@ def open_installer(
         yield Installer(take_from_disc(path, place, architecture=architecture))
 
 
-def _fetch(suite: str, place: str, platform: str, architecture: str, progress: Progress) -> InstallerFiles:
-    """Debian's own package of it."""
-    from nagaya.images.sources.apt_package import download, extract  # lazy: tarfile, for this source alone
+class _Wanted(NamedTuple):
+    """Debian's own package of an installer, and the directory in it."""
 
+    suite: str
+    package: str
+    inside: str
+
+
+def _name_package(suite: str, platform: str) -> _Wanted:
     number = next((number for number, name in NUMBERS.items() if name == suite), "")
     if suite not in SUITES:
         raise UsageError(f"there is no Debian '{suite}'", hint="for example debian:bookworm")
     if not number:
         raise Unsupported(f"the installer of '{suite}' is in no package", hint="name a release, as debian:bookworm")
-    lines = [line for line in rewrite_suite(find_debian_sources(), suite) if f" {suite} " in f"{line} "]
-    if not lines:
+    name = DEBIAN_ARCHITECTURES[platform]
+    require_port(suite, name)
+    inside = f"usr/lib/debian-installer/images/{number}/{name}/text/debian-installer/{name}"
+    return _Wanted(suite, f"debian-installer-{number}-netboot-{name}", inside)
+
+
+def _find_kept(wanted: _Wanted, cache: str, architecture: str, progress: Progress) -> Kept:
+    """It, from the cache; fetched where the archive has another one by now: its parts would not fit an older one's kernel."""
+    kept = installer_cache.find(wanted.package)
+    if kept is not None and time.time_ns() - kept.record.asked_ns < _FRESH_S * 1e9:
+        installer_cache.note_use(kept, asked=False)
+        return kept
+    lines = [line for line in rewrite_suite(find_debian_sources(), wanted.suite) if f" {wanted.suite} " in f"{line} "]
+    if not lines and kept is None:
         raise Unsupported(
             "this host's apt has no Debian sources to take an installer from",
             hint="name its ISO file, or add a 'deb' line to /etc/apt/sources.list",
         )
-    name = DEBIAN_ARCHITECTURES[platform]
-    progress.step(f"the installer of debian {suite} for {architecture}")
-    package = download(f"debian-installer-{number}-netboot-{name}", lines, place)
-    inside = f"usr/lib/debian-installer/images/{number}/{name}/text/debian-installer/{name}"
-    files = InstallerFiles(f"{place}/{KERNEL}", f"{place}/{INITRAMFS}")
-    try:
-        extract(package, {f"{inside}/{KERNEL}": files.kernel, f"{inside}/{INITRAMFS}": files.initramfs})
-    except OSError as error:
-        raise HostError.from_os(error, "cannot unpack the installer") from None
-    check_kernel(files.kernel, architecture=architecture)
-    return files
+    progress.step(f"the installer of debian {wanted.suite} for {architecture}")
+    with open_workplace(cache) as place:
+        try:
+            archive = Archive(lines, place)
+            candidate = archive.find(wanted.package)
+        except NagayaError as error:
+            if kept is None:
+                raise
+            progress.step(f"cannot look for a newer one ({error}); taking the one of {_day(kept.record.asked_ns)}")
+            installer_cache.note_use(kept, asked=False)
+            return kept
+        if kept is not None and kept.record.digest == candidate.digest:
+            installer_cache.note_use(kept, asked=True)
+            return kept
+        made = f"{place}/made"
+        try:
+            os.mkdir(made, 0o700)
+            package = archive.download(wanted.package)
+            extract(package, {f"{wanted.inside}/{part}": f"{made}/{part}" for part in (KERNEL, INITRAMFS)})
+        except OSError as error:
+            raise HostError.from_os(error, "cannot unpack the installer") from None
+        check_kernel(f"{made}/{KERNEL}", architecture=architecture)
+        record = installer_cache.Record(
+            wanted.package, candidate.version, wanted.suite, architecture, candidate.digest, "", "", 0, 0, 0
+        )
+        return installer_cache.keep(cache, made, record)
+
+
+def _day(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(time_ns / 1e9))
 
 
 def give_installer(directory: str, spec: MachineSpec, options: InstallOptions | None, installer: Installer) -> None:

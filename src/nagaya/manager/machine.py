@@ -272,6 +272,7 @@ class Machine:
                 )
             before = self.spec
             alive = self.settled().phase in ALIVE
+            notes = [note] if note else []
             if planned.type != before.type or planned.limits.storage_bytes != before.limits.storage_bytes:
                 from nagaya.manager.retyping import rebuild  # lazy: rarer still
 
@@ -280,13 +281,14 @@ class Machine:
             machines.store_spec(self.paths, planned)
             if alive:
                 try:
-                    self.ask("update")
+                    told = self.ask("update").get("told")
+                    notes += [str(line) for line in told] if isinstance(told, list) else []
                 except NagayaError:
                     self.spec = before
                     machines.store_spec(self.paths, before)
                     raise
         self.record("update")
-        return describe(before, planned, alive=alive) + ([note] if note else [])
+        return describe(before, planned, alive=alive) + notes
 
     def change(self, planned: MachineSpec, op: str, network: str) -> str:
         """Store a record with another set of networks, under the command lock, and carry that out if it runs.

@@ -228,6 +228,10 @@ def _drop_links(
     trusted = rest is not None and rest.allow_host
     elements = [element for link in bridged for element in firewall.link_elements(link, trusted=True)]
     elements += [element for link in bridged for element in firewall.resolver_elements(paths.root, link)]
+    if any(link.sets_itself_up for link in bridged):
+        from nagaya.net import claims  # lazy: whole machines alone
+
+        elements += claims.of_links(paths.root, links, nftables)
     for link in bridged:
         if link.rate_bits:
             rates.lift(link.host_link)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket
+import sys
 
 from nagaya.kernel.nftables import NFPROTO_BRIDGE, NFPROTO_INET, Element
 from nagaya.static import NamedTuple
@@ -10,7 +11,14 @@ from nagaya.static import NamedTuple
 Elements = list[tuple[str, str, str]]  # (family, set, element in nft's words)
 
 FAMILIES = {"inet": NFPROTO_INET, "bridge": NFPROTO_BRIDGE}
-TARGET = "@th,64,128"  # of a neighbour advertisement (RFC 4861, 4.4): in the 1.0.6 of Debian 12 nft has no name for it
+# Of Neighbour Discovery (RFC 4861, 4.3 and 4.4), for which nft has no names in the 1.0.6 of Debian 12: the target, and the MAC
+# address of the option behind it. In a set of the first there may be sources as well (@nh,64,128), in one of the second what
+# a router solicitation says (@th,80,48): only the lengths must be the same.
+TARGET = "@th,64,128"
+HARDWARE = "@th,208,48"
+
+CLAIMED_S = 24 * 3600
+MOST_CLAIMS = 65535  # of all machines
 
 
 class Shape(NamedTuple):
@@ -18,6 +26,7 @@ class Shape(NamedTuple):
 
     key: tuple[str, ...]
     data: tuple[str, ...] = ()
+    timeout_s: int = 0  # not 0: rules put elements in, which go by themselves when they have not been used for so long
 
 
 _LED4, _LED6 = ("ipv4_addr", "inet_service"), ("ipv6_addr", "inet_service")
@@ -40,16 +49,24 @@ SETS = {
     ("bridge", "senders4"): Shape(("ifname", "ether_addr", "ipv4_addr")),
     ("bridge", "senders6"): Shape(("ifname", "ether_addr", "ipv6_addr")),
     ("bridge", "owned6"): Shape(("ifname", TARGET)),
+    ("bridge", "hardware6"): Shape(("ifname", HARDWARE)),
     ("bridge", "advised"): Shape(("ifname",)),
+    ("bridge", "claimers"): Shape(("ifname",), ("mark",)),
+    ("bridge", "reserved6"): Shape(("mark", TARGET)),
+    ("bridge", "claims6"): Shape(("ifname", TARGET), timeout_s=CLAIMED_S),
+    ("bridge", "claimed6"): Shape(("mark", TARGET), timeout_s=CLAIMED_S + 1),  # never free while it is somebody's
+    ("bridge", "fresh6"): Shape(("mark", TARGET), timeout_s=3),
+    ("bridge", "claimants"): Shape(("ifname",), timeout_s=CLAIMED_S),
 }
 
 # One in each set that means nothing, and whose being there says that nobody has flushed the set. No link has such a name
 # (dev_valid_name()), no datagram that protocol, and what it would lead to is no address of anybody's.
 _NOBODY = {
     "ifname": '"/"', "ipv4_addr": "0.0.0.0", "ipv6_addr": "::", "ether_addr": "00:00:00:00:00:00", "inet_proto": "255",
-    "inet_service": "0", TARGET: "0x0",
+    "inet_service": "0", TARGET: "0x0", HARDWARE: "0x0", "mark": "0x0",
 }  # fmt: skip
 _PROTOCOLS = {"tcp": 6, "udp": 17}
+_EXPRESSIONS = {"ifname": "meta iifname", "mark": "meta mark"}  # what nft takes these types from
 
 
 def declare(family: str) -> str:
@@ -60,15 +77,20 @@ def declare(family: str) -> str:
 def _declaration(name: str, shape: Shape) -> str:
     if shape.data:
         return f"map {name} {{ type {' . '.join(shape.key)} : {' . '.join(shape.data)}; }}"
-    if TARGET in shape.key:
-        return f"set {name} {{ typeof meta iifname . {TARGET}; }}"
-    return f"set {name} {{ type {' . '.join(shape.key)}; }}"
+    kind = f"type {' . '.join(shape.key)}"
+    if any(field.startswith("@") for field in shape.key):
+        kind = f"typeof {' . '.join(_EXPRESSIONS.get(field, field) for field in shape.key)}"
+    if shape.timeout_s:
+        kind += f"; size {MOST_CLAIMS}; flags dynamic,timeout; timeout {shape.timeout_s}s"
+    return f"set {name} {{ {kind}; }}"
 
 
 def marks() -> Elements:
     """The elements that mean nothing."""
     found = []
     for (family, name), shape in SETS.items():
+        if shape.timeout_s:
+            continue  # it would not stay
         key, data = (" . ".join(_NOBODY[field] for field in part) for part in (shape.key, shape.data))
         found.append((family, name, f"{key} : {data}" if data else key))
     return found
@@ -112,4 +134,8 @@ def _field(type_: str, word: str) -> bytes:
         return bytes([_PROTOCOLS.get(word) or int(word), 0, 0, 0])
     if type_ == "inet_service":
         return int(word).to_bytes(2, "big") + bytes(2)
+    if type_ == "mark":
+        return int(word, 16).to_bytes(4, sys.byteorder)
+    if type_ == HARDWARE:
+        return int(word, 16).to_bytes(6, "big") + bytes(2)
     return int(word, 16).to_bytes(16, "big")

@@ -7,12 +7,13 @@ loads is what the elements added one by one would have come to: both are made of
 from __future__ import annotations
 
 import os
+import zlib
 
 from nagaya.errors import LaunchError, NagayaError, Unsupported
 from nagaya.kernel.nftables import NFPROTO_BRIDGE, NFPROTO_INET, Nftables
 from nagaya.net import dns, elements, programs
 from nagaya.net.elements import Elements
-from nagaya.net.networks import NetworkRecord, bridge_name, load
+from nagaya.net.networks import NetworkRecord, bridge_mac, bridge_name, load
 from nagaya.net.plan import WILDCARDS, LinkPlan, NetworkPlan, is_loopback
 from nagaya.net.subnets import format_address, parse_address
 
@@ -61,8 +62,60 @@ _INET = """table inet {table} {{
 """
 # By every machine's own link: who it says it is. In the bridge's first hook, so also on the way to its neighbours. And the
 # host's router advertisements go to those alone that set themselves up: what we have set up needs no second default route.
+#
+# Those choose their link-local addresses, too (RFC 7217): who is the first to use one, or to ask whether it is anybody's
+# (RFC 4862, 5.4), has it, on its bridge. In `claims6` it is its port's, in `claimed6` its bridge's, of which the packet's mark
+# says the number here (for nft_meta_bridge is no module that every kernel has). A port claims a few a day: nobody can fill
+# the sets. `fresh6` has those that their owner may be asking for still, whom a question of another's would have give up.
+_CLAIM = """		meta mark set iifname map @claimers
+		meta mark 0 drop
+		meta mark . {at} @reserved6 drop
+		iifname . {at} @claims6 update @claims6 {{ iifname . {at} }} update @claimed6 {{ meta mark . {at} }} meta mark set 0 accept
+{taken}		add @claimants {{ iifname limit rate over 1/hour burst 16 packets }} drop
+		add @claimed6 {{ meta mark . {at} }} add @claims6 {{ iifname . {at} }} add @fresh6 {{ meta mark . {at} }} meta mark set 0 accept
+		drop
+"""
+_CLAIM_SOURCE = _CLAIM.format(at="@nh,64,128", taken="\t\tmeta mark . @nh,64,128 @claimed6 drop\n")
+_CLAIM_TARGET = _CLAIM.format(
+    at="@th,64,128",
+    taken="\t\tmeta mark . @th,64,128 @fresh6 drop\n"
+    "\t\tmeta mark . @th,64,128 @claimed6 meta mark set 0 accept\n",  # for its owner to answer
+)
 _BRIDGE = """table bridge {table} {{
-{sets}	chain prerouting {{
+{sets}	chain detection {{
+		ip6 length != {{ 24, 32 }} drop
+		ip6 length 32 @th,192,16 != 0x0e01 drop
+		iifname . @th,64,128 @owned6 accept
+		@th,64,64 != 0xfe80000000000000 drop
+{claim_target}	}}
+	chain solicitation {{
+		ip6 saddr :: goto detection
+		ip6 length 24 return
+		ip6 length 32 @th,192,16 0x0101 iifname . @th,208,48 @hardware6 return
+		drop
+	}}
+	chain advertisement {{
+		ip6 length != {{ 24, 32 }} drop
+		ip6 length 32 @th,192,16 != 0x0201 drop
+		ip6 length 32 iifname . @th,208,48 != @hardware6 drop
+		iifname . @th,64,128 @owned6 return
+		meta mark set iifname map @claimers
+		meta mark . @th,64,128 @reserved6 drop
+		iifname . @th,64,128 @claims6 meta mark set 0 return
+		drop
+	}}
+	chain discovery {{
+		ip6 nexthdr != ipv6-icmp drop
+		ip6 hoplimit != 255 drop
+		icmpv6 type nd-neighbor-solicit goto solicitation
+		icmpv6 type nd-neighbor-advert goto advertisement
+		ip6 length 8 return
+		ip6 length 16 @th,64,16 0x0101 iifname . @th,80,48 @hardware6 return
+		drop
+	}}
+	chain claim {{
+{claim_source}	}}
+	chain prerouting {{
 		type filter hook prerouting priority filter; policy accept;
 		iifname != @ports accept
 		iifname . ether saddr != @macs drop
@@ -71,9 +124,10 @@ _BRIDGE = """table bridge {table} {{
 		ether type arp iifname . arp saddr ether . arp saddr ip @senders4 accept
 		ether type arp iifname . arp saddr ether @macs arp saddr ip 0.0.0.0 arp operation request accept
 		ether type ip6 icmpv6 type {{ nd-router-advert, nd-redirect }} drop
-		ether type ip6 icmpv6 type nd-neighbor-advert iifname . @th,64,128 != @owned6 drop
+		ether type ip6 icmpv6 type {{ nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }} jump discovery
 		ether type ip6 iifname . ether saddr . ip6 saddr @senders6 accept
-		ether type ip6 ip6 saddr :: icmpv6 type {{ nd-neighbor-solicit, mld-listener-report, mld2-listener-report }} accept
+		ether type ip6 ip6 saddr :: icmpv6 type {{ nd-router-solicit, mld-listener-report, mld2-listener-report }} accept
+		ether type ip6 ip6 saddr fe80::/64 goto claim
 		drop
 	}}
 	chain output {{
@@ -102,7 +156,9 @@ def tables(root: str) -> str:
         + _INET.format(
             table=table, sets=elements.declare("inet"), first=dns.FIRST_PORT, last=dns.FIRST_PORT + dns.PORTS - 1
         )
-        + _BRIDGE.format(table=table, sets=elements.declare("bridge"))
+        + _BRIDGE.format(
+            table=table, sets=elements.declare("bridge"), claim_source=_CLAIM_SOURCE, claim_target=_CLAIM_TARGET
+        )
         + elements.additions(table, elements.marks())
     )
 
@@ -119,7 +175,18 @@ def network_elements(root: str, record: NetworkRecord) -> Elements:
     for version, gateway in ((4, record.gateway), (6, record.gateway6)):
         if gateway:
             found.append(("inet", f"gateways{version}", f'"{bridge}" . {gateway}'))
-    return found
+    own = [address for address in (record.gateway6, link_local(bridge_mac(bridge))) if address]
+    return found + [("bridge", "reserved6", f"{bridge_mark(bridge)} . {target(address)}") for address in own]
+
+
+def bridge_mark(bridge: str) -> str:
+    """The number that stands for a bridge, among addresses that are somebody's on it; never 0."""
+    return f"{zlib.crc32(os.fsencode(bridge)) | 1:#010x}"
+
+
+def target(address: str) -> str:
+    """An IPv6 address as the sets of `elements.TARGET` have it."""
+    return f"{parse_address(address, 6):#034x}"
 
 
 def machine_elements(root: str, plan: NetworkPlan) -> Elements:
@@ -136,13 +203,13 @@ def port_elements(plan: NetworkPlan) -> Elements:
 
     What comes to an IPv6 address of the host's goes to the machine's, and where it has none to the sockets as well.
     """
-    target = port_target(plan)
+    link = port_target(plan)
     found: Elements = []
-    if target is None:
+    if link is None:
         return found
     for port in plan.ports:
         version = 6 if ":" in port.host_address else 4
-        inside = target.address6 if version == 6 else target.address
+        inside = link.address6 if version == 6 else link.address
         if is_loopback(port.host_address) or not inside:
             continue
         key = f"{port.protocol} . {port.host_port}"
@@ -162,8 +229,11 @@ def link_elements(link: LinkPlan, *, trusted: bool) -> Elements:
     port = f'"{link.host_link}"'
     local = link_local(link.mac)
     found = [("bridge", "ports", port), ("bridge", "macs", f"{port} . {link.mac}")]
+    found.append(("bridge", "hardware6", f"{port} . 0x{link.mac.replace(':', '')}"))
+    mark = bridge_mark(link.bridge)
     if link.sets_itself_up:
         found.append(("bridge", "advised", port))
+        found.append(("bridge", "claimers", f"{port} : {mark}"))
     if link.address:
         found.append(("bridge", "senders4", f"{port} . {link.mac} . {link.address}"))
         if trusted:
@@ -171,7 +241,8 @@ def link_elements(link: LinkPlan, *, trusted: bool) -> Elements:
     for address in (link.address6, local):
         if address:
             found.append(("bridge", "senders6", f"{port} . {link.mac} . {address}"))
-            found.append(("bridge", "owned6", f"{port} . {parse_address(address, 6):#034x}"))
+            found.append(("bridge", "owned6", f"{port} . {target(address)}"))
+            found.append(("bridge", "reserved6", f"{mark} . {target(address)}"))
     if link.address6 and trusted:
         found.append(("inet", "trusted6", f'"{link.bridge}" . {link.address6}'))
     return found
@@ -208,7 +279,7 @@ def is_whole(root: str, nftables: Nftables) -> bool:
     table = table_name(root)
     return (
         nftables.count_rules(NFPROTO_INET, table) == rules_of(_INET)
-        and nftables.count_rules(NFPROTO_BRIDGE, table) == rules_of(_BRIDGE)
+        and nftables.count_rules(NFPROTO_BRIDGE, table) == rules_of(_BRIDGE + _CLAIM_SOURCE + _CLAIM_TARGET)
         and nftables.has(table, elements.encode(elements.marks()))
     )
 

@@ -226,6 +226,9 @@ def raise_bridge(record: NetworkRecord, bridge: str, link: LinkPlan, found: Link
             if record.gateway6 and has_ipv6():
                 _write(f"/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6", "0")
                 _write(f"/proc/sys/net/ipv6/conf/{bridge}/accept_ra", "0")
+                _write(
+                    f"/proc/sys/net/ipv6/conf/{bridge}/addr_gen_mode", "0"
+                )  # by its MAC, as the firewall takes it to be
                 netlink.add_address6(index, record.gateway6, subnets.parse_subnet(record.subnet6).prefix)
             netlink.set_up(index)
         if not record.internal:

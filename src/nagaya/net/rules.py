@@ -27,6 +27,11 @@ def reload(paths: Paths) -> None:
     """Load it anew by the plans, if there are any."""
     elements = all_elements(paths)
     if elements:
+        links = [link for plan in live.load_all(paths).values() for link in plan.links]
+        if any(link.sets_itself_up for link in links):
+            from nagaya.net import claims  # lazy: whole machines alone
+
+            elements += claims.find(paths.root, links)
         firewall.rebuild(paths.root, elements)
 
 

@@ -231,16 +231,17 @@ def _stats(machine: Supervisor, client: Client, request: dict[str, object]) -> N
 def _update(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
     """The manager has rewritten the record: take the limits and the restart policy from it."""
     spec = machines.load_spec(machine.paths, machine.spec.id)
+    told: tuple[str, ...] = ()
     if spec.limits != machine.spec.limits:
         _need(machine, "limits", "change its limits while it runs")
         if machine.booted is not None:
-            machine.engine.set_limits(spec.limits)  # type: ignore[attr-defined]
+            told = machine.engine.set_limits(spec.limits)  # type: ignore[attr-defined]
     if spec.name != machine.spec.name and spec.network == "bridge":
         from nagaya.net import attach  # lazy: rare
 
         attach.rename(machine.paths, spec)
     machine.spec = spec
-    client.finish(control.reply())
+    client.finish(control.reply(told=told))
 
 
 def _plug(machine: Supervisor, client: Client, request: dict[str, object]) -> None:

@@ -61,6 +61,7 @@ _NETWORK_COMMANDS = (
     "network rm", "network inspect", "network connect", "network disconnect",
 )  # fmt: skip
 _KERNEL_COMMANDS = ("kernel rm", "kernel path")
+_INSTALLER_COMMANDS = ("installer rm",)
 _FLAG_VALUES = {
     "network": ("bridge", "host", "none", "user"),
     "pull": ("always", "missing", "never"),
@@ -153,6 +154,10 @@ def _names(context: Context, command: str) -> list[str]:
             from nagaya.kernels.cache import list_kernels
 
             return [kernel.id for kernel in list_kernels()]
+        if command in _INSTALLER_COMMANDS:
+            from nagaya.storage.disk_images.installer_cache import list_kept
+
+            return [one.id for one in list_kept()]
         names: list[str] = []
         if command in _IMAGE_COMMANDS or command == "inspect":
             names += [name for image in context.host.images.list() for name in image.names]

@@ -284,9 +284,11 @@ class ContainerEngine:
 
         route(link, self._pidfd)
 
-    def set_limits(self, limits: Limits) -> None:
+    def set_limits(self, limits: Limits) -> tuple[str, ...]:
+        """See `Resizable.set_limits`."""
         assert self._cgroup is not None
         self._cgroup.set_limits(limits)
+        return ()
 
     def oom_killed(self) -> bool:
         return self._cgroup is not None and self._cgroup.oom_kills() > 0

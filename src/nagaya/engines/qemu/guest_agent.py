@@ -18,6 +18,7 @@ CHARDEV = "guest"
 ANSWERS_WITHIN_S = 5.0
 FREEZES_WITHIN_S = 20.0  # its file systems write out what they hold back
 MOST_BYTES = 1 << 20
+MOST_CPUS = 4096
 MOST_INTERFACES, MOST_ADDRESSES = 64, 64
 
 
@@ -49,6 +50,23 @@ class GuestAgent:
 
     def set_time(self, time_ns: int) -> None:
         self._ask("guest-set-time", ANSWERS_WITHIN_S, {"time": time_ns})
+
+    def use_cpus(self) -> int:
+        """Have the system take all CPUs that it knows of into use: plugged in is not yet that. How many it has in use then."""
+        idle = [each["logical-id"] for each in self._list_cpus() if not each["online"]]
+        if idle:
+            told = [{"logical-id": number, "online": True} for number in idle]
+            self._ask("guest-set-vcpus", ANSWERS_WITHIN_S, {"vcpus": told})
+        return sum(bool(each["online"]) for each in self._list_cpus())
+
+    def _list_cpus(self) -> list[dict[str, int]]:
+        answer = self._ask("guest-get-vcpus", ANSWERS_WITHIN_S)
+        try:
+            return [
+                {"logical-id": int(each["logical-id"]), "online": int(each["online"])} for each in answer[:MOST_CPUS]
+            ]
+        except (KeyError, TypeError, ValueError):
+            raise RemoteError("the guest agent does not answer in its protocol") from None
 
     def find_links(self) -> tuple[GuestLink, ...]:
         """Its network interfaces."""

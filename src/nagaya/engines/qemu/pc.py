@@ -11,14 +11,14 @@ import time
 from contextlib import ExitStack
 
 from nagaya.engines.base import FEATURES, Booted, BootRequest, Stats
-from nagaya.engines.qemu import discs, guest_agent, pc_arguments, plugging, rights, saved, screen
+from nagaya.engines.qemu import discs, guest_agent, hotplug_cpus, pc_arguments, plugging, rights, saved, screen
 from nagaya.engines.qemu.guest_agent import GuestAgent
 from nagaya.engines.qemu.host_pci import PciDevice, check_pinning, find_pci
 from nagaya.engines.qemu.host_usb import find_usb
 from nagaya.engines.qemu.inherited import Inherited
 from nagaya.engines.qemu.monitor import MonitorClosed
 from nagaya.engines.qemu.pc_arguments import PcMachine
-from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board
+from nagaya.engines.qemu.pc_boards import UEFI, find_firmware, find_loader, find_pc_board, most_cpus
 from nagaya.engines.qemu.pc_parts import (
     kvm_groups,
     open_drives,
@@ -78,7 +78,6 @@ class WholeMachineEngine:
         self._pci: tuple[PciDevice, ...] = ()
         self._spec: MachineSpec | None = None
         self._drives: tuple[Drive, ...] = ()  # as they are by now
-        self._limits = Limits()  # what it was started with
         self._compat = False
         self._ports: dict[str, int] = {}  # MAC address -> port of its card
         self._screen = -1  # listens for viewers
@@ -227,8 +226,7 @@ class WholeMachineEngine:
             incoming=bool(request.saved),
             forward_ssh=hardware.seed is not None,
         )
-        self._spec, self._drives = spec, hardware.drives
-        self._limits, self._compat = spec.limits, hardware.compat
+        self._spec, self._drives, self._compat = spec, hardware.drives, hardware.compat
         self._ports = {card.mac: number for number, card in enumerate(machine.cards)}
         self._qemu.memory_bytes = machine.memory_bytes
         self._qemu.links = tuple(link.host_link for link in request.network.links if link.host_link)
@@ -270,6 +268,7 @@ class WholeMachineEngine:
                 "what a PCI device of this host is about cannot be saved",
                 hint="save the machine's disks alone: --no-memory",
             )
+        hotplug_cpus.check_number(self._qemu.monitor, rules.cpus(self._spec))
         self._qemu.bounds.make_room(directory, self._qemu.memory_bytes)
         saved.write(self._qemu.monitor, self._describe(self._spec), directory)
 
@@ -283,13 +282,14 @@ class WholeMachineEngine:
 
     def _describe(self, spec: MachineSpec) -> saved.SavedMachine:
         """What has to be the same where it goes on: its devices stand where they stood."""
-        hardware = _hardware(spec)
+        hardware, board = _hardware(spec), find_pc_board(spec.platform)
         drives = self._drives or hardware.drives
         devices = [
             spec.type, hardware.firmware, *(["compat"] if hardware.compat else []),
             *(["tpm"] if hardware.tpm else []), *(["secure-boot"] if hardware.secure_boot else []),
             *(pc_arguments.drive_name(drive, number) for number, drive in enumerate(drives)),
             *(f"card{port}" for port in sorted(self._ports.values())),
+            *([f"{most_cpus(board, rules.cpus(spec))} places for CPUs"] if board.hot_cpus else []),
         ]  # fmt: skip
         return saved.SavedMachine(
             saved.FORMAT, "", spec.platform, rules.cpus(spec), self._qemu.memory_bytes or rules.memory_bytes(spec),
@@ -323,7 +323,9 @@ class WholeMachineEngine:
                 "a machine with --compat has IDE disks, which nobody plugs in while it runs",
                 hint="stop it first; it starts with the disk then",
             )
-        plugging.plug_disk(self._qemu.monitor, drive, path, allowed=allowed)
+        assert self._spec is not None
+        queues = find_pc_board(self._spec.platform).disk_queues
+        plugging.plug_disk(self._qemu.monitor, drive, path, allowed=allowed, queues=queues)
         self._drives += (drive,)
 
     def unplug_disk(self, drive: Drive) -> None:
@@ -368,12 +370,57 @@ class WholeMachineEngine:
             return None
         return [each._asdict() for each in self._guest.find_links()]
 
-    def set_limits(self, limits: Limits) -> None:
-        """See `Resizable.set_limits`: the memory, as far as a balloon goes."""
-        if limits._replace(memory_bytes=0) != self._limits._replace(memory_bytes=0):
+    def set_limits(self, limits: Limits) -> tuple[str, ...]:
+        """See `Resizable.set_limits`: the memory, as far as a balloon goes, and the number of CPUs."""
+        assert self._spec is not None
+        before = self._spec.limits
+        if limits._replace(memory_bytes=0, cpus_milli=0) != before._replace(memory_bytes=0, cpus_milli=0):
             raise Unsupported(
-                "of a whole machine that runs the memory alone can be changed", hint="stop it first, or --memory alone"
+                "of a whole machine that runs the memory and the CPUs alone can be changed",
+                hint="stop it first, or --memory or --cpus alone",
             )
+        if limits.memory_bytes != before.memory_bytes:
+            self._set_memory(limits)
+        if limits.cpus_milli == before.cpus_milli:
+            self._spec = self._spec._replace(limits=limits)
+            return ()
+        try:
+            told = self._set_cpus(limits)
+        except NagayaError:
+            if limits.memory_bytes != before.memory_bytes:
+                self._set_memory(before)
+            raise
+        self._spec = self._spec._replace(limits=limits)
+        return told
+
+    def _set_cpus(self, limits: Limits) -> tuple[str, ...]:
+        """As many as that, now. A sentence where its system has to be told of them by hand."""
+        assert self._spec is not None
+        before = self._spec.limits
+        spec, board = self._spec._replace(limits=limits), find_pc_board(self._spec.platform)
+        if limits.cpus_milli % 1000 or before.cpus_milli % 1000:
+            raise Unsupported(
+                "parts of CPUs are for the next start: while it runs, whole ones come and go", hint="stop it first"
+            )
+        most = most_cpus(board, rules.cpus(self._spec)) if board.hot_cpus else 0
+        if not most:
+            raise Unsupported(
+                f"the CPUs of an {board.architecture} machine are those that it was started with",
+                hint="stop it first: it starts with the new number",
+            )
+        wanted = rules.cpus(spec)
+        if wanted > most:
+            raise Unsupported(
+                f"a machine gets no more than {most} CPUs while it runs",
+                hint="stop it first: it starts with the new number",
+            )
+        more = wanted > rules.cpus(self._spec)
+        if more:
+            self._qemu.bounds.follow_cpus(spec)
+        hotplug_cpus.set_cpus(self._qemu.monitor, wanted)
+        return hotplug_cpus.take_into_use(self._qemu.monitor, self._guest, wanted) if more else ()
+
+    def _set_memory(self, limits: Limits) -> None:
         wanted, most = limits.memory_bytes or rules.DEFAULT_MEMORY_BYTES, self._qemu.memory_bytes
         if wanted < rules.LEAST_MEMORY_BYTES:
             raise UsageError(f"a machine needs {rules.LEAST_MEMORY_BYTES >> 20} MiB of memory or more")

@@ -9,7 +9,7 @@ import json
 
 from nagaya.engines.qemu.arguments import SANDBOX, USER_NETWORK, Card, forwards
 from nagaya.engines.qemu.guest_agent import CHANNEL, CHARDEV
-from nagaya.engines.qemu.pc_boards import PcBoard
+from nagaya.engines.qemu.pc_boards import PcBoard, most_cpus
 from nagaya.model.spec import Drive
 from nagaya.static import Any, NamedTuple
 
@@ -96,7 +96,7 @@ def plan_pc(machine: PcMachine) -> list[str]:
         "-uuid", uuid,
         "-machine", _machine(machine),
         *(("-accel", "kvm", "-cpu", "host") if machine.kvm else ("-accel", "tcg,thread=multi", "-cpu", board.cpu)),
-        "-smp", str(machine.cpus),
+        "-smp", f"cpus={machine.cpus},maxcpus={most_cpus(board, machine.cpus)}",
         "-m", f"{machine.memory_bytes >> 10}k",
         "-rtc", "base=utc,driftfix=slew" if board.vga else "base=utc",
         "-boot", "menu=off,strict=off",
@@ -219,6 +219,8 @@ def _drive_device(machine: PcMachine, drive: PcDrive, number: int) -> str:
     elif machine.compat:
         kind = "ide-hd"
     text = f"{kind},id={device_name(drive.name)},bootindex={drive.boot_index}"
+    if kind == "virtio-blk-pci" and machine.board.disk_queues:
+        text += f",num-queues={machine.board.disk_queues}"
     if drive.slot and not machine.compat:
         text += f",bus=slot{drive.slot}"
     if drive.node is not None:

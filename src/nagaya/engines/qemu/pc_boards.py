@@ -26,6 +26,10 @@ class PcBoard(NamedTuple):
     vga: bool  # has what every PC has: VGA, PS/2, IDE
     secure_firmware: tuple[tuple[str, str], ...] = ()  # the same with Microsoft's keys, that starts only what is signed
     tpm: str = ""  # the device that a TPM is; "" = there is none
+    disk_queues: int = (
+        0  # of a virtio disk; 0 = QEMU's choice, which is one for each CPU that there is at the beginning
+    )
+    hot_cpus: int = 0  # CPUs up to so many can come while it runs; 0 = none can (QEMU 7.2: PCs alone)
     loader: tuple[str, ...] = ()  # paths of what is booted in place of UEFI, where "bios" means that
 
 
@@ -51,6 +55,8 @@ X86_64 = PcBoard(
         ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
     ),
     tpm="tpm-crb",
+    disk_queues=4,
+    hot_cpus=16,
 )
 AARCH64 = PcBoard(
     architecture="aarch64",
@@ -85,6 +91,12 @@ RISCV64 = PcBoard(
 )
 BOARDS = (X86_64, AARCH64, RISCV64)
 ARCHITECTURES = tuple(board.architecture for board in BOARDS)
+
+
+def most_cpus(board: PcBoard, cpus: int) -> int:
+    """How many a machine has places for that starts with so many: the same for each number up to `hot_cpus`, for its memory,
+    once saved, has tables of them all."""
+    return max(cpus, board.hot_cpus)
 
 
 def find_pc_board(platform: str) -> PcBoard:

@@ -26,9 +26,10 @@ BALLOON_MOVES_WITHIN_S = 3.0
 _RESIZED_WITHIN_S = 30.0
 
 
-def plug_disk(monitor: Monitor, drive: Drive, path: str, *, allowed: tuple[str, ...]) -> None:
-    """Raises as `open_chain`, and leaves nothing then."""
+def plug_disk(monitor: Monitor, drive: Drive, path: str, *, allowed: tuple[str, ...], queues: int) -> None:
+    """`queues` 0 = QEMU's choice. Raises as `open_chain`, and leaves nothing then."""
     name = drive_name(drive, 0)
+    more: Any = {"num-queues": queues} if queues else {}
     with ExitStack() as stack:
         chain = open_chain(
             path, stack, format=drive.format, writable=not drive.read_only, allowed=allowed,
@@ -38,7 +39,7 @@ def plug_disk(monitor: Monitor, drive: Drive, path: str, *, allowed: tuple[str, 
         try:
             monitor.command(
                 "device_add", driver="virtio-blk-pci", id=device_name(name), bus=f"slot{drive.slot}", drive=name,
-                serial=name,
+                serial=name, **more,
             )  # fmt: skip
         except BaseException:
             remove_image(monitor, name)

@@ -111,6 +111,14 @@ class Bounds:
         self._group.set_limits(wanted)
         self._limits = wanted
 
+    def follow_cpus(self, spec: MachineSpec) -> None:
+        """The machine has another number of CPUs now. Raises `HostError`."""
+        if self._group is None or not self._limits.pids:
+            return
+        wanted = self._limits._replace(pids=plan_bounds(spec, translates=False).pids)
+        self._group.set_limits(wanted)
+        self._limits = wanted
+
     def _remove(self) -> None:
         group, self._group = self._group, None
         if group is not None:

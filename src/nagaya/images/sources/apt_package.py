@@ -10,36 +10,51 @@ from collections.abc import Iterable
 
 from nagaya.errors import IntegrityError, LaunchError, NotFound, Unsupported
 from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
-from nagaya.static import IO, cast
+from nagaya.static import IO, NamedTuple, cast
 
 CHUNK = 1 << 20
+_HINT = "check that 'apt-get update' works on this machine"
 
 
-def download(package: str, lines: Iterable[str], place: str) -> str:
-    """The path of the package's file in `place`. `lines` are sources, as in sources.list(5).
+class Candidate(NamedTuple):
+    """What apt would take. `digest`: SHA-256 of the package's file, in hex."""
 
-    apt gets lists and a cache of its own there: what it knows of this host's packages stays as it is. Raises `NotFound` for
-    a package that the sources do not have, `LaunchError` when they cannot be reached, `Unsupported` without apt.
-    """
-    work = f"{place}/apt"
-    for name in ("lists/partial", "cache/archives/partial"):
-        os.makedirs(f"{work}/{name}")
-    with open(f"{work}/sources.list", "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    options = (
-        f"Dir::Etc::SourceList={work}/sources.list", "Dir::Etc::SourceParts=/dev/null", f"Dir::State::Lists={work}/lists",
-        f"Dir::Cache={work}/cache", "Acquire::Languages=none", "APT::Update::Error-Mode=any", "APT::Sandbox::User=root",
-    )  # fmt: skip
-    command = ["apt-get", "-q", *(word for option in options for word in ("-o", option))]
-    _run([*command, "update"], work, hint="check that 'apt-get update' works on this machine")
-    listed = _run(["apt-cache", *command[2:], "show", package], work, may_fail=True)
-    if not listed:
-        raise NotFound(f"this host's package sources have no {package}")
-    _run([*command, "download", package], work, hint="check that 'apt-get update' works on this machine")
-    names = [name for name in os.listdir(work) if name.startswith(f"{package}_") and name.endswith(".deb")]
-    if len(names) != 1:
-        raise LaunchError(f"apt-get has not fetched {package}", command="apt-get download")
-    return f"{work}/{names[0]}"
+    version: str
+    digest: str
+
+
+class Archive:
+    """What apt knows of some sources, with lists and a cache of its own: what it knows of this host's packages stays as it is."""
+
+    def __init__(self, lines: Iterable[str], place: str) -> None:
+        """Fetch the lists to `place`. `lines`: as in sources.list(5). Raises `LaunchError`, and `Unsupported` without apt."""
+        work = self._work = f"{place}/apt"
+        for name in ("lists/partial", "cache/archives/partial"):
+            os.makedirs(f"{work}/{name}")
+        with open(f"{work}/sources.list", "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        options = (
+            f"Dir::Etc::SourceList={work}/sources.list", "Dir::Etc::SourceParts=/dev/null", f"Dir::State::Lists={work}/lists",
+            f"Dir::Cache={work}/cache", "Acquire::Languages=none", "APT::Update::Error-Mode=any", "APT::Sandbox::User=root",
+        )  # fmt: skip
+        self._options = ["-q", *(word for option in options for word in ("-o", option))]
+        _run(["apt-get", *self._options, "update"], work, hint=_HINT)
+
+    def find(self, package: str) -> Candidate:
+        """Raises `NotFound` for a package that the sources do not have."""
+        shown = _run(["apt-cache", *self._options, "show", "--no-all-versions", package], self._work, may_fail=True)
+        fields = dict(line.split(": ", 1) for line in shown.splitlines() if ": " in line and not line.startswith(" "))
+        if "Version" not in fields or "SHA256" not in fields:
+            raise NotFound(f"this host's package sources have no {package}")
+        return Candidate(fields["Version"], fields["SHA256"])
+
+    def download(self, package: str) -> str:
+        """The path of the package's file, which apt has checked. Raises `LaunchError`."""
+        _run(["apt-get", *self._options, "download", package], self._work, hint=_HINT)
+        names = [name for name in os.listdir(self._work) if name.startswith(f"{package}_") and name.endswith(".deb")]
+        if len(names) != 1:
+            raise LaunchError(f"apt-get has not fetched {package}", command="apt-get download")
+        return f"{self._work}/{names[0]}"
 
 
 def extract(package: str, files: dict[str, str]) -> None:

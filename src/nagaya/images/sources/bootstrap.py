@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from nagaya.errors import HostError, LaunchError, NotFound, Unsupported
 from nagaya.images.content import Blobs
+from nagaya.images.foreign import Enter, find_emulator, foreign_programs
 from nagaya.images.manifest import Descriptor, format_time, host_platform
 from nagaya.images.pack import compress_blob, pack_layer
 from nagaya.images.progress import Progress
@@ -27,6 +28,8 @@ PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NUMBERS = {"10": "buster", "11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
 SUITES = (*NUMBERS.values(), "sid", "unstable", "testing", "stable", "oldstable")
 SLIM = "-slim"
+# Debian's words for CPUs that came later.
+_FIRST_RELEASES = {"riscv64": 13}
 INSTALLED = "/bin/busybox"
 PT_INTERP = 3
 # What Debian calls the CPUs of platforms.
@@ -114,6 +117,7 @@ class DebianSource:
         if platform not in DEBIAN_ARCHITECTURES:
             raise Unsupported(f"there is no Debian for {platform}", hint=f"for {', '.join(DEBIAN_ARCHITECTURES)}")
         foreign = platform != host_platform()
+        require_port(self._suite, DEBIAN_ARCHITECTURES[platform])
         found = find_debian_sources()
         if foreign:  # a line for this host's CPU alone stands for its archive
             found = [one._replace(options=tuple(o for o in one.options if not o.startswith("arch="))) for one in found]
@@ -134,8 +138,13 @@ class DebianSource:
             command += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
         command += [f"--aptopt={option}" for option in find_proxies()]
         command += [self._suite, "-", *lines]
-        hint = FOREIGN_HINT.format(platform) if foreign else USUAL_HINT
-        layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s, hint=hint)
+        with ExitStack() as stack:
+            enter = None
+            if foreign and not os.geteuid() and (emulated := _find_emulated(platform)):
+                command.insert(1, "--skip=check/qemu")  # which looks for what is registered with the host
+                enter = stack.enter_context(foreign_programs(emulated))
+            hint = FOREIGN_HINT.format(platform) if foreign and enter is None else USUAL_HINT
+            layer, diff_id = _run(command, blobs, progress, label=self.label, epoch_s=epoch_s, hint=hint, enter=enter)
         labels = {"org.opencontainers.image.title": "debian", "org.opencontainers.image.version": self._suite}
         made_by = f"mmdebstrap --variant=minbase {self._suite}"
         return _put(
@@ -148,17 +157,40 @@ HOST_PARTS = ('--customize-hook=cd "$1/etc" && rm -f resolv.conf hostname && : >
 
 
 USUAL_HINT = "check that 'apt-get update' works on this machine"
-# Its packages' own scripts have to run: the kernel starts them in an emulator that it was told of (binfmt_misc).
+# Its packages' own scripts have to run, in an emulator. Where `foreign_programs` knows none, the host has to be told of one.
 FOREIGN_HINT = (
-    "check that 'apt-get update' works on this machine, and that it runs programs for {}: "
-    "apt-get install qemu-user-static binfmt-support arch-test"
+    "check that 'apt-get update' works on this machine, and that it runs programs for {}: as root, "
+    "apt-get install qemu-user-static; for other CPUs than arm64 and riscv64, and plain users, also binfmt-support arch-test"
 )
 
 
+def _find_emulated(platform: str) -> str:
+    """The CPU, by uname(2)'s word, whose programs can run without this host being told of them; "" where they cannot."""
+    architecture = {"linux/arm64": "aarch64", "linux/riscv64": "riscv64"}.get(platform, "")
+    try:
+        return architecture if architecture and find_emulator(architecture) else ""
+    except Unsupported:
+        return ""
+
+
+def require_port(suite: str, architecture: str) -> None:
+    """Raise `Unsupported` where Debian had not got that far yet. `architecture` is Debian's word."""
+    number = next((int(number) for number, name in NUMBERS.items() if name == suite), 0)
+    first = _FIRST_RELEASES.get(architecture, 0)
+    if number and number < first:
+        raise Unsupported(
+            f"Debian {suite} was not made for {architecture}",
+            hint=f"the first one with it: debian:{NUMBERS[str(first)]}",
+        )
+
+
 def _run(
-    command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int, hint: str
+    command: list[str], blobs: Blobs, progress: Progress, *, label: str, epoch_s: int, hint: str, enter: Enter | None
 ) -> tuple[Descriptor, str]:
-    """Run mmdebstrap and take the tar from its standard output: (layer, diff id). Nothing stays when it fails."""
+    """Run mmdebstrap and take the tar from its standard output: (layer, diff id). Nothing stays when it fails.
+
+    `enter` is called in the child first.
+    """
     import subprocess  # lazy: 8 ms
     import threading
 
@@ -178,7 +210,7 @@ def _run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_beginning(enter),
         )
     except FileNotFoundError:
         raise Unsupported(
@@ -240,11 +272,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _die_with_parent() -> None:
-    """In the child: an interrupted or killed pull must not leave mmdebstrap at work."""
+def _beginning(enter: Enter | None) -> Enter:
+    """What the child does first: an interrupted or killed pull must not leave mmdebstrap at work."""
     from nagaya.kernel.process import PR_SET_PDEATHSIG, prctl
 
-    prctl(PR_SET_PDEATHSIG, 15)
+    def begin() -> None:
+        if enter is not None:
+            enter()  # first: with other credentials the kernel may forget what follows (prctl(2))
+        prctl(PR_SET_PDEATHSIG, 15)
+
+    return begin
 
 
 def _listen(stream: IO[bytes], tail: list[str], progress: Progress) -> None:
