@@ -65,6 +65,48 @@ def test_other_kinds_of_vmdk_are_read(disks: Disks, content: Path, tmp_path: Pat
     assert Path(disks.locate("a")).read_bytes() == content.read_bytes()
 
 
+LATE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t at)
+{
+	static atomic_int headers;
+	ssize_t (*real)(int, const void *, size_t, off64_t) =
+		(ssize_t (*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
+
+	if (size == 512 && !at && atomic_fetch_add(&headers, 1) == 1)
+		for (int seen = 0; seen != headers; usleep(200000))
+			seen = headers;
+	return real(fd, data, size, at);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_vdi_knows_how_many_blocks_it_has(disks: Disks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one write of its header comes behind all later ones, if others are made meanwhile (4 of 5 times, with -W)."""
+    program = shutil.which("qemu-img")
+    (tmp_path / "late.c").write_text(LATE)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "late.so", tmp_path / "late.c", "-ldl"], check=True)
+    place = tmp_path / "bin"
+    place.mkdir()
+    (place / "qemu-img").write_text(f'#!/bin/sh\nLD_PRELOAD={tmp_path}/late.so exec {program} "$@"\n')
+    (place / "qemu-img").chmod(0o755)
+    source = tmp_path / "source.raw"
+    with source.open("wb") as file:
+        for at in range(0, 32 * MIB, MIB):
+            file.seek(at)
+            file.write(os.urandom(4096))
+    for number in range(4):
+        with monkeypatch.context() as late:
+            late.setenv("PATH", f"{place}:{os.environ['PATH']}")
+            disks.convert(str(source), f"a{number}", to="vdi")
+        assert disks.check(f"a{number}").clean
+
+
 def test_a_compressed_copy_is_smaller(disks: Disks, tmp_path: Path) -> None:
     source = tmp_path / "text.raw"
     source.write_bytes(b"nagaya " * (MIB // 7))

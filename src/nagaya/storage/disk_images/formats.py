@@ -17,13 +17,16 @@ class Format(NamedTuple):
     resizes: bool = False
     layers: bool = False  # holds snapshots, and may stand on a backing file
     checks: bool = False
+    in_order: bool = False  # is to be written front to back
 
 
 FORMATS = (
     Format("qcow2", "qcow2", ".qcow2", options="compat=1.1,lazy_refcounts=off", resizes=True, layers=True, checks=True),
     Format("raw", "raw", ".raw", (".iso", ".img"), resizes=True),
     Format("vmdk", "vmdk", ".vmdk", options="subformat=monolithicSparse", checks=True),
-    Format("vdi", "vdi", ".vdi", checks=True),
+    # QEMU's driver (7.2, block/vdi.c, vdi_co_pwritev) writes its count of blocks with each new one, and two such writes may
+    # change places: the next block would be put where another one lies.
+    Format("vdi", "vdi", ".vdi", checks=True, in_order=True),
     # Else QEMU rounds the size up to whole cylinders, and a disk that was converted twice would have grown.
     Format("vhd", "vpc", ".vhd", (".vpc",), options="subformat=dynamic,force_size=on"),
     Format("vhdx", "vhdx", ".vhdx", options="subformat=dynamic", checks=True),

@@ -146,7 +146,7 @@ class Disks:
         with ExitStack() as stack:
             chain = self._open(self.locate(source), stack, format=format, allow_backing=allow_backing)
             with self._making(made, replace=force) as temporary:
-                argv = ["convert", "-p", "-W", "-O", made.format.driver]
+                argv = ["convert", "-p", *(() if made.format.in_order else ("-W",)), "-O", made.format.driver]
                 if compress and made.format.name == "vmdk":
                     argv += ["-c", "-o", "subformat=streamOptimized"]
                 else:
