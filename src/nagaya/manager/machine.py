@@ -571,7 +571,7 @@ class Machine:
         try:
             self.ask(op, **arguments)
         except (Conflict, RemoteError):
-            if os.path.exists(self.directory) and machines.is_alive(self.paths, self.id):
+            if not repair.has_ended(self.paths, self.id):
                 raise
 
     def _mend(self) -> None:

@@ -37,6 +37,19 @@ def settle(paths: Paths, spec: MachineSpec) -> MachineState | None:
         return None
 
 
+def has_ended(paths: Paths, machine_id: str) -> bool:
+    """Whether a machine whose supervisor does not answer has ended. One that is at its end, and so listens no more, is waited for."""
+    if not machines.is_alive(paths, machine_id):
+        return True
+    try:
+        if read_state(paths, machine_id).phase in ALIVE:
+            return False
+        with machines.liveness_lock(paths, machine_id):
+            return True
+    except FileNotFoundError:
+        return True  # and was removed with that
+
+
 def _while_changing(paths: Paths, machine_id: str, state: MachineState) -> MachineState:
     """Another command is at work on it: `run` before its supervisor holds the lock, or `rm`. Show, do not touch."""
     if state.phase == STARTING:
