@@ -51,6 +51,11 @@ def test_standard_streams(cli: Cli) -> None:
     assert cli.run("head", "-n", "1", input="one\ntwo\n" * 100_000, flags=("-i",)).out == "one\n"
 
 
+def test_input_ends_for_a_machine_that_is_restarted_too(cli: Cli) -> None:
+    words = ("run", "-i", "--network", "none", "--restart", "on-failure:2", "busybox", "sh", "-c", "cat; exit 3")
+    assert cli(*words, input="once\n") == (3, "once\n", "")
+
+
 def test_a_reader_that_goes_away(cli: Cli) -> None:
     """`nagaya run … yes | head -1` ends, and the machine with it."""
     process = cli.popen("run", "--rm", "--network", "none", "busybox", "yes")

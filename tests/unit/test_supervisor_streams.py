@@ -15,6 +15,7 @@ from nagaya.protocol import control
 from nagaya.protocol.frame import Decoder, encode
 from nagaya.supervisor.client import Client
 from nagaya.supervisor.loop import Loop
+from nagaya.supervisor.programs import Program
 from nagaya.supervisor.stream import Stream
 
 
@@ -39,6 +40,33 @@ def test_timers_in_order_and_cancelled(loop: Loop) -> None:
     loop.after(0.03, loop.stop)
     loop.run()
     assert seen == ["a", "b"]
+
+
+def test_what_was_told_of_a_number_is_not_told_of_its_next_owner(loop: Loop) -> None:
+    """Both are ready at once, and whoever is called first closes the other, and has another descriptor of that number."""
+    pairs = [unix.socket_pair(), unix.socket_pair(), unix.socket_pair()]
+    (first, _), (second, _), (_, third) = pairs
+    told: list[str] = []
+
+    def replace(own: int, other: int) -> None:
+        loop.forget(own)
+        loop.forget(other)
+        os.dup2(third, other)
+        loop.watch(other, lambda events: told.append("of its next owner"))
+
+    loop.watch(first, lambda events: replace(first, second))
+    loop.watch(second, lambda events: replace(second, first))
+    for _, peer in pairs[:2]:
+        os.write(peer, b"x")
+    _spin(loop)
+    assert told == []
+    os.write(pairs[2][0], b"x")
+    loop.after(0.01, loop.stop)
+    loop._running = True
+    loop.run()
+    assert told
+    for fd in (fd for pair in pairs for fd in pair):
+        os.close(fd)
 
 
 def test_a_stream_queues_for_a_slow_reader_and_ends_when_it_has_read(loop: Loop) -> None:
@@ -183,6 +211,68 @@ def test_streams_reach_the_program(loop: Loop) -> None:
     os.close(theirs)
 
 
+class _Link:
+    """Stands in for the agent's: takes so much input, and remembers it."""
+
+    def __init__(self, room: int = 1 << 20) -> None:
+        self.room = room
+        self.taken = b""
+        self.closed = False
+
+    def grant(self, channel: int, count: int) -> None: ...
+    def signal(self, channel: int, number: int) -> None: ...
+    def resize(self, channel: int, rows: int, columns: int) -> None: ...
+
+    def send_stdin(self, channel: int, data: bytes) -> int:
+        taken = data[: self.room]
+        self.room -= len(taken)
+        self.taken += taken
+        return len(taken)
+
+    def close_stdin(self, channel: int) -> None:
+        self.closed = True
+
+
+class _Owner:
+    def __init__(self, link: _Link) -> None:
+        self.link = link
+
+    def flush(self) -> None: ...
+
+
+def _program(link: _Link) -> Program:
+    return Program(_Owner(link), 1, wants_stdin=True, tty=False, log=None)
+
+
+def test_a_machine_that_is_restarted_gets_what_it_had_not_taken(loop: Loop) -> None:
+    client, theirs, _, _ = _client(loop)
+    first, second, third = _Link(room=4), _Link(), _Link()
+    former, later, last = _program(first), _program(second), _program(third)
+    former.join(client, stdin=True)
+    client.stdin_outstanding = 10
+    former.feed(client, b"abcdefg")
+    former.feed(client, b"hij")
+    assert (first.taken, client.stdin_outstanding) == (b"abcd", 6)
+    later.succeed(former)
+    assert (second.taken, second.closed, client.stdin_outstanding) == (b"efghij", False, 0)
+    assert client.program is later
+    later.end_stdin(client)
+    last.succeed(later)
+    assert (third.taken, third.closed) == (b"", True)
+    os.close(theirs)
+
+
+def test_input_of_which_there_is_none_holds_nothing_up(loop: Loop) -> None:
+    client, theirs, _, _ = _client(loop)
+    link = _Link()
+    program = _program(link)
+    program.join(client, stdin=True)
+    os.write(theirs, encode(control.STDIN, 0, b"") + encode(control.STDIN, 0, b"x") + encode(control.STDIN_CLOSE))
+    _spin(loop)
+    assert (link.taken, link.closed) == (b"x", True)
+    os.close(theirs)
+
+
 def _attachment() -> tuple[Attachment, int]:
     ours, theirs = unix.socket_pair()
     return Attachment(Connection(ours)), theirs
@@ -210,6 +300,17 @@ def test_an_error_and_a_death_raise() -> None:
     with pytest.raises(Exception, match="killed"):
         attachment.receive()
     attachment.close()
+
+
+def test_output_before_an_error_is_seen_before_it() -> None:
+    attachment, theirs = _attachment()
+    os.write(theirs, encode(control.STDOUT, 0, b"last words") + control.error(NotFound("gone")))
+    assert attachment.receive() == [Output(1, b"last words")]
+    assert attachment.pending()
+    with pytest.raises(NotFound):
+        attachment.receive()
+    attachment.close()
+    os.close(theirs)
 
 
 def test_output_that_overtakes_the_reply_is_kept_in_order() -> None:

@@ -205,7 +205,15 @@ class Attachment:
                     "the machine's supervisor was killed, and the machine with it", hint="see 'nagaya ps -a'"
                 )
             frames = self._decoder.feed(data)
-        return [event for frame in frames if (event := self._event(frame)) is not None]
+        events: list[Output | Exited] = []
+        for at, frame in enumerate(frames):
+            if frame.type == control.ERROR and events:
+                self._frames = frames[at:]  # raised by the next call: what came before it comes first
+                break
+            event = self._event(frame)
+            if event is not None:
+                events.append(event)
+        return events
 
     def _event(self, frame: Frame) -> Output | Exited | None:
         if frame.type in (control.STDOUT, control.STDERR):

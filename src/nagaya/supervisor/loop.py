@@ -35,6 +35,7 @@ class Loop:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[int], None]] = {}
         self._masks: dict[int, int] = {}
+        self._fresh: set[int] = set()  # watched since the events at hand were taken
         self._timers: list[Timer] = []
         self._running = True
 
@@ -42,6 +43,7 @@ class Loop:
         """Call `call(events)` when `fd` is ready; a hang-up counts as readable. Watching again changes the mask."""
         if fd not in self._masks:
             self._epoll.register(fd, mask)
+            self._fresh.add(fd)
         elif self._masks[fd] != mask:
             self._epoll.modify(fd, mask)
         self._calls[fd] = call
@@ -63,9 +65,11 @@ class Loop:
 
     def run(self) -> None:
         while self._running:
-            for fd, events in self._epoll.poll(self._next_timeout()):
+            ready = self._epoll.poll(self._next_timeout())
+            self._fresh.clear()
+            for fd, events in ready:
                 call = self._calls.get(fd)  # an earlier callback of this round may have forgotten it
-                if call is not None:
+                if call is not None and fd not in self._fresh:  # or closed it, and the number is another one's by now
                     call(events | READ if events & _ENDED else events)
             now = time.monotonic()
             while self._timers and self._timers[0].due <= now:

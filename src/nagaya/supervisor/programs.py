@@ -82,6 +82,14 @@ class Program:
             self.end_stdin(client)
         self.grant()
 
+    def succeed(self, former: Program) -> None:
+        """Be the next run of what `former` was one of: with its clients, the input that it has not taken, and the end of that."""
+        for client in former.clients:
+            self.join(client, stdin=client.wants_stdin)
+        self._stdin.extend(former._stdin)
+        self._stdin_ending |= former._stdin_ending and any(client.wants_stdin for client in former.clients)
+        self.pump_stdin()
+
     def output(self, stream: int, data: bytes) -> None:
         if self._log is not None:
             self._log.write(stream, data)
@@ -99,6 +107,8 @@ class Program:
 
     def feed(self, client: Listener, data: bytes) -> None:
         """Input from a client; credit returns to it as the agent takes it."""
+        if not data:
+            return  # of which none would ever be taken
         if self._stdin_ending or not client.wants_stdin:
             client.consumed_stdin(
                 len(data)

@@ -85,14 +85,22 @@ def _exec(machine: Supervisor, client: Client, request: dict[str, object]) -> No
     data_disk = applet and bool(request.get("data_disk")) and machine.engine.rootfs_kind == "disk"
     program = machine.programs.spawn(process, policy, applet=applet, discard=detach, data_disk=data_disk)
 
+    runs = False
+
     def started(pid: int) -> None:
+        nonlocal runs
+        runs = True
         if detach:
             client.finish(control.reply(pid=pid))
         else:
             client.send(control.reply(pid=pid))
 
     def ended(status: int) -> None:
-        if client in program.clients:
+        if not runs:
+            client.fail(
+                Conflict(f"machine '{machine.spec.name}' ended before the program began", state=machine.state.phase)
+            )
+        elif client in program.clients:
             client.finish(control.exited(status))
 
     program.on_started, program.on_failed, program.on_exited = started, client.fail, ended

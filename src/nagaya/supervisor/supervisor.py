@@ -266,7 +266,6 @@ class Supervisor:
         process = self.spec.process
         if process.tty and self._size != (0, 0):
             process = process._replace(rows=self._size[0], columns=self._size[1])
-        attached = self.main.clients if self.main is not None else []
         try:
             main = self.programs.spawn(process, booted.policy, main=True, log=self.log)
         except NagayaError as problem:  # a command line or an environment that fits no frame
@@ -274,8 +273,8 @@ class Supervisor:
             self.engine.kill()
             return
         main.on_started, main.on_failed, main.on_exited = self.started, self._spawn_failed, self.main_exited
-        for client in attached:
-            main.join(client, stdin=client.wants_stdin)
+        if self.main is not None:
+            main.succeed(self.main)
         if self._launcher is not None and self._attach:
             main.join(self._launcher, stdin=process.stdin)
         self.main = main
