@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nagaya.kernels.cache import cache_directory, find_kernel
+from tests.e2e.command import Cli
 
 
 def make_place(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
@@ -22,6 +23,11 @@ def make_place(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     (place / "cache" / "nagaya").mkdir(parents=True)
     (place / "cache" / "nagaya" / "kernels").symlink_to(cache_directory())
     return place
+
+
+def await_builds(cli: Cli, timeout_s: float) -> None:
+    """A machine that found no template of its kind has had one begun, by a process that nobody waits for: until there is none."""
+    cli.ok("template", "prune", timeout_s=timeout_s)
 
 
 def pack_program(place: Path, source: str, name: str, *libraries: str) -> Path:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
-from tests.e2e.kvm_place import make_place
+from tests.e2e.kvm_place import await_builds, make_place
 from tests.e2e.snapshot_files import damaged, rewrite
 from tests.e2e.test_lifecycle import state_of, wait_for
 from tests.e2e.test_snapshots import machine_dir, numbers, shell, snapshots_of
@@ -42,6 +42,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterat
     made.ok("template", "build", "-q", "--network", "none", "busybox", timeout_s=BUILD_S)
     yield made
     remove_all(made)
+    await_builds(made, BUILD_S)
 
 
 @pytest.fixture

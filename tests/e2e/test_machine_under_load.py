@@ -22,7 +22,7 @@ import pytest
 
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
-from tests.e2e.kvm_place import make_place, pack_program
+from tests.e2e.kvm_place import await_builds, make_place, pack_program
 from tests.e2e.test_lifecycle import wait_for
 
 ROUNDS = int(os.environ.get("NAGAYA_SNAPSHOTS", "2"))
@@ -114,6 +114,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator
     yield made
     remove_all(made)
     made("prune", "-f")
+    await_builds(made, BUILD_S)
 
 
 class Seen:

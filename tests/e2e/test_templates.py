@@ -20,7 +20,7 @@ import pytest
 from nagaya.engines.vm.shares import why_not
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
-from tests.e2e.kvm_place import make_place, pack_program
+from tests.e2e.kvm_place import await_builds, make_place, pack_program
 from tests.e2e.leftovers import cgroups
 from tests.e2e.test_lifecycle import wait_for
 
@@ -61,6 +61,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory, busybox_root: str) -> Iterator
     made.ok("template", "build", "-q", "probe:1", timeout_s=BUILD_S)
     yield made
     remove_all(made)
+    await_builds(made, BUILD_S)
     subprocess.run(["ip", "netns", "delete", namespace], check=True)
 
 
