@@ -42,7 +42,7 @@ AARCH64 = Architecture(
     target="Image",
     image="arch/arm64/boot/Image",
     file="Image",
-    directories=("clk",),
+    directories=("clk", "power"),
 )
 RISCV64 = Architecture(
     name="riscv64",
