@@ -115,5 +115,5 @@ def test_a_builder_is_killed(tmp_path: Path) -> None:
     (left,) = (name for name in os.listdir(disks) if name.startswith(".build-") and name != ".build-lock")
     (programs / "mmdebstrap").write_text("#!/bin/sh\necho 'E: no' >&2\nexit 1\n")
     ran = cli("machine", "build", "debian", "x")
-    assert ran.code == 1 and "mmdebstrap: E: no" in ran.err, ran
+    assert ran.code == 1 and "mmdebstrap: no" in ran.err, ran
     assert not os.path.exists(f"{disks}/{left}")

@@ -129,7 +129,7 @@ def _plan_bootstrap(architecture: str, packages: tuple[str, ...], *, foreign: bo
 
 def _bootstrap(tree: str, plan: list[str], suite: str, lines: list[str], enter: Callable[[], None]) -> None:
     command = [
-        "mmdebstrap", "--quiet", "--mode=root", *plan, *HOST_PARTS, *(f"--aptopt={option}" for option in find_proxies()),
+        "mmdebstrap", "--mode=root", *plan, *HOST_PARTS, *(f"--aptopt={option}" for option in find_proxies()),
         suite, tree, *lines,
     ]  # fmt: skip
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
@@ -144,7 +144,7 @@ def _bootstrap(tree: str, plan: list[str], suite: str, lines: list[str], enter: 
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
         raise LaunchError(
-            f"mmdebstrap: {said[-1] if said else done.returncode}",
+            f"mmdebstrap: {said[0].removeprefix('E: ') if said else done.returncode}",  # what follows comes of that
             hint="check that 'apt-get update' works on this machine",
             command="mmdebstrap", status=done.returncode, log_tail=done.stderr[-4000:],
         )  # fmt: skip
