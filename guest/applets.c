@@ -65,6 +65,7 @@ int applet_main(int argc, char **argv)
 		{"tar-out", applet_tar_out},
 		{"tar-in", applet_tar_in},
 		{"fill", applet_fill},
+		{"renew", applet_renew},
 		{"bench", applet_bench},
 	};
 

@@ -873,7 +873,7 @@ int main(int argc, char **argv)
 	if (serving == stub || host < 0 || (program_fd >= 0) != (pid > 0)) {
 		fprintf(stderr, "usage: nagaya-agent --serve --fd=N [--sync] [--program-fd=M --program-pid=P]\n"
 				"       nagaya-agent --stub --fd=N\n"
-				"       nagaya-agent --applet stat|ps|tar-out|tar-in|bench ARG...\n");
+				"       nagaya-agent --applet stat|ps|tar-out|tar-in|renew|bench ARG...\n");
 		return 2;
 	}
 	while ((null = open("/dev/null", O_RDWR)) >= 0 && null < 3)

@@ -81,6 +81,7 @@ int applet_ps(int argc, char **argv);
 int applet_tar_out(int argc, char **argv);
 int applet_tar_in(int argc, char **argv);
 int applet_fill(int argc, char **argv);
+int applet_renew(int argc, char **argv);
 int applet_bench(int argc, char **argv);
 
 /* json.c */

@@ -83,6 +83,7 @@ int vm_bring_up_loopback(void);
 int vm_prepare_link(const unsigned char *field);
 int vm_configure_link(const unsigned char *field);
 int vm_reconfigure_link(const unsigned char *field);
+int vm_change_link(const unsigned char *field); /* of a machine that runs; one without addresses goes down */
 
 /* vm_targets.c: these answer -1 with errno. An O_PATH descriptor of `path` in the machine's root, made when missing:
  * directories, or an empty file. Without `follow`, a link on the way is ELOOP. */

@@ -190,7 +190,7 @@ static int configure6(struct link *link, const unsigned char *field)
 	address.index = route.index = index.ifr_ifindex;
 	if (!failed && ioctl(sock, SIOCSIFADDR, &address) && errno != EEXIST)
 		failed = vm_fail(errno, "cannot set the link's IPv6 address");
-	if (!failed && !is_zero(field + UN_GATEWAY6, 16) && ioctl(sock, SIOCADDRT, &route))
+	if (!failed && !is_zero(field + UN_GATEWAY6, 16) && ioctl(sock, SIOCADDRT, &route) && errno != EEXIST)
 		failed = vm_fail(errno, "cannot add the IPv6 default route");
 	close(sock);
 	return failed;
@@ -320,16 +320,23 @@ static int is_as_told(struct link *link, const unsigned char *field)
 	return is_zero(field + UN_ADDRESS6, 16) || has_address6(link->request.ifr_name, field + UN_ADDRESS6);
 }
 
-/* Down, which takes what the kernel made of the old MAC and addresses, and up again with the new ones. */
-static int renew_link(struct link *link, const unsigned char *field)
+static int take_down(struct link *link)
 {
 	struct ifreq r = link->request;
 
 	if (ioctl(link->sock, SIOCGIFFLAGS, &r))
 		return vm_fail(errno, "the machine has no link %s any more", r.ifr_name);
 	r.ifr_flags &= (short)~IFF_UP;
-	if (ioctl(link->sock, SIOCSIFFLAGS, &r))
-		return vm_fail(errno, "cannot bring the link %s down", r.ifr_name);
+	return ioctl(link->sock, SIOCSIFFLAGS, &r) ? vm_fail(errno, "cannot bring the link %s down", r.ifr_name) : 0;
+}
+
+/* Down, which takes what the kernel made of the old MAC and addresses, and up again with the new ones. */
+static int renew_link(struct link *link, const unsigned char *field)
+{
+	struct ifreq r = link->request;
+
+	if (take_down(link))
+		return -1;
 	if (ioctl(link->sock, SIOCGIFHWADDR, &r))
 		return vm_fail(errno, "cannot look at the link %s", r.ifr_name);
 	memcpy(r.ifr_hwaddr.sa_data, field + UN_MAC, 6);
@@ -347,6 +354,42 @@ int vm_reconfigure_link(const unsigned char *field)
 		return vm_fail(errno, "the guest kernel has no IPv4");
 	snprintf(link.request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
 	failed = is_as_told(&link, field) ? 0 : renew_link(&link, field);
+	close(link.sock);
+	return failed;
+}
+
+/* The default routes of a link that has all else already, where the machine has no others. */
+static int add_routes(struct link *link, const unsigned char *field)
+{
+	uint32_t gateway;
+
+	memcpy(&gateway, field + UN_GATEWAY, 4);
+	if (gateway && add_default_route(link->sock, gateway) && errno != EEXIST)
+		return vm_fail(errno, "cannot add the default route");
+	return configure6(link, field);
+}
+
+static int is_up(struct link *link)
+{
+	struct ifreq r = link->request;
+
+	return !ioctl(link->sock, SIOCGIFFLAGS, &r) && r.ifr_flags & IFF_UP;
+}
+
+int vm_change_link(const unsigned char *field)
+{
+	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	int failed;
+
+	if (link.sock < 0)
+		return vm_fail(errno, "the guest kernel has no IPv4");
+	snprintf(link.request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
+	if (is_zero(field + UN_ADDRESS, 4) && is_zero(field + UN_ADDRESS6, 16))
+		failed = take_down(&link);
+	else if (is_up(&link) && is_as_told(&link, field))
+		failed = add_routes(&link, field);
+	else
+		failed = renew_link(&link, field);
 	close(link.sock);
 	return failed;
 }

@@ -119,7 +119,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy", "oom", "offline", "init", "plug", "explain",
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy", "oom", "offline", "init", "plug", "replug", "explain",
     # "power", "screen", "discs", "disks", "guest-agent"}.
     capabilities: frozenset[str]
 
@@ -270,6 +270,18 @@ class Pluggable(Protocol):
 
     def route(self, link: LinkPlan) -> None:
         """A link that the machine has is the way out from now on. Raises `HostError`."""
+
+
+class Replugging(Protocol):
+    """Of the capability "replug": the cards that the machine was started with, each of which can be on another network."""
+
+    def replug(self, link: LinkPlan) -> None:
+        """Connect the card of that name, which is on no network, to what the host has prepared. Raises `HostError`."""
+
+    def plan_renewal(self, links: tuple[LinkPlan, ...], files: tuple[tuple[str, bytes, bytes], ...]) -> bytes:
+        """What the agent's `renew` reads, so that its inside follows: links that have changed, of which one without addresses
+        is off, and files, each with its path, what it was told to have and what it is to have. Raises `UsageError`.
+        """
 
 
 class OomAware(Protocol):

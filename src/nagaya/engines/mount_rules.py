@@ -6,6 +6,7 @@ import os
 
 from nagaya.errors import UsageError
 from nagaya.kernel.mount import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
+from nagaya.model.spec import Mount
 from nagaya.storage.plan import MountPlan
 
 # What may be mounted over in /proc, as runc has it: files that tell a machine of its own limits (lxcfs).
@@ -62,6 +63,6 @@ def mount_flags(plan: MountPlan) -> int:
     return flags
 
 
-def covers(mounts: tuple[MountPlan, ...], target: str) -> bool:
+def covers(mounts: tuple[MountPlan, ...] | tuple[Mount, ...], target: str) -> bool:
     """Whether one of the user's mounts is at `target`, or at the directory that it is in: ours would hide part of it."""
     return any(os.path.normpath(plan.target) in (target, os.path.dirname(target)) for plan in mounts)

@@ -293,7 +293,7 @@ class Machine:
     def change(self, planned: MachineSpec, op: str, network: str) -> str:
         """Store a record with another set of networks, under the command lock, and carry that out if it runs.
 
-        `op` is "plug" or "unplug". Answers "now", or why it waits for the next start.
+        `op` is "plug" or "unplug". Answers "now", perhaps with what does not follow, or why it waits for the next start.
         """
         before, self.spec = self.spec, planned
         alive = self.settled().phase in ALIVE
@@ -301,14 +301,14 @@ class Machine:
         if not alive:
             return "from the next start"
         try:
-            self.ask(op, network=network)
+            problem = self.ask(op, network=network).get("problem")
         except Unsupported as reason:
             return f"from the next start: {reason.message}"
         except BaseException:
             self.spec = before
             machines.store_spec(self.paths, before)
             raise
-        return "now"
+        return f"now; {problem}" if problem else "now"
 
     # -- programs
 

@@ -119,8 +119,11 @@ def describe(paths: Paths, machine_id: str) -> NetworkPlan | None:
     return _tell(paths, plan) if plan is not None else None
 
 
-def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
-    """Plan one more link of a machine that runs, and let the host know of it. Nothing is left when it raises."""
+def plug(paths: Paths, spec: MachineSpec, attachment: Attachment, *, has_card: bool = False) -> LinkPlan:
+    """Plan one more link of a machine that runs, and let the host know of it. Nothing is left when it raises.
+
+    `has_card`: it gets no new one, so it has to be one that was left on no network (`unplug`, `keep_device`).
+    """
     with planning.host_lock(), Netlink() as netlink:
         plan = live.load(paths, spec.id)
         if plan is None:
@@ -128,8 +131,7 @@ def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
                 "a machine that was started without any network gets one at its next start only",
                 hint=f"nagaya restart {spec.name}",
             )
-        used = {link.host_link for link in plan.links}
-        number = next(n for n in range(planning.MOST_LINKS + 1) if planning.host_link(spec.id, n) not in used)
+        number = _find_number(paths, spec, plan, attachment, netlink, has_card=has_card)
         try:
             link = planning.plan_link(paths.root, spec, attachment, number, netlink=netlink)
         except BaseException:  # it may have had one address of two by then
@@ -144,9 +146,50 @@ def plug(paths: Paths, spec: MachineSpec, attachment: Attachment) -> LinkPlan:
             _prepare(paths, spec.id, longer._replace(links=longer.links[-1:], ports=ports))
         except BaseException:
             with Nftables() as nftables:
-                _drop_links(paths, spec.id, plan, (link,), netlink, nftables)
+                _drop_links(paths, spec.id, plan, (link,), netlink, nftables, keep_device=has_card)
             raise
         return longer.links[-1]
+
+
+def check_card(paths: Paths, spec: MachineSpec, attachment: Attachment) -> None:
+    """Raise `Unsupported` where `plug` with `has_card` would find none."""
+    with planning.host_lock(), Netlink() as netlink:
+        plan = live.load(paths, spec.id) or NetworkPlan("none")
+        _find_number(paths, spec, plan, attachment, netlink, has_card=True)
+
+
+def has_free_card(paths: Paths, machine_id: str) -> bool:
+    """Whether a machine that runs has a card that was left on no network."""
+    plan = live.load(paths, machine_id)
+    if plan is None or plan.is_user:
+        return False
+    with Netlink() as netlink:
+        return any(_is_free(netlink, machine_id, plan, number) for number in range(planning.MOST_LINKS))
+
+
+def _is_free(netlink: Netlink, machine_id: str, plan: NetworkPlan, number: int) -> bool:
+    """Whether the machine's VMM has a tap device of that number open, on no bridge."""
+    name = planning.host_link(machine_id, number)
+    found = None if name in (link.host_link for link in plan.links) else netlink.find_link(name)
+    return found is not None and found.kind == "tun" and not found.master
+
+
+def _find_number(
+    paths: Paths, spec: MachineSpec, plan: NetworkPlan, attachment: Attachment, netlink: Netlink, *, has_card: bool
+) -> int:
+    """The first one that no link has; with `has_card` that of a free card."""
+    numbers = range(planning.MOST_LINKS + 1)
+    if not has_card:
+        used = {link.host_link for link in plan.links}
+        return next(number for number in numbers if planning.host_link(spec.id, number) not in used)
+    if networks.load(paths.root, attachment.network).driver == "bridge":
+        for number in numbers:
+            if _is_free(netlink, spec.id, plan, number):
+                return number
+    raise Unsupported(
+        f"a machine of type '{spec.type}' gets a new network card at its next start only",
+        hint=f"nagaya restart {spec.name}",
+    )
 
 
 def unplug(paths: Paths, machine_id: str, network: str, *, keep_device: bool) -> LinkPlan | None:

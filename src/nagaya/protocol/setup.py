@@ -125,6 +125,14 @@ def time_payload(time_ns: int) -> bytes:
     return _field(_TIME, _U64.pack(time_ns))
 
 
+def renewal_payload(links: tuple[GuestNetwork, ...], files: tuple[tuple[str, bytes, bytes], ...]) -> bytes:
+    """What the agent's `renew` reads: links as they are to be from now on, and files, each with what it has and is to have."""
+    fields = [_field(_NETWORK, _network(link)) for link in links]
+    for path, old, new in files:
+        fields += [_field(_FILE, _absolute(path) + b"\0" + content) for content in (old, new)]
+    return b"".join(fields)
+
+
 def with_machine_id(payload: bytes, machine_id: str) -> bytes:
     """The same set-up for a machine that was another until now: 32 hex digits for /etc/machine-id, where it has one."""
     return payload + _field(_MACHINE_ID, machine_id.encode("ascii"))

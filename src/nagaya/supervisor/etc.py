@@ -35,6 +35,21 @@ def rewrite_etc(directory: str, spec: MachineSpec, before: NetworkPlan, after: N
                 file.truncate()
 
 
+def replace_etc(directory: str, spec: MachineSpec, after: NetworkPlan) -> tuple[tuple[str, bytes, bytes], ...]:
+    """The same on the host alone, for a machine that has its own copies; (path inside, before, after) of what has changed."""
+    changed = []
+    for name, text in plan_etc(spec, after).items():
+        try:
+            with open(f"{directory}/{name}", "rb", opener=_open_own) as file:
+                before = file.read(MOST_BYTES)
+        except FileNotFoundError:
+            continue  # the machine was started without
+        if before != text.encode():
+            write_file(f"{directory}/{name}", text.encode(), mode=0o644)
+            changed.append((f"/etc/{name}", before, text.encode()))
+    return tuple(changed)
+
+
 def _open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 

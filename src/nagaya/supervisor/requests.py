@@ -175,6 +175,10 @@ def _save(machine: Supervisor, client: Client, request: dict[str, object]) -> No
             f"machine '{machine.spec.name}' is paused, and its agent has to come to rest before its memory is saved",
             hint=f"let it go on with 'nagaya unpause {machine.spec.name}'",
         )
+    if memory and "replug" in machine.engine.capabilities:
+        from nagaya.supervisor.network import refuse_free_card
+
+        refuse_free_card(machine)
     machine.saving = Saving(machine, client, place, memory=memory, base=base)
     try:
         machine.saving.begin()
@@ -254,15 +258,26 @@ def _update(machine: Supervisor, client: Client, request: dict[str, object]) -> 
 
 def _plug(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
     """The manager has put a network into the record: connect the machine to it."""
-    from nagaya.supervisor.network import plug  # lazy: rare
+    from nagaya.net import live  # lazy: rare
+    from nagaya.supervisor.network import plug
 
-    before, machine.spec = machine.spec, machines.load_spec(machine.paths, machine.spec.id)
+    before, network = machine.spec, str(request.get("network"))
+    machine.spec = machines.load_spec(machine.paths, machine.spec.id)
+
+    def done(problem: NagayaError | None) -> None:
+        plan = live.load(machine.paths, machine.spec.id)
+        is_plugged = plan is not None and any(link.network == network for link in plan.links)
+        if problem is not None and not is_plugged:
+            machine.spec = before
+            client.fail(problem)
+        else:
+            client.finish(control.reply(problem=problem.message if problem is not None else ""))
+
     try:
-        plug(machine, str(request.get("network")))
+        plug(machine, network, done)
     except BaseException:
         machine.spec = before
         raise
-    client.finish(control.reply())
 
 
 def _unplug(machine: Supervisor, client: Client, request: dict[str, object]) -> None:
@@ -270,8 +285,11 @@ def _unplug(machine: Supervisor, client: Client, request: dict[str, object]) -> 
     from nagaya.supervisor.network import unplug  # lazy: rare
 
     machine.spec = machines.load_spec(machine.paths, machine.spec.id)
-    unplug(machine, str(request.get("network")))
-    client.finish(control.reply())
+
+    def done(problem: NagayaError | None) -> None:
+        client.finish(control.reply(problem=problem.message if problem is not None else ""))
+
+    unplug(machine, str(request.get("network")), done)
 
 
 def _screenshot(machine: Supervisor, client: Client, request: dict[str, object]) -> None:

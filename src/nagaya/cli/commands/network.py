@@ -204,15 +204,15 @@ CONNECT = Command(
         Flag("--mac-address", "MAC address in it", value="ADDRESS"),
         Flag("--alias", "Further name on it", value="NAME", many=True),
     ),
-    about="A container gets the link at once. A virtual machine's cards are those that it was started with: it gets one at its"
-    " next start, and this command says so.",
+    about="At once, for a container, and for a virtual machine that has a card which is on no network. Its cards are those that it"
+    " was started with: otherwise it gets one at its next start, and this command says so.",
     examples=(("nagaya network connect --alias db back web", ""),),
 )
 DISCONNECT = Command(
     disconnect,
     usage="NETWORK MACHINE",
     words=(2, 2),
-    about="At once for all types: a virtual machine keeps the card, with its cable pulled out.",
+    about="At once for all types: a virtual machine keeps the card, with its cable pulled out, for 'network connect'.",
     examples=(("nagaya network disconnect back web", ""),),
 )
 PRUNE = Command(

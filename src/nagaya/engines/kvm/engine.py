@@ -54,7 +54,19 @@ class KvmEngine:
     type = "kvm"
     rootfs_kind = "disk"
     capabilities = frozenset(
-        ("pause", "stats", "oom", "offline", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy")
+        (
+            "pause",
+            "stats",
+            "oom",
+            "offline",
+            "memory",
+            "save-behind",
+            "disk-log",
+            "replug",
+            "fork",
+            "migrate",
+            "post-copy",
+        )
     )
     missing = rules.MISSING | {"other-cpus": "KVM runs programs for this host's own CPU"}
 
@@ -287,6 +299,18 @@ class KvmEngine:
     def recover(self) -> bool:
         """See `Migrating.recover`: a thread of the machine's own process does it."""
         return False
+
+    def replug(self, link: LinkPlan) -> None:
+        """See `Replugging.replug`."""
+        from nagaya.engines.vm import replugging  # lazy: rare
+
+        replugging.replug(link)
+
+    def plan_renewal(self, links: tuple[LinkPlan, ...], files: tuple[tuple[str, bytes, bytes], ...]) -> bytes:
+        """See `Replugging.plan_renewal`."""
+        from nagaya.engines.vm import replugging  # lazy: as above
+
+        return replugging.plan_renewal(links, files)
 
     def stats(self) -> Stats:
         """See `Vmm.read_stats`."""

@@ -66,7 +66,7 @@ class EmulatedEngine:
 
     type = "emulated"
     rootfs_kind = "disk"
-    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "fork", "migrate", "offline"))
+    capabilities = frozenset(("pause", "stats", "explain", "oom", "memory", "replug", "fork", "migrate", "offline"))
     missing = rules.MISSING
 
     def __init__(self) -> None:
@@ -317,6 +317,18 @@ class EmulatedEngine:
 
     def resume(self) -> None:
         self._qemu.monitor.command("cont")
+
+    def replug(self, link: LinkPlan) -> None:
+        """See `Replugging.replug`."""
+        from nagaya.engines.vm import replugging  # lazy: rare
+
+        replugging.replug(link)
+
+    def plan_renewal(self, links: tuple[LinkPlan, ...], files: tuple[tuple[str, bytes, bytes], ...]) -> bytes:
+        """See `Replugging.plan_renewal`."""
+        from nagaya.engines.vm import replugging  # lazy: as above
+
+        return replugging.plan_renewal(links, files)
 
     def stats(self) -> Stats:
         """See `QemuProcess.stats`."""

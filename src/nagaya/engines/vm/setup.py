@@ -45,7 +45,7 @@ def plan_setup(
             for mount in request.mounts
             if mount.kind == "tmpfs" or mount.target in shares
         ),
-        networks=tuple(_plan_link(link) for link in request.network.links),
+        networks=tuple(plan_link(link) for link in request.network.links),
         sysctls=spec.sysctls,
         unmask=spec.security.unmask,
         power_off=power_off,
@@ -69,7 +69,7 @@ def _plan_mount(mount: MountPlan, share: str) -> GuestMount:
     )
 
 
-def _plan_link(link: LinkPlan) -> GuestNetwork:
+def plan_link(link: LinkPlan) -> GuestNetwork:
     return GuestNetwork(
         link.mac,
         link.address,
