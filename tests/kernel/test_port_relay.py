@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import select
@@ -135,6 +136,31 @@ def test_what_breaks_off_on_one_side_breaks_off_on_the_other(breaks: str) -> Non
         one.close()
         with pytest.raises(ConnectionResetError):
             other.recv(1)
+        relay.close()
+
+    on_loopback(test)
+
+
+def test_an_answer_before_a_break_arrives() -> None:
+    """Of a server that does not want all of a request: its client hears why, as it would without a relay."""
+
+    def test() -> None:
+        relay = Relay()
+        for _ in range(40):
+            client, machine = relay.connect()
+
+            def send(client: socket.socket = client) -> None:
+                with contextlib.suppress(OSError):
+                    client.sendall(bytes(16 << 20))
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            machine.recv(1000)
+            machine.sendall(b"too large")
+            machine.close()  # with what it has not read: a RST
+            assert client.recv(1000) == b"too large"
+            sender.join()
+            client.close()
         relay.close()
 
     on_loopback(test)
@@ -322,5 +348,30 @@ def test_refused_datagrams_do_not_hurt() -> None:
         pair = relay.connect()  # it lives
         assert pair
         relay.close()
+
+    on_loopback(test)
+
+
+def test_a_datagram_behind_a_refused_one_arrives() -> None:
+    """The kernel tells of the refusal in the place of sending the next one."""
+
+    def test() -> None:
+        loop = Loop()
+        relay, fd = UdpRelay(loop), inet.bind_udp("127.0.0.1", 0)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind((MACHINE, 0))
+            port = free.getsockname()[1]
+        relay.add(fd, MACHINE, port)
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        client.sendto(b"refused", ("127.0.0.1", inet.local_port(fd)))
+        relay._from_clients(relay._ports[0])
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind((MACHINE, port))
+        server.settimeout(2)
+        client.sendto(b"sent", ("127.0.0.1", inet.local_port(fd)))
+        relay._from_clients(relay._ports[0])  # before the refusal was looked at
+        assert server.recv(100) == b"sent"
+        relay.close()
+        os.close(fd)
 
     on_loopback(test)

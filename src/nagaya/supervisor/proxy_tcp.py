@@ -107,11 +107,13 @@ class _Connection:
             if events & READ and reading:
                 self._move(reads)
             elif events & _ERROR:
+                self._pass_last_words()
                 self.break_off()
                 return
             elif events & _HANG_UP:
                 self._hung_up.add(fd)  # reported again and again for as long as we watch: see `_watch`
         except OSError:
+            self._pass_last_words()
             self.break_off()
             return
         if self._inward.finished and self._outward.finished:
@@ -129,9 +131,12 @@ class _Connection:
         else:  # with an empty mask a broken connection is still told
             self._relay.loop.watch(fd, self._client_ready if fd == self._client else self._machine_ready, mask)
 
-    def _move(self, way: _Way) -> None:
-        """As much as both sides take now, within a burst. Raises `OSError` when one of them is gone."""
-        pipe = way.pipe
+    def _move(self, way: _Way, *, breaking: bool = False) -> int:
+        """As much as both sides take now, within a burst; how many bytes. Raises `OSError` when one of them is gone.
+
+        `breaking`: the connection is broken off next, so an end is none. (A socket tells of a RST once, and then of an end.)
+        """
+        moved, pipe = 0, way.pipe
         if pipe is None:
             pipe = way.pipe = self._relay.pipes.take()
         for _ in range(BURST):
@@ -146,7 +151,9 @@ class _Connection:
             taken = way.held
             try:
                 while way.held:
-                    way.held -= os.splice(pipe[0], way.sink, way.held, flags=_SPLICE)
+                    passed = os.splice(pipe[0], way.sink, way.held, flags=_SPLICE)
+                    way.held -= passed
+                    moved += passed
             except BlockingIOError:
                 break
             if taken < SMALL_BYTES:
@@ -154,9 +161,23 @@ class _Connection:
         if not way.held:
             self._relay.pipes.give_back(pipe)
             way.pipe = None
-            if way.ended and not way.finished:
+            if way.ended and not way.finished and not breaking:
                 way.finished = True
                 inet.end_writing(way.sink)
+        return moved
+
+    def _pass_last_words(self) -> None:
+        """One side is gone, and takes no more; what it had said before that is still here, as far as the other takes it now.
+
+        A server that does not want the rest of a request answers so, and breaks off.
+        """
+        for way in (self._inward, self._outward):
+            try:
+                for _ in range(BURST):
+                    if not self._connected or way.finished or not self._move(way, breaking=True):
+                        break
+            except OSError:
+                continue  # that is the side that is gone
 
     def break_off(self) -> None:
         self._let_go()

@@ -92,9 +92,16 @@ class UdpRelay:
             if peer is None:
                 continue  # no descriptor for it: datagrams may be lost
             try:
-                peer.socket.send(self._view[:count])
+                self._send(peer, count)
             except OSError:
                 continue  # its queue is full, or the machine's program is not there
+
+    def _send(self, peer: _Peer, count: int) -> None:
+        """Raises `OSError`."""
+        try:
+            peer.socket.send(self._view[:count])
+        except ConnectionRefusedError:  # that is what an earlier one met: this one was not sent
+            peer.socket.send(self._view[:count])
 
     def _find(self, port: _Port, client: object, answer_from: Ancillary) -> _Peer | None:
         key = (port.socket.fileno(), client, answer_from[0][2] if answer_from else b"")
