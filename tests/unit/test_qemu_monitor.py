@@ -10,6 +10,7 @@ import pytest
 
 from nagaya.engines.qemu.monitor import MAX_EVENTS, Monitor, MonitorClosed
 from nagaya.engines.qemu.pc import WholeMachineEngine
+from nagaya.engines.qemu.process import QemuProcess
 from nagaya.protocol.qmp import Event, QmpError
 
 GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
@@ -57,6 +58,21 @@ def test_a_refusal_is_raised_and_the_next_command_goes_on(played: Played) -> Non
         played.monitor.command("one")
     played.say({"return": {}, "id": 2})
     assert played.monitor.command("two") == {}
+
+
+def test_a_pause_that_comes_too_late_is_taken_back(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would know that the machine stands."""
+    monkeypatch.setattr(
+        "nagaya.engines.qemu.monitor.Monitor.command.__kwdefaults__", {"timeout_s": 0.05, "descriptor": -1}
+    )
+    qemu = QemuProcess()
+    qemu._monitor = played.monitor
+    played.say(GREETING)
+    with pytest.raises(QmpError, match="does not answer"):
+        qemu.pause()
+    assert [message["execute"] for message in played.heard()] == ["stop", "cont"]
+    played.say({"return": {}, "id": 1}, {"return": {}, "id": 2}, {"return": "mine", "id": 3})
+    assert played.monitor.command("next") == "mine"
 
 
 def test_silence_is_an_error_and_a_late_answer_none(played: Played) -> None:

@@ -174,16 +174,18 @@ class Saving:
         machine = self._machine
         if machine.booted is None or machine.programs is None:
             return
-        if self._stopped:
-            self._stopped = False
-            machine.engine.resume()  # type: ignore[attr-defined]
-            self._times["paused_ms"] = round((time.monotonic_ns() - self._paused_at_ns) / 1e6, 1)
-        self._thaw()
-        if self._held:
-            self._held = False
-            assert isinstance(machine.programs, Programs)
-            self._times["stood_ms"] = round((time.monotonic_ns() - self._held_at_ns) / 1e6, 1)
-            machine.programs.go_on(time_payload(time.time_ns()))
+        try:
+            if self._stopped:
+                self._stopped = False
+                machine.engine.resume()  # type: ignore[attr-defined]
+                self._times["paused_ms"] = round((time.monotonic_ns() - self._paused_at_ns) / 1e6, 1)
+        finally:
+            self._thaw()
+            if self._held:
+                self._held = False
+                assert isinstance(machine.programs, Programs)
+                self._times["stood_ms"] = round((time.monotonic_ns() - self._held_at_ns) / 1e6, 1)
+                machine.programs.go_on(time_payload(time.time_ns()))
 
     def _fail(self, problem: NagayaError) -> None:
         self.abandon()
@@ -194,7 +196,10 @@ class Saving:
         if self._over:
             return
         self._end()
-        self._go_on()
+        try:
+            self._go_on()
+        except RemoteError:
+            return  # it did not answer in time: it goes on when it does, for it has been asked to
 
     def stopped(self) -> None:
         """`abandon`, for who asks the machine to end while it is being saved."""

@@ -166,9 +166,9 @@ def _serve(machine: Machine, control: int) -> None:
                 answer = {"runs": machine.take_disk_log(request["disk"])}
             else:
                 answer = _ANSWERS[request["do"]](machine)
-            _send(control, {"done": answer})
+            _send(control, {"to": request["number"], "done": answer})
         except NagayaError as error:
-            _send(control, {"error": to_wire(error)})
+            _send(control, {"to": request["number"], "error": to_wire(error)})
     os._exit(BROKEN)
 
 

@@ -187,15 +187,18 @@ class DirectEngine:
             return  # it is ending already: its pidfd tells
 
     def pause(self) -> None:
-        self._ask("pause")
+        self._running().pause()
 
     def resume(self) -> None:
         self._ask("resume")
 
     def _ask(self, what: str) -> dict[str, object]:
+        return self._running().ask(what)
+
+    def _running(self) -> Vmm:
         if self._vmm is None:
             raise RemoteError("the machine has ended")
-        return self._vmm.ask(what)
+        return self._vmm
 
     def find_forwarded(self) -> int:
         """The port of this host's loopback that leads to the machine's ssh; 0 = none does."""

@@ -225,7 +225,7 @@ class KvmEngine:
     # -- while it runs
 
     def pause(self) -> None:
-        self._ask("pause")
+        self._running().pause()
 
     def resume(self) -> None:
         self._ask("resume")

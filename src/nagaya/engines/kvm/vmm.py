@@ -33,6 +33,7 @@ class Vmm:
         self.helpers: list[int] = []  # children of ours beside it
         self._bounds = bounds
         self._unread = b""
+        self._number = 0  # of requests
         log, self.log_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         local.callback(os.close, self.log_end)
         self.log = TextLog(log, log_path)
@@ -55,16 +56,34 @@ class Vmm:
 
     def ask(self, what: str, *, fds: tuple[int, ...] = (), **details: object) -> dict[str, Any]:
         """One request, and its answer. Raises what it answers with, or `RemoteError` when it is gone."""
-        try:
-            unix.send_with_fds(self._control, json.dumps({"do": what, **details}).encode() + b"\n", fds)
-        except OSError:
-            raise RemoteError("the machine's VMM has ended") from None
-        message = self._hear(SAVED_WITHIN_S if fds else ANSWER_WITHIN_S)
+        number = self._say(what, fds, details)
+        deadline_s = time.monotonic() + (SAVED_WITHIN_S if fds else ANSWER_WITHIN_S)
+        while True:
+            message = self._hear(deadline_s - time.monotonic())
+            if message.get("to", number) == number:
+                break  # else it answers one that was given up
         if "error" in message:
             raise from_wire(message["error"])
         if "done" not in message:
             raise RemoteError("the machine has just ended")
         return message["done"] or {}
+
+    def pause(self) -> None:
+        """Have the machine stand. Raises as `ask`: one that did not answer in time goes on again when it can."""
+        try:
+            self.ask("pause")
+        except RemoteError:
+            self._say("resume", (), {})  # nobody would know that it stands
+            raise
+
+    def _say(self, what: str, fds: tuple[int, ...], details: dict[str, Any]) -> int:
+        self._number += 1
+        request = json.dumps({"do": what, "number": self._number, **details})
+        try:
+            unix.send_with_fds(self._control, request.encode() + b"\n", fds)
+        except OSError:
+            raise RemoteError("the machine's VMM has ended") from None
+        return self._number
 
     def last_words(self) -> str:
         """Why the machine ended, in a sentence, once it has; "" when its process was killed before it could say so."""

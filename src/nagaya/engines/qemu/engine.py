@@ -313,7 +313,7 @@ class EmulatedEngine:
         return fd
 
     def pause(self) -> None:
-        self._qemu.monitor.command("stop")
+        self._qemu.pause()
 
     def resume(self) -> None:
         self._qemu.monitor.command("cont")

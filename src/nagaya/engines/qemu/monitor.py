@@ -54,6 +54,14 @@ class Monitor:
                     raise answer.error()
                 return answer.value
 
+    def post(self, name: str) -> None:
+        """A command whose answer nobody waits for. What QEMU does not take yet goes with the next one."""
+        self._link.execute(name)
+        try:
+            self._send()
+        except MonitorClosed:
+            return
+
     def forget(self, name: str) -> None:
         """Drop the events of that name that have come."""
         self.events = [event for event in self.events if event.name != name]

@@ -14,7 +14,7 @@ from nagaya.engines.qemu.monitor import Monitor, MonitorClosed
 from nagaya.engines.vm import child
 from nagaya.engines.vm.bounds import Bounds
 from nagaya.engines.vm.console import TextLog
-from nagaya.errors import LaunchError
+from nagaya.errors import LaunchError, RemoteError
 from nagaya.kernel.process import read_sharing, read_usage
 from nagaya.net import links
 
@@ -80,6 +80,14 @@ class QemuProcess:
         return launch_error(self.log, message, os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOWAIT))
 
     # -- while it runs
+
+    def pause(self) -> None:
+        """Have the CPUs stand. Raises `RemoteError`: a QEMU that did not answer in time has them go on again when it can."""
+        try:
+            self.monitor.command("stop")
+        except RemoteError:
+            self.monitor.post("cont")  # nobody would know that they stand
+            raise
 
     def stats(self) -> Stats:
         """CPU time of QEMU's process and its helpers, memory of the first; counters of the guest's devices."""
