@@ -41,7 +41,7 @@ from nagaya.net.plan import LinkPlan
 from nagaya.storage.plan import HardwarePlan
 
 END_WITHIN_S = 10.0  # from being switched off until its last data must be on its disks
-CLOSED_TO_ENDED_S = 2.0
+CLOSED_TO_ENDED_S = 10.0  # it gives its guest's memory back; one that is killed before its end has no status to tell
 SCREEN = "screen.sock"  # in the machine's run-time directory: VNC
 _HAS = (
     "pause", "memory", "stats", "limits", "network-connect", "own-kernel", "other-cpus", "storage", "cpuset", "blkio",
@@ -255,7 +255,7 @@ class WholeMachineEngine:
         self._qemu.signal(signal.SIGTERM)
 
     def pause(self) -> None:
-        self._qemu.monitor.command("stop")
+        self._qemu.pause()
 
     def resume(self) -> None:
         self._qemu.monitor.command("cont")
