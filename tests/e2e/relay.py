@@ -42,7 +42,9 @@ class Relay:
 
     def carry(self, way: str, source: int, target: int, rate: int) -> None:
         write(target, take(source, frames.PREFACE_BYTES))
-        began_s, sent = time.monotonic(), 0
+        free_s = (
+            0.0  # when all that came so far has got through: what nobody sends meanwhile is not sent later on at once
+        )
         while True:
             header = take(source, frames.HEADER.size)
             type_, length, _, _ = frames.parse_header(header)
@@ -52,11 +54,11 @@ class Relay:
                 write(target, frame)
             if order != b"g":
                 os._exit(0)
-            sent += len(frame)
             if type_ == frames.ROUND and way == "out":
                 time.sleep(self.options.round)
             if rate and way == "out":
-                time.sleep(max(0.0, began_s + sent / rate - time.monotonic()))
+                free_s = max(free_s, time.monotonic()) + len(frame) / rate
+                time.sleep(max(0.0, free_s - time.monotonic()))
 
     def look(self, way: str, type_: int) -> bytes:
         """What is to be done with a frame."""

@@ -223,7 +223,7 @@ FAST = (
     "head -c 8m /dev/urandom > /dev/shm/kept; md5sum /dev/shm/kept > /dev/shm/sum; "
     "while :; do for i in $(seq 16); do cat /bin/busybox > /dev/shm/x$i; done; echo > /dev/shm/n; done"
 )
-SLOW_STREAM_BYTES_PER_S = 16 << 20
+SLOW_STREAM_BYTES_PER_S = 12 << 20
 
 
 def send_slowly(two: Two, *flags: str, type_: str = "kvm") -> Ran:

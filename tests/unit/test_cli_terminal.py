@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from nagaya.cli import terminal
 from nagaya.cli.terminal import FORWARDED, DetachScanner, Signals
 from nagaya.errors import NotFound
+from nagaya.manager.attachment import Attachment, Connection
 from nagaya.protocol import control
 from nagaya.protocol.frame import Decoder, Frame, encode
 
@@ -227,10 +230,14 @@ def test_a_slow_reader_holds_output_back_and_loses_nothing() -> None:
         assert sent < len(frames), "everything was taken although nobody reads"
         assert supervisor.process.stdout is not None
         out = b""
-        while len(out) < len(data):
-            if sent < len(frames) and select.select([], [supervisor.sock], [], 0)[1]:
+        while len(out) < len(data):  # of a part of a frame nothing comes out: whichever side goes on
+            writable = [supervisor.sock] if sent < len(frames) else []
+            out_ready, in_ready, _ = select.select([supervisor.process.stdout], writable, [], PATIENCE_S)
+            assert out_ready or in_ready
+            if in_ready:
                 sent += supervisor.sock.send(frames[sent : sent + 65536])
-            out += os.read(supervisor.process.stdout.fileno(), 65536)
+            if out_ready:
+                out += os.read(supervisor.process.stdout.fileno(), 65536)
         if sent < len(frames):
             supervisor.sock.setblocking(True)
             supervisor.sock.sendall(frames[sent:])
@@ -412,6 +419,30 @@ def test_detach_keys_leave_the_program_running() -> None:
         assert terminal.as_before
         assert supervisor.process.stderr is not None
         assert supervisor.process.stderr.read() == b"\ndetached\n"
+
+
+def test_what_waits_when_we_leave_still_arrives() -> None:
+    """The supervisor is at work on something, and its socket is full."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    typed = os.urandom(30_000)
+    with Attachment(Connection(ours.detach())) as attachment:
+        attachment.send_stdin(typed)
+        assert attachment.wants_write()
+        left = terminal._Conversation(
+            attachment, terminal.Signals(()), stdin=False, tty=False, detach_keys=b"", sig_proxy=False
+        )
+        left._leaving = terminal.Ending(0, detached=True)
+        leaving = threading.Thread(target=left.run, args=(None,))
+        leaving.start()
+        time.sleep(0.2)
+        theirs.settimeout(PATIENCE_S)
+        got = bytearray()
+        while len(got) < len(encode(control.STDIN, 0, typed)):
+            got += theirs.recv(65536)
+        leaving.join()
+    theirs.close()
+    assert Decoder().feed(bytes(got))[0].payload == typed
 
 
 def test_a_begun_sequence_is_given_back() -> None:

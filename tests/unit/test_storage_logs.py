@@ -46,6 +46,33 @@ def test_bytes_come_back_as_they_were(tmp_path_factory: object, chunks: list[byt
     assert _text(list(LogReader(directory, 3).read())) == b"".join(chunks)
 
 
+def test_a_rotation_while_the_reader_looks_for_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LogWriter(str(tmp_path), LogLimits(max_bytes=1000, files=4))
+    reader = LogReader(str(tmp_path), 4)
+    line = b"x" * 600
+
+    def write(name: bytes) -> None:
+        writer.write(1, name + line + b"\n")
+
+    write(b"1")
+    seen = list(reader.read())
+    for name in (b"2", b"3"):  # the first of them ends the file, and the other begins the next
+        write(name)
+    real = os.open
+
+    def rotate_first(*arguments: object) -> int:
+        monkeypatch.undo()
+        for name in (b"4", b"5"):
+            write(name)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", rotate_first)
+    seen += list(reader.read())
+    writer.close()
+    reader.close()
+    assert [read.data[:1] for read in seen] == [b"1", b"2", b"3", b"4", b"5"]
+
+
 def test_rotation_keeps_the_newest_and_the_reader_follows(tmp_path: Path) -> None:
     writer = LogWriter(str(tmp_path), LogLimits(max_bytes=2000, files=3))
     reader = LogReader(str(tmp_path), 3)

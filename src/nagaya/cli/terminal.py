@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DETACH_KEYS = b"\x10\x11"  # ctrl-p,ctrl-q
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+LAST_WORDS_MS = 2000
 IMPATIENT = 3  # so many SIGINT or SIGTERM end us when the program ignores them
 PIPE_BUF = 4096  # pipe(7): poll says writable when so much fits, so that a write of it does not block
 # What a program may go on writing after it was told that nobody reads: more than what is in flight on the way here.
@@ -272,8 +273,16 @@ class _Conversation:
                 return Ending(self._ended.status, error=self._ended.error)
             if self._leaving is None:
                 self._step()
-        self._streams.flush()
+        self._say_last_words()
         return self._leaving
+
+    def _say_last_words(self) -> None:
+        """What was typed, or signalled, before we leave: a supervisor that is at work on something takes it in a moment."""
+        poll = select.poll()
+        poll.register(self._streams.fileno(), select.POLLOUT)
+        self._streams.flush()
+        while self._streams.wants_write() and poll.poll(LAST_WORDS_MS):
+            self._streams.flush()
 
     def _step(self) -> None:
         streams, poll = self._streams, select.poll()

@@ -148,15 +148,17 @@ class LogReader:
         ours = os.fstat(self._fd)
         chain = list(reversed(self._names))  # newest first
         for at, name in enumerate(chain):
-            try:
-                there = os.stat(name)
-            except FileNotFoundError:
-                continue
-            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+            if _is_at(name, ours):
+                if not at:
+                    return -1
                 try:
-                    return os.open(chain[at - 1], os.O_RDONLY | os.O_CLOEXEC) if at else -1
+                    fd = os.open(chain[at - 1], os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:
                     return -1  # in the midst of a rotation: its writer is about to make it
+                if _is_at(name, ours):
+                    return fd
+                os.close(fd)  # there was another rotation meanwhile, and that is not what came next
+                return self._successor()
         for name in self._names:  # ours was rotated away while we slept: go on with the oldest there is
             try:
                 return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
@@ -176,3 +178,11 @@ class LogReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _is_at(path: str, file: os.stat_result) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (file.st_dev, file.st_ino)

@@ -127,12 +127,14 @@ class _Applet:
             data = self._link.outgoing()
             if data:
                 self._link.sent(os.write(fd, data))
-        except BlockingIOError:
-            pass  # its buffer is full: the poll tells when it is not
+        except OSError:
+            pass  # its buffer is full: the poll tells when it is not; or it is gone, and may have said something before
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
             return False
+        except ConnectionResetError:  # it was gone before it had read what it was told
+            data = b""
         if not data:
             raise LaunchError("the machine for it ended before it was done")
         for event in self._link.receive(data):
