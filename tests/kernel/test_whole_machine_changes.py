@@ -264,11 +264,11 @@ def test_a_linux_takes_and_gives(linux: Machine, host: Host, tmp_path: Path) -> 
         # Its disks
         assert "vda" in shell(console, "ls /sys/block")
         linux.front.bay.attach(DriveOptions("data"))
-        assert shell(console, "sleep 1; cat /sys/block/vdb/size") == str((32 << 20) // 512)
+        wait_for(lambda: shell(console, "cat /sys/block/vdb/size") == str((32 << 20) // 512))
         linux.front.bay.resize("data", "+", 32 << 20)
-        assert shell(console, "sleep 1; cat /sys/block/vdb/size") == str((64 << 20) // 512)
+        wait_for(lambda: shell(console, "cat /sys/block/vdb/size") == str((64 << 20) // 512))
         linux.front.bay.resize("disk0", "+", 64 << 20)
-        assert shell(console, "sleep 1; cat /sys/block/vda/size") == str((128 << 20) // 512)
+        wait_for(lambda: shell(console, "cat /sys/block/vda/size") == str((128 << 20) // 512))
         linux.front.bay.detach("data")
         assert path not in open_files(linux)
         assert host.disks.check("data").clean  # and nobody has it
