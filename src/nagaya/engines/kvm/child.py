@@ -7,6 +7,7 @@ the machine has ended. When the supervisor is gone, so is the machine.
 from __future__ import annotations
 
 import _socket
+import errno
 import gc
 import json
 import os
@@ -44,7 +45,10 @@ class FirstWord(NamedTuple):
     setup: bytes
 
     def say(self) -> None:
-        os.write(self.fd, encode(SETUP, 0, with_time(self.setup, time.time_ns())))
+        """Raises `OSError` when there is no room for all of it, on a host whose sockets have little."""
+        frame = encode(SETUP, 0, with_time(self.setup, time.time_ns()))
+        if os.write(self.fd, frame) < len(frame):  # it is a stream, and cannot be taken back
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         os.close(self.fd)
 
 
