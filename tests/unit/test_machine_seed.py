@@ -71,6 +71,10 @@ def test_the_newest_kernel_that_has_an_initramfs(tmp_path: Path) -> None:
     for name in ("vmlinuz-6.1.0-1", "initrd.img-6.1.0-1", "vmlinuz-6.1.0-2"):
         (boot / name).touch()
     assert find_kernel(str(tmp_path)) == ("vmlinuz-6.1.0-1", "initrd.img-6.1.0-1")
+    for name in ("vmlinux-6.12.1+deb13-riscv64", "initrd.img-6.12.1+deb13-riscv64"):
+        (tmp_path / "boot" / name).touch()
+    (tmp_path / "boot/vmlinuz-6.1.0-1").unlink()
+    assert find_kernel(str(tmp_path)) == ("vmlinux-6.12.1+deb13-riscv64", "initrd.img-6.12.1+deb13-riscv64")
 
 
 def test_ports_that_qemu_forwards() -> None:

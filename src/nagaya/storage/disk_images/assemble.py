@@ -65,16 +65,21 @@ class Uuids(NamedTuple):
 
 
 def find_kernel(tree: str) -> tuple[str, str]:
-    """The names of the newest kernel and its initramfs in /boot of `tree`. Raises `NotFound`."""
+    """The names of the newest kernel and its initramfs in /boot of `tree`. Raises `NotFound`.
+
+    Debian's for riscv64 is not compressed: vmlinux.
+    """
     try:
-        names = sorted(name for name in os.listdir(f"{tree}/boot") if name.startswith("vmlinuz-"))
+        names = sorted(name for name in os.listdir(f"{tree}/boot") if name.startswith(("vmlinuz-", "vmlinux-")))
     except FileNotFoundError:
         names = []
     for name in reversed(names):
-        initrd = name.replace("vmlinuz-", "initrd.img-", 1)
+        initrd = f"initrd.img-{name.partition('-')[2]}"
         if os.path.exists(f"{tree}/boot/{initrd}"):
             return name, initrd
-    raise NotFound("the root file system has no kernel with an initramfs in /boot", hint="install linux-image-amd64")
+    raise NotFound(
+        "the root file system has no kernel with an initramfs in /boot", hint="install linux-image of its CPU"
+    )
 
 
 def assemble_disk(
