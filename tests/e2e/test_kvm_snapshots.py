@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from nagaya.kernel.backing import keeps_holes
+from nagaya.kernel.reflink import can_clone
 from tests.conftest import remove_all
 from tests.e2e.command import Cli
 from tests.e2e.kvm_place import await_builds, make_place
@@ -255,3 +257,65 @@ def test_a_full_disk_is_copied_before_the_machine_stands(store: Cli) -> None:
             assert shell(store, "m", CHECK) == sum_, name
     finally:
         remove_all(store)
+
+
+DROP = "sync; echo 3 > /proc/sys/vm/drop_caches; "
+CHANGE = (
+    "dd if=/r of=/big bs=4096 seek=3000 count=200 conv=notrunc 2>/dev/null; echo mine > /mine; rm /r; sync; md5sum /big"
+)
+
+
+def test_forks_of_a_full_disk_share_it(store: Cli, tmp_path: Path) -> None:
+    """40 MiB, which no fork copies: not where the file system shares blocks, and not where it does not."""
+    store.ok("run", "-d", "--network", "none", "--name", "m", "busybox", "sh", "-c", COUNT, timeout_s=PATIENCE_S)
+    other = Cli(str(tmp_path / "other"), env=store.env)
+    other.env["NAGAYA_ROOT"] = other.root
+    try:
+        shell(store, "m", FILL)
+        sum_ = shell(store, "m", "md5sum /big")
+        store.ok("fork", "-n", "2", "--name", "f", "m", timeout_s=PATIENCE_S)
+        places = [machine_dir(store, name) for name in ("f-1", "f-2")]
+        shared = [place / "data.backing" for place in places]
+        if not can_clone(str(places[0])) and keeps_holes(str(places[0])):
+            assert [path.stat().st_nlink for path in shared] == [2, 2]
+            assert all((place / "data.img").stat().st_blocks * 512 < 8 << 20 for place in places)
+        # A fork writes on what it shares, and nobody else sees it.
+        assert shell(store, "f-1", "md5sum /big") == sum_
+        changed = shell(store, "f-1", CHANGE)
+        assert changed != sum_
+        for name in ("m", "f-2"):
+            assert shell(store, name, f"{DROP}md5sum /big") == sum_
+            assert store("exec", name, "ls", "/mine").code == 1
+        # All that can be done with a machine can be done with one whose disk stands on another.
+        store.ok("snapshot", "create", "f-1", "s", timeout_s=PATIENCE_S)
+        shell(store, "f-1", "rm /big /mine; sync")
+        store.ok("snapshot", "restore", "f-1", "s", timeout_s=PATIENCE_S)
+        goes_on(store, "f-1")
+        assert shell(store, "f-1", f"{DROP}md5sum /big") == changed
+        store.ok("fork", "--name", "g", "f-1", timeout_s=PATIENCE_S)
+        assert shell(store, "g", f"{DROP}md5sum /big; cat /mine") == f"{changed}mine\n"
+        store.ok("rm", "-f", "m", "f-2", "g")
+        store.ok("stop", "-t", "1", "f-1", timeout_s=PATIENCE_S)
+        store.ok("cp", "f-1:/mine", str(tmp_path / "mine"), timeout_s=PATIENCE_S)
+        assert (tmp_path / "mine").read_text() == "mine\n"
+        store.ok("start", "f-1", timeout_s=PATIENCE_S)
+        assert shell(store, "f-1", "md5sum /big") == changed
+        file = tmp_path / "s.snapshot"
+        store.ok("snapshot", "save", "-q", "f-1", "s", str(file), timeout_s=PATIENCE_S)
+        other.ok("snapshot", "restore", "-q", "--from", str(file), timeout_s=PATIENCE_S)
+        assert shell(other, "f-1", f"{DROP}md5sum /big") == changed
+        # To QEMU's, which reads one file, and to directories.
+        store.ok("stop", "-t", "1", "f-1", timeout_s=PATIENCE_S)
+        store.ok("update", "--type", "emulated", "f-1", timeout_s=PATIENCE_S)
+        assert not shared[0].exists()
+        store.ok("start", "f-1", timeout_s=PATIENCE_S)
+        assert shell(store, "f-1", "md5sum /big") == changed
+        # And back to the snapshot, from when it stood on the other one.
+        store.ok("stop", "-t", "1", "f-1", timeout_s=PATIENCE_S)
+        store.ok("update", "--type", "kvm", "f-1", timeout_s=PATIENCE_S)
+        store.ok("snapshot", "restore", "f-1", "s", timeout_s=PATIENCE_S)
+        goes_on(store, "f-1")
+        assert shell(store, "f-1", f"{DROP}md5sum /big") == changed
+    finally:
+        remove_all(store)
+        remove_all(other)

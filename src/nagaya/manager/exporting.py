@@ -17,7 +17,7 @@ from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import CREATED, STARTING, MachineState
 from nagaya.static import NamedTuple
-from nagaya.storage import digests, machines, rootfs, snapshot_file, snapshots
+from nagaya.storage import digests, machines, rootfs, shared_disks, snapshot_file, snapshots
 from nagaya.storage.rootfs import Layers
 from nagaya.storage.snapshot_file import Head, Member, Reader, Stream
 from nagaya.storage.snapshots import Snapshot
@@ -87,6 +87,10 @@ def _gather(machine: Machine, snapshot: Snapshot, stage: str, *, image: bool) ->
     snapshots.verify(place, snapshot)
     paths = {part.name: f"{place}/{part.name}" for part in snapshot.parts}
     parts = list(snapshot.parts)
+    if any(part.name == rootfs.BACKING_DISK for part in parts):
+        parts = [part for part in parts if part.name not in (rootfs.DATA_DISK, rootfs.BACKING_DISK)]
+        parts += snapshots.sum_parts(_join_disk(place, f"{stage}/disk"))
+        paths[rootfs.DATA_DISK] = f"{stage}/disk/{rootfs.DATA_DISK}"
     if snapshot.base:
         whole = _fold(machine, snapshot, stage)
         parts = [part for part in parts if not part.name.startswith(f"{snapshots.MEMORY}/")]
@@ -106,13 +110,24 @@ def _gather(machine: Machine, snapshot: Snapshot, stage: str, *, image: bool) ->
         members.append(Member(_IMAGE, "file", 0o600, os.path.getsize(paths[_IMAGE])))
     record = snapshots.store(
         stage,
-        snapshot._replace(parent="", base="", parts=tuple(parts), layers=Layers((), os.path.basename(root))),
+        snapshot._replace(
+            format=snapshots.FORMAT, parent="", base="", parts=tuple(parts), layers=Layers((), os.path.basename(root))
+        ),
     )
     return _Source(Head(record, tuple(members), digest), paths)
 
 
 def _mode(path: str) -> int:
     return os.lstat(path).st_mode & 0o777
+
+
+def _join_disk(place: str, target: str) -> str:
+    """The new directory `target`, with the disk of a snapshot that stands on a backing file as one."""
+    os.mkdir(target, 0o700)
+    snapshots.copy_file(f"{place}/{rootfs.DATA_DISK}", f"{target}/{rootfs.DATA_DISK}")
+    shared_disks.copy(place, target)
+    shared_disks.make_whole(target)
+    return target
 
 
 def _fold(machine: Machine, snapshot: Snapshot, stage: str) -> str:

@@ -12,7 +12,7 @@ from nagaya.errors import Conflict, HostError, NagayaError, Unsupported, UsageEr
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
 from nagaya.model.state import ALIVE, CREATED, FORK, PAUSED, RUNNING, STARTING, MachineState, require
-from nagaya.storage import machines, rootfs, snapshots
+from nagaya.storage import machines, rootfs, shared_disks, snapshots
 from nagaya.storage.tree import remove_tree
 from nagaya.supervisor import launch
 
@@ -64,6 +64,7 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
                         source.ask("save", place=place, memory=not disk_only)
                     else:
                         snapshots.copy_disks(source.directory, place)
+                    _settle(source, place, count)
                     made.extend(_make(source, all_, place, one, starting=phase in ALIVE) for one in names)
                     if phase in ALIVE:
                         _start(made, "" if disk_only else place)
@@ -81,6 +82,12 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
     for machine in made:
         source.record("fork", fork=machine.name, fork_id=machine.id)
     return made
+
+
+def _settle(source: Machine, place: str, count: int) -> None:
+    """The forks' disks stand on what is in `place`; where that itself is one on another, with much of its own, on one file."""
+    if source.spec.type != "kvm" or (count > 1 and snapshots.is_copied_slowly(place, place)):
+        shared_disks.make_whole(place)
 
 
 @contextmanager
@@ -154,7 +161,10 @@ def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: b
     try:
         spec = all_.claim_name(spec)
         rootfs.copy_layers(source.directory, directory)
-        snapshots.copy_disks(place, directory)
+        if spec.type == "kvm":
+            snapshots.share_disks(place, directory)
+        else:
+            snapshots.copy_disks(place, directory)
         machines.store_spec(source.paths, spec)
         machines.store_state(source.paths, machine_id, _FIRST if starting else MachineState(phase=CREATED))
     except BaseException:

@@ -12,7 +12,7 @@ from nagaya.engines import open_engine
 from nagaya.errors import Conflict, HostError, Unsupported, UsageError
 from nagaya.manager.creating import check_platform
 from nagaya.model.spec import MachineSpec
-from nagaya.storage import machines, rootfs
+from nagaya.storage import machines, rootfs, shared_disks
 from nagaya.storage.tree import remove_tree
 
 TYPE_CHECKING = False
@@ -39,6 +39,8 @@ def rebuild(machine: Machine, planned: MachineSpec, *, alive: bool) -> None:
         check_platform(planned.platform, planned.image, type_=planned.type)
         after.check_host(kernel=planned.kernel)
     after.check(planned)
+    if planned.type != "kvm" and after.rootfs_kind == "disk":
+        shared_disks.make_whole(machine.directory)
     if before.rootfs_kind != after.rootfs_kind:
         (_make_disk if after.rootfs_kind == "disk" else _make_directories)(machine, planned)
     elif after.rootfs_kind == "disk" and planned.limits.storage_bytes != machine.spec.limits.storage_bytes:
@@ -105,6 +107,7 @@ def _make_directories(machine: Machine, planned: MachineSpec) -> None:
         remove_tree(fresh)
     machines.store_spec(machine.paths, planned)
     _remove_file(f"{directory}/{rootfs.DATA_DISK}")
+    _remove_file(f"{directory}/{rootfs.BACKING_DISK}")
 
 
 def _remove_file(path: str) -> None:

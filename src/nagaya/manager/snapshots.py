@@ -131,7 +131,7 @@ class Snapshots:
                 else:
                     snapshots.copy_disks(self._directory, place)
                 made = Snapshot(
-                    format=snapshots.FORMAT, id=snapshot_id, name=name, parent=self.current(),
+                    format=snapshots.format_of(place), id=snapshot_id, name=name, parent=self.current(),
                     created_ns=time.time_ns(), description=description, spec=machine.spec,
                     layers=rootfs.load_record(self._directory, machine.spec), phase=phase, memory=wants,
                     version=__version__, parts=snapshots.sum_parts(place), base=self._base_of(place) if wants else "",

@@ -21,6 +21,7 @@ class DiskPlan(NamedTuple):
     data: str  # raw and sparse, with ext4 on it; the machine writes it
     read_only: bool = False  # the root as programs see it
     blanks: str = ""  # the directory of what an empty disk looks like (storage/blank_disks.py)
+    backing: str = ""  # what `data` has not written itself is read from there (storage/shared_disks.py)
 
 
 class InstallPlan(NamedTuple):

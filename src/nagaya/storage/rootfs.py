@@ -12,6 +12,7 @@ from nagaya.storage.paths import Paths
 from nagaya.storage.plan import DiskPlan, HardwarePlan, MountPlan, RootfsPlan
 
 DATA_DISK = "data.img"
+BACKING_DISK = "data.backing"
 BLANK_DISKS = "blank-disks"
 OWN_ROOT = "root.img"
 """The root image of a machine that came with it from elsewhere."""
@@ -75,7 +76,11 @@ def plan_disks(directory: str, spec: MachineSpec) -> DiskPlan:
         )
     if not os.path.isfile(data):
         raise IntegrityError(f"the machine's disk is missing ({data})", hint="remove the machine: nagaya rm")
-    return DiskPlan(image, data, spec.read_only, f"{os.path.dirname(os.path.dirname(directory))}/{BLANK_DISKS}")
+    backing = f"{directory}/{BACKING_DISK}"
+    return DiskPlan(
+        image, data, spec.read_only, f"{os.path.dirname(os.path.dirname(directory))}/{BLANK_DISKS}",
+        backing if os.path.lexists(backing) else "",
+    )  # fmt: skip
 
 
 def plan_hardware(paths: Paths, spec: MachineSpec) -> HardwarePlan:

@@ -1,7 +1,8 @@
 """Snapshots on disk: a directory each, below their machine's, that is whole from the moment it has its name.
 
     MACHINE/snapshots/ID/snapshot.json   `Snapshot`: what it is of, and a sum of each part
-                        data.img         the machine's disk; or
+                        data.img         the machine's disk, and data.backing if it stands on that
+                                         (storage/shared_disks.py); or
                         disk0.qcow2 …    those of a whole machine, and its UEFI's variables; or
                         upper/  copy/    what a container has written
                         memory/…         what the engine has saved (engines/base.py, `Saving`)
@@ -26,12 +27,14 @@ from nagaya.errors import HostError, IntegrityError, NotFound, Unsupported
 from nagaya.kernel import reflink
 from nagaya.model.spec import MachineSpec
 from nagaya.static import Any, NamedTuple
-from nagaya.storage import digests, records
+from nagaya.storage import digests, records, shared_disks
 from nagaya.storage.paths import make_directory
-from nagaya.storage.rootfs import DATA_DISK, Layers, is_own_file
+from nagaya.storage.rootfs import BACKING_DISK, DATA_DISK, Layers, is_own_file
 from nagaya.storage.tree import remove_tree
 
 FORMAT = 2
+SHARED_FORMAT = 3
+"""Of a snapshot whose disk stands on a backing file: who knows 2 alone would take the half for the whole."""
 RECORD = "snapshot.json"
 MEMORY = "memory"
 PROGRAMS = "programs.json"
@@ -40,6 +43,7 @@ RESTORE = "restore"
 _CURRENT = "current"
 _TEMPORARY, _TRASH, _WHOLE = ".tmp-", ".trash-", ".whole-"
 _COPY_MARK = "copy.done"
+_NO_BACKING = "data.backing.none"  # of a restore: the machine's disk will be one file
 _QUICK_BYTES = 8 << 20
 _SECTOR = 512  # what st_blocks counts
 
@@ -114,9 +118,9 @@ def load_record(path: str, snapshot_id: str = "") -> Snapshot:
         format_ = data["format"]
     except (ValueError, RecursionError, TypeError, KeyError):
         raise IntegrityError(f"the record of snapshot {snapshot_id or path} is damaged", hint=hint) from None
-    if type(format_) is int and format_ != FORMAT:
+    if type(format_) is int and format_ not in (FORMAT, SHARED_FORMAT):
         raise Unsupported(
-            f"snapshot {snapshot_id or path} is of format {format_}, and this Nagaya knows {FORMAT}",
+            f"snapshot {snapshot_id or path} is of format {format_}, and this Nagaya knows {FORMAT} and {SHARED_FORMAT}",
             hint="use the version of Nagaya that made it",
         )
     try:
@@ -199,10 +203,19 @@ def copy_disks(machine_dir: str, place: str) -> None:
     """
     for name in (DATA_DISK, *filter(is_own_file, os.listdir(machine_dir))):
         copy_file(f"{machine_dir}/{name}", f"{place}/{name}")
+    shared_disks.copy(machine_dir, place)
     for name in TREES:
         if os.path.isdir(f"{machine_dir}/{name}"):
             _copy_tree(f"{machine_dir}/{name}", f"{place}/{name}")
     copy_file(f"{machine_dir}/{_COPY_MARK}", f"{place}/{_COPY_MARK}")
+
+
+def share_disks(place: str, target: str) -> None:
+    """`copy_disks` out of a snapshot, which nobody writes, for a machine of our own VMM's: a disk that would take long to
+    copy stands on the snapshot's. Raises as that.
+    """
+    if not (shared_disks.is_worth_it(place, target) and shared_disks.stand_on(place, target)):
+        copy_disks(place, target)
 
 
 def copy_quickly(machine_dir: str, place: str) -> bool:
@@ -293,6 +306,10 @@ def _copy_tree(source: str, target: str) -> None:
             hint="free some space, for example with 'nagaya snapshot rm'" if full else "",
             errno=errno.ENOSPC if full else 0,
         )
+
+
+def format_of(place: str) -> int:
+    return SHARED_FORMAT if shared_disks.is_shared(place) else FORMAT
 
 
 def sum_parts(place: str) -> tuple[Part, ...]:
@@ -443,7 +460,13 @@ def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: Mach
     fresh = f"{machine_dir}/{RESTORE}.tmp"
     remove_tree(fresh)
     os.mkdir(fresh, 0o700)
-    copy_disks(place, fresh)
+    if spec.type == "kvm" and spec.hardware is None:
+        share_disks(place, fresh)
+    else:
+        copy_disks(place, fresh)
+        shared_disks.make_whole(fresh)
+    if not shared_disks.is_shared(fresh):
+        _touch(f"{fresh}/{_NO_BACKING}")
     records.store(f"{fresh}/spec.json", spec)
     records.store(f"{fresh}/rootfs.json", snapshot.layers)
     records.write_file(f"{fresh}/{_CURRENT}", snapshot.id.encode())
@@ -479,7 +502,10 @@ def _finish_restore(machine_dir: str) -> None:
             os.rename(f"{fresh}/{name}", f"{machine_dir}/{name}")
         _touch(f"{fresh}/settled")
     make_directory(f"{machine_dir}/snapshots")
+    if os.path.lexists(f"{fresh}/{_NO_BACKING}") and os.path.lexists(f"{machine_dir}/{BACKING_DISK}"):
+        os.unlink(f"{machine_dir}/{BACKING_DISK}")  # what the old disk stands on; nobody starts it before this is over
     for name, target in (
+        (BACKING_DISK, BACKING_DISK),
         (DATA_DISK, DATA_DISK),
         *((name, name) for name in os.listdir(fresh) if is_own_file(name)),
         ("rootfs.json", "rootfs.json"),

@@ -37,7 +37,7 @@ _RANGE = struct.Struct("<QII")  # struct virtio_blk_discard_write_zeroes: sector
 _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _MOST_RANGE_SECTORS = 1 << 22  # 2 GiB in a request: a driver splits more, and other requests come between
 _MOST_RANGES = 32
-_MOST_IOVECS = 1024  # IOV_MAX
+MOST_IOVECS = 1024  # IOV_MAX
 LOG_BLOCK_BYTES = 64 << 10
 _LOCK_TRIES, _LOCK_PAUSE_S = 15, 0.02
 """A machine that was killed a moment ago lets go of its disks when its processes are all gone."""
@@ -156,9 +156,9 @@ class Blk:
         """See `Device`."""
         for turn in self._turns:
             turn.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in self.descriptors() if self._fd >= 0 else ():
+            os.close(fd)
+        self._fd = -1
 
     def save(self) -> dict[str, Any]:
         """See `Device`: no request outlives the call that serves it."""
@@ -204,19 +204,17 @@ class Blk:
             counters["writes"] += 1
             counters["written_bytes"] += request.size_bytes
         elif request.type == T_FLUSH:
-            os.fdatasync(self._fd)
+            self._sync()
             counters["flushes"] += 1
         elif request.type == T_GET_ID:
             scatter(request.buffers, self._id)
             return ID_BYTES
         else:
             for offset, size, unmap in request.ranges:
-                discard = request.type == T_DISCARD or unmap
-                mode = FALLOC_FL_PUNCH_HOLE if discard else FALLOC_FL_ZERO_RANGE
-                fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, size)
+                self._clear(offset, size, hint=request.type == T_DISCARD, keep=not unmap)
                 self._mark(offset, size)
             if self._writes_through:
-                os.fdatasync(self._fd)
+                self._sync()
             counters["discards"] += 1
         return 0
 
@@ -224,7 +222,7 @@ class Blk:
         done = 0
         while done < request.size_bytes:
             views = after(request.buffers, done) if done else request.buffers
-            count = os.preadv(self._fd, views[:_MOST_IOVECS], request.offset + done)
+            count = os.preadv(self._fd, views[:MOST_IOVECS], request.offset + done)
             if not count:  # the file was made shorter under us
                 raise OSError(errno.EIO, "the disk ended")
             done += count
@@ -234,9 +232,17 @@ class Blk:
         while done < request.size_bytes:
             views = after(request.buffers, done) if done else request.buffers
             flags = os.RWF_DSYNC if self._writes_through else 0
-            count = os.pwritev(self._fd, views[:_MOST_IOVECS], request.offset + done, flags)
+            count = os.pwritev(self._fd, views[:MOST_IOVECS], request.offset + done, flags)
             self._mark(request.offset + done, count)
             done += count
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def _clear(self, offset: int, size_bytes: int, *, hint: bool, keep: bool) -> None:
+        """Make it zeros; where that is but a `hint`, or where it need not `keep` its place, they are a hole."""
+        mode = FALLOC_FL_PUNCH_HOLE if hint or not keep else FALLOC_FL_ZERO_RANGE
+        fallocate(self._fd, mode | FALLOC_FL_KEEP_SIZE, offset, size_bytes)
 
     def _mark(self, offset: int, size_bytes: int) -> None:
         if self.writes is not None and self.writes.on:

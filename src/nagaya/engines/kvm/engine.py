@@ -39,6 +39,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nagaya.engines.kvm.saved import Saved
     from nagaya.engines.kvm.writing import Writing
+    from nagaya.virtio.blk import Blk
 
 PLATFORM = "linux/amd64"
 PROGRAM_WITHIN_S = 120.0  # a software KVM boots a kernel in 10 to 20 s
@@ -189,6 +190,9 @@ class KvmEngine:
         data = _held(open_data(disks, form=not source.data and bare is None), local)
         if source.data:
             copy_data_disk(source.data, data)
+        backing = (
+            _held(os.open(disks.backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), local) if disks.backing else -1
+        )
         initrd = _held(open_initramfs(), local) if source.saved is None and bare is None else -1
         memory = source.saved.fds if source.saved is not None else ()
         self._links = tuple(link.host_link for link in request.network.links if link.host_link)
@@ -200,12 +204,12 @@ class KvmEngine:
             memory_bytes=self._memory_bytes, cpus=rules.cpus(spec), acpi=False,
         )  # fmt: skip
         assemble = partial(
-            _assemble, hardware, disks, data=data, agent=agent, console=console_end, links=links, daemon=daemon,
+            _assemble, hardware, disks, data=data, backing=backing, agent=agent, console=console_end, links=links, daemon=daemon,
             saved=source.saved, bare=bare,
         )  # fmt: skip
         return child.Plan(
             assemble=assemble, control=vmm.control_end,
-            kept=tuple(fd for fd in (agent, console_end, data, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
+            kept=tuple(fd for fd in (agent, console_end, data, backing, initrd, daemon, *memory, *(fd for fd, _ in links)) if fd >= 0),
             log=vmm.log_end, enter=self._bounds.enter,
             id=user_id(spec.id) if os.geteuid() == 0 else -1, incoming=request.incoming,
         )  # fmt: skip
@@ -399,7 +403,7 @@ def _held(fd: int, local: ExitStack) -> int:
 
 
 def _assemble(
-    hardware: Hardware, disks: DiskPlan, *, data: int, agent: int, console: int, links: tuple[tuple[int, LinkPlan], ...],
+    hardware: Hardware, disks: DiskPlan, *, data: int, backing: int, agent: int, console: int, links: tuple[tuple[int, LinkPlan], ...],
     daemon: int, saved: Saved | None, bare: dict[str, Any] | None,
 ) -> Machine:  # fmt: skip
     """In the child: the devices in their order, and the machine. The descriptors become theirs."""
@@ -413,7 +417,7 @@ def _assemble(
     )
     drives = (
         Blk(ROOT_SERIAL, disks.image, read_only=True, serial=ROOT_SERIAL),
-        Blk(DATA_SERIAL, f"/proc/self/fd/{data}", serial=DATA_SERIAL),
+        _open_data_disk(data, backing),
     )
     # A machine that goes on from saved memory has it copy-on-write, and so for its own process alone: its disks are served
     # by threads of that. Where another process has to have the memory (virtiofsd), all of it is copied at the start.
@@ -443,3 +447,14 @@ def _assemble(
         connection.greet()
         devices.append(FileSystem(SHARES, connection, tag=SHARES_TAG))
     return Machine(hardware, tuple(devices), apart=apart, saved=saved, bare=bare)
+
+
+def _open_data_disk(data: int, backing: int) -> Blk:
+    from nagaya.virtio.blk import Blk
+
+    path = f"/proc/self/fd/{data}"
+    if backing < 0:
+        return Blk(DATA_SERIAL, path, serial=DATA_SERIAL)
+    from nagaya.virtio.backed_blk import BackedBlk  # lazy: few stand on a backing file
+
+    return BackedBlk(DATA_SERIAL, path, backing, serial=DATA_SERIAL)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from nagaya.engines.kvm.machine import Machine, merge_runs, writes_of
 from nagaya.engines.kvm.missing import serve_missing, skip_wanted
 from nagaya.errors import Conflict
+from nagaya.kernel import backing
 from nagaya.kernel.light_threads import Thread
+from nagaya.kernel.reflink import data_runs
 from nagaya.memory import PAGE_BYTES
 from nagaya.migration import frames
 from nagaya.migration.departure import Departure, Pace, Terms
@@ -33,7 +35,24 @@ Runs = list[tuple[int, int]]
 
 class _Disk(NamedTuple):
     fd: int
+    backing: int  # -1 = it stands for itself
     take: Callable[[], Runs]
+
+    def read(self, at: int, size_bytes: int) -> bytes:
+        if self.backing < 0:
+            return os.pread(self.fd, size_bytes, at)
+        return backing.read(self.fd, self.backing, at, at + size_bytes)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of where it has something, in whole units. Raises `OSError`."""
+        size, done = os.lseek(self.fd, 0, os.SEEK_END), 0
+        for start, end in (
+            data_runs(self.fd, 0, size) if self.backing < 0 else backing.runs(self.fd, self.backing, 0, size)
+        ):
+            start = max(done, start - start % _DISK_UNIT)
+            done = min(end + -end % _DISK_UNIT, size)
+            if start < done:
+                yield start, done - start
 
 
 def start(machine: Machine, stream_fds: tuple[int, int], report_fd: int, terms: Terms) -> None:
@@ -71,7 +90,7 @@ class Leaving:
     def _migrate(self) -> None:
         machine, pace = self._machine, self._pace
         machine.log_writes(True)
-        memory, blocks = [(start, end - start) for start, end in machine.memory.used()], list(_extents(self._disk.fd))
+        memory, blocks = [(start, end - start) for start, end in machine.memory.used()], list(self._disk.extents())
         while True:
             self._copy(memory, blocks, first=pace.round == 0)
             self._departure.look()
@@ -112,7 +131,7 @@ class Leaving:
 
     def _send_disk(self, start: int, count: int, *, first: bool) -> None:
         for at in range(start, start + count, _CHUNK_BYTES):
-            data = os.pread(self._disk.fd, min(_CHUNK_BYTES, start + count - at), at)
+            data = self._disk.read(at, min(_CHUNK_BYTES, start + count - at))
             for begin, end, is_zero in _segments(data, _DISK_UNIT):
                 if not is_zero:
                     self._stream.send(frames.BLOCKS, at + begin, memoryview(data)[begin:end])
@@ -164,23 +183,9 @@ def _find_disk(machine: Machine) -> _Disk:
     for device in machine.devices:
         writes = writes_of(device)
         if writes is not None:
-            return _Disk(device.descriptors()[0], writes.take)  # type: ignore[attr-defined]
+            fds: tuple[int, ...] = device.descriptors()  # type: ignore[attr-defined]
+            return _Disk(fds[0], fds[1] if len(fds) > 1 else -1, writes.take)
     raise Conflict("the machine has ended", state="ended", required="running")
-
-
-def _extents(fd: int) -> Iterator[tuple[int, int]]:
-    """Where a disk has something, in whole units. Raises `OSError`."""
-    size = os.lseek(fd, 0, os.SEEK_END)
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # nothing but a hole follows
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        start -= start % _DISK_UNIT
-        at = min(end + -end % _DISK_UNIT, size)
-        yield start, at - start
 
 
 def _segments(data: bytes, unit: int) -> list[tuple[int, int, bool]]:
