@@ -119,6 +119,25 @@ def shell_after_restart(side: Cli) -> str:
     return shell(side, CHECK.rpartition(";")[0] + " | wc -l")
 
 
+def test_a_fork_whose_disk_stands_on_another_takes_all_of_it_along(two: Two) -> None:
+    start(two.here, "sleep", "600")
+    fill = "head -c 16777216 /dev/urandom > /big; sync; md5sum /big"
+    sum_ = shell(two.here, fill)
+    two.here.ok("rename", "m", "original")
+    two.here.ok("fork", "--name", "m", "original", timeout_s=120)
+    two.here.ok("rm", "-f", "original")
+    changed = shell(
+        two.here, "dd if=/dev/urandom of=/big bs=1024 seek=2001 count=50 conv=notrunc 2>/dev/null; sync; md5sum /big"
+    )
+    assert changed != sum_
+    receiver = two.listen()
+    sent = two.here("migrate", "send", "-q", "--max-downtime", "30000", "m", "--to", two.to, timeout_s=180)
+    assert sent.code == 0, sent
+    assert finish(receiver)[0] == 0
+    assert shell(two.there, "echo 3 > /proc/sys/vm/drop_caches; md5sum /big") == changed
+    assert not list(Path(two.there.root).glob("machines/*/data.backing"))
+
+
 def test_it_is_refused_before_anything_is_sent(two: Two) -> None:
     start(two.here, "sleep", "600", flags=("--network", "house"))
     address = two.here.json("inspect", "m")[0]["links"][0]["address"]

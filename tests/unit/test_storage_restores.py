@@ -54,7 +54,9 @@ def content(place: Path) -> bytes:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shared_disks, "LEAST_BYTES", MUCH)
-    monkeypatch.setattr("nagaya.kernel.reflink.sync_file_system", lambda path: None)  # others' writes, a second each time
+    monkeypatch.setattr(
+        "nagaya.kernel.reflink.sync_file_system", lambda path: None
+    )  # others' writes, a second each time
     if not backing.keeps_holes(str(tmp_path)):
         pytest.skip("this file system has no exact holes")
     made = tmp_path / "machine"
