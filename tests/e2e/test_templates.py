@@ -148,11 +148,17 @@ def test_inspect_says_how_it_started(cli: Cli) -> None:
 
 
 def await_template(cli: Cli, *flags: str, **what: object) -> None:
-    """Have one built for machines that are started so, which the first of them does."""
-    cli.ok("run", "--rm", *flags, "probe:1", "/bin/busybox", "true", timeout_s=START_S)
-    wait_for(
-        lambda: any(what.items() <= one.items() for one in json.loads(cli.ok("template", "ls", "--json"))), BUILD_S
-    )
+    """Have one built for machines that are started so, which the first of them does: or the next, if another one is being
+    built at that moment.
+    """
+
+    def is_there() -> bool:
+        if any(what.items() <= one.items() for one in json.loads(cli.ok("template", "ls", "--json"))):
+            return True
+        cli.ok("run", "--rm", *flags, "probe:1", "/bin/busybox", "true", timeout_s=START_S)
+        return False
+
+    wait_for(is_there, BUILD_S)
 
 
 def start_some(cli: Cli, *flags: str) -> list[str]:
