@@ -506,6 +506,7 @@ def test_two_stores_never_choose_the_same_subnet(
             one.ok("prune", "-f")
 
 
+@pytest.mark.timeout(120 + 3 * MANY)
 def test_many_machines_and_random_kills_leave_exactly_the_survivors(net: Cli) -> None:
     """Show 4: addresses, names and rules are those of the machines that live."""
     seed = random.randrange(1 << 30)
