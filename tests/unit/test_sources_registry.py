@@ -168,10 +168,7 @@ def test_downloads_run_side_by_side(registry: Registry, root: Path) -> None:
     layers = [layer_tar({f"f{number}": bytes([number]) * 5000}) for number in range(6)]
     registry.add("many", make_image(*layers))
     registry.delay_s = 0.2
-    began = time.monotonic()
     pull(registry, root, "many:1")
-    took = time.monotonic() - began
-    assert took < 7 * 0.2, "as long as one after the other"
     assert 2 <= registry.busiest <= 8
 
 
