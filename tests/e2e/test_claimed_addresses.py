@@ -11,29 +11,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from nagaya.net import firewall
-from tests.conftest import remove_all, require_program
 from tests.e2e.command import Cli
 from tests.e2e.processes import supervisors
 from tests.e2e.test_networks import SOLICIT, can_ping, member, outside, start
-
-
-@pytest.fixture
-def net(nagaya_root: str, busybox_root: str, network_namespace: tuple[str, ...]) -> Iterator[Cli]:
-    require_program("dnsmasq")
-    os.mkdir(nagaya_root)
-    subprocess.run(["cp", "-a", f"{busybox_root}/images", nagaya_root], check=True)
-    made = Cli(nagaya_root, prefix=network_namespace)
-    try:
-        yield made
-    finally:
-        remove_all(made)
-        made.ok("network", "prune", "-f")
-        made.ok("prune", "-f")
 
 
 def pid_of(net: Cli, name: str) -> int:

@@ -8,30 +8,14 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import remove_all, require_program
+from tests.conftest import remove_all
 from tests.e2e.command import Cli
 from tests.e2e.processes import supervisors
 
 MANY = int(os.environ.get("NAGAYA_TEST_MACHINES", "40"))  # 200 for the whole of it: two minutes more
-
-
-@pytest.fixture
-def net(nagaya_root: str, busybox_root: str, network_namespace: tuple[str, ...]) -> Iterator[Cli]:
-    """The command in a network namespace, on a store of this test's own with the busybox image."""
-    require_program("dnsmasq")
-    os.mkdir(nagaya_root)
-    subprocess.run(["cp", "-a", f"{busybox_root}/images", nagaya_root], check=True)
-    made = Cli(nagaya_root, prefix=network_namespace)
-    try:
-        yield made
-    finally:
-        remove_all(made)
-        made.ok("network", "prune", "-f")
-        made.ok("prune", "-f")
 
 
 def outside(net: Cli, *argv: str, input: str = "", check: bool = True) -> str:

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nagaya.engines.vm.agent import agent_path
 from tests.conformance.types import find_obstacle
-from tests.conftest import remove_all, require_program
 from tests.e2e.command import Cli
 from tests.e2e.test_networks import member
 
 STARTED_WITHIN_S = 400.0
 TYPES = ("container", "kvm", "emulated")
-
-
-@pytest.fixture
-def net(nagaya_root: str, busybox_root: str, network_namespace: tuple[str, ...]) -> Iterator[Cli]:
-    require_program("dnsmasq")
-    os.mkdir(nagaya_root)
-    subprocess.run(["cp", "-a", f"{busybox_root}/images", nagaya_root], check=True)
-    made = Cli(nagaya_root, prefix=network_namespace)
-    try:
-        yield made
-    finally:
-        remove_all(made)
-        made.ok("network", "prune", "-f")
 
 
 def start(net: Cli, name: str, type_: str, *flags: str) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.conformance.types import find_obstacle
-from tests.conftest import remove_all, require_program
 from tests.e2e.command import Cli
 
 TYPES = ("container", "kvm", "emulated")
@@ -20,19 +17,12 @@ SERVER = 'mkdir -p /srv/www; echo "hello from $(hostname)" > /srv/www/index.html
 
 
 @pytest.fixture
-def net(nagaya_root: str, busybox_root: str, network_namespace: tuple[str, ...]) -> Iterator[Cli]:
-    require_program("dnsmasq")
+def net(net: Cli) -> Cli:
+    """With machines of all types."""
     for type_ in TYPES:
         if obstacle := find_obstacle(type_):
             pytest.skip(f"needs machines of type {type_}: {obstacle}")
-    os.mkdir(nagaya_root)
-    subprocess.run(["cp", "-a", f"{busybox_root}/images", nagaya_root], check=True)
-    made = Cli(nagaya_root, prefix=network_namespace)
-    try:
-        yield made
-    finally:
-        remove_all(made)
-        made.ok("network", "prune", "-f")
+    return net
 
 
 def _fetch(net: Cli, machine: str, url: str) -> str:
