@@ -14,7 +14,7 @@ import pytest
 from nagaya.errors import Conflict
 from nagaya.kernel import backing
 from nagaya.storage import shared_disks
-from nagaya.storage.shared_disks import LEAST_BYTES
+from nagaya.storage.shared_disks import QUICK_BYTES
 from nagaya.virtio import blk
 from nagaya.virtio.backed_blk import BackedBlk
 from nagaya.virtio.device import VERSION_1
@@ -124,7 +124,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     with (made / "data.img").open("wb") as file:
         file.truncate(64 << 20)
         file.seek(1 << 20)
-        file.write(os.urandom(LEAST_BYTES + (1 << 20)))
+        file.write(os.urandom(QUICK_BYTES + (1 << 20)))
         file.seek(0)
         file.write(os.urandom(4096))
     return made

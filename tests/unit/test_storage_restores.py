@@ -53,7 +53,7 @@ def content(place: Path) -> bytes:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(shared_disks, "LEAST_BYTES", MUCH)
+    monkeypatch.setattr(shared_disks, "QUICK_BYTES", MUCH)
     monkeypatch.setattr(
         "nagaya.kernel.reflink.sync_file_system", lambda path: None
     )  # others' writes, a second each time
@@ -93,7 +93,7 @@ def change(machine: Path, now: str) -> None:
 
 def restore(machine: Path, snapshot: Snapshot) -> None:
     place = snapshots.directory(str(machine), snapshot.id)
-    snapshots.prepare_restore(str(machine), place, snapshot, SPEC)
+    snapshots.prepare_restore(str(machine), place, snapshot, SPEC, backed=True)
     snapshots.commit_restore(str(machine))
 
 

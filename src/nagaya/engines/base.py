@@ -119,7 +119,7 @@ class Engine(Protocol):
 
     type: str
     rootfs_kind: str  # "directories": boot wants a RootfsPlan; "disk": a DiskPlan; "hardware": a HardwarePlan
-    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "fork", "migrate", "post-copy", "oom", "offline", "init", "plug", "replug", "explain",
+    # Subset of {"pause", "stats", "limits", "memory", "save-behind", "disk-log", "backing", "fork", "migrate", "post-copy", "oom", "offline", "init", "plug", "replug", "explain",
     # "power", "screen", "discs", "disks", "guest-agent"}.
     capabilities: frozenset[str]
 

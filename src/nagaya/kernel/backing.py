@@ -76,12 +76,9 @@ def lift(fd: int, backing: int, offset: int, size_bytes: int) -> None:
 
 def holes(backing: int, at: int, end: int) -> Iterator[tuple[int, int]]:
     """(start, end) of where the backing file has nothing: there, and only there, a hole reads as zeros. Raises `OSError`."""
-    for start, stop in data_runs(backing, at, end):
-        if at < start:
-            yield at, start
-        at = stop
-    if at < end:
-        yield at, end
+    for start, stop, has_data in layers(backing, at, end):
+        if not has_data:
+            yield start, stop
 
 
 def write_zeros(fd: int, backing: int, at: int, end: int) -> None:

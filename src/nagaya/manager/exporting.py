@@ -241,13 +241,16 @@ def _load(all_: Machines, store: Store, reader: Reader, head: Head, name: str, r
         layers = _settle_root(store.images, head, place, directory)
         record = head.snapshot._replace(id=snapshot_id, layers=layers)
         snapshots.verify(place, record)
+        engine = open_engine(spec.type)
         if record.memory:
-            engine = open_engine(spec.type)
             engine.check_saved(spec, f"{place}/{snapshots.MEMORY}")  # type: ignore[attr-defined]
         record = snapshots.finish(directory, place, record)
         all_.make_volumes(spec, layers.lower)
         machines.store_state(all_.paths, machine_id, MachineState(phase=STARTING if record.memory else CREATED))
-        snapshots.prepare_restore(directory, snapshots.directory(directory, record.id), record, spec)
+        snapshots.prepare_restore(
+            directory, snapshots.directory(directory, record.id), record, spec,
+            backed="backing" in engine.capabilities,
+        )  # fmt: skip
         snapshots.commit_restore(directory)
     except BaseException:
         machines.discard(all_.paths, machine_id, name)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from nagaya.engines import open_engine
+from nagaya.engines import engine_of, open_engine
 from nagaya.errors import Conflict, HostError, NagayaError, Unsupported, UsageError
 from nagaya.manager.naming import check_name
 from nagaya.model.spec import MachineSpec
@@ -64,7 +64,8 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
                         source.ask("save", place=place, memory=not disk_only)
                     else:
                         snapshots.copy_disks(source.directory, place)
-                    _settle(source, place, count)
+                    if count > 1 and shared_disks.is_copied_slowly(place, place):
+                        shared_disks.make_whole(place)  # one file of it, for all of them to stand on
                     made.extend(_make(source, all_, place, one, starting=phase in ALIVE) for one in names)
                     if phase in ALIVE:
                         _start(made, "" if disk_only else place)
@@ -82,12 +83,6 @@ def fork(source: Machine, all_: Machines, count: int, *, name: str = "", disk_on
     for machine in made:
         source.record("fork", fork=machine.name, fork_id=machine.id)
     return made
-
-
-def _settle(source: Machine, place: str, count: int) -> None:
-    """The forks' disks stand on what is in `place`; where that itself is one on another, with much of its own, on one file."""
-    if source.spec.type != "kvm" or (count > 1 and snapshots.is_copied_slowly(place, place)):
-        shared_disks.make_whole(place)
 
 
 @contextmanager
@@ -161,10 +156,7 @@ def _make(source: Machine, all_: Machines, place: str, name: str, *, starting: b
     try:
         spec = all_.claim_name(spec)
         rootfs.copy_layers(source.directory, directory)
-        if spec.type == "kvm":
-            snapshots.share_disks(place, directory)
-        else:
-            snapshots.copy_disks(place, directory)
+        snapshots.give_disks(place, directory, backed="backing" in engine_of(spec).capabilities)
         machines.store_spec(source.paths, spec)
         machines.store_state(source.paths, machine_id, _FIRST if starting else MachineState(phase=CREATED))
     except BaseException:

@@ -39,7 +39,7 @@ def rebuild(machine: Machine, planned: MachineSpec, *, alive: bool) -> None:
         check_platform(planned.platform, planned.image, type_=planned.type)
         after.check_host(kernel=planned.kernel)
     after.check(planned)
-    if planned.type != "kvm" and after.rootfs_kind == "disk":
+    if "backing" not in after.capabilities and after.rootfs_kind == "disk":
         shared_disks.make_whole(machine.directory)
     if before.rootfs_kind != after.rootfs_kind:
         (_make_disk if after.rootfs_kind == "disk" else _make_directories)(machine, planned)

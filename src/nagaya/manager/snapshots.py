@@ -271,7 +271,10 @@ class Snapshots:
             spec = _restored_spec(machine.spec, snapshot.spec)
             self._check(snapshot, spec, with_memory=with_memory)
             try:
-                snapshots.prepare_restore(self._directory, self.directory(snapshot), snapshot, spec)
+                snapshots.prepare_restore(
+                    self._directory, self.directory(snapshot), snapshot, spec,
+                    backed="backing" in engine_of(spec).capabilities,
+                )  # fmt: skip
                 runs = self._end()
                 snapshots.commit_restore(self._directory)
             except OSError as error:

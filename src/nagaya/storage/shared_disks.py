@@ -18,21 +18,24 @@ from nagaya.errors import Conflict, HostError
 from nagaya.kernel import backing, reflink
 from nagaya.storage.rootfs import BACKING_DISK, DATA_DISK
 
-LEAST_BYTES = 8 << 20
-"""What is less is copied: in a few milliseconds, and for good."""
-_SECTOR = 512  # what st_blocks counts
+QUICK_BYTES = 8 << 20
+"""What is no more is copied: in a few milliseconds, and for good."""
+SECTOR = 512  # what st_blocks counts
 _CANNOT_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EACCES, errno.EOPNOTSUPP)
+
+
+def is_copied_slowly(place: str, target: str) -> bool:
+    """Whether to copy the data disk in `place` would take a while: more than a few blocks have to be. Raises `OSError`."""
+    try:
+        allocated = os.lstat(f"{place}/{DATA_DISK}").st_blocks * SECTOR
+    except FileNotFoundError:
+        return False
+    return allocated > QUICK_BYTES and not reflink.can_clone(target)
 
 
 def is_worth_it(place: str, target: str) -> bool:
     """Whether a disk in `target` had better stand on that in `place` than be a copy of it. Raises `OSError`."""
-    try:
-        used_bytes = os.lstat(f"{place}/{DATA_DISK}").st_blocks * _SECTOR
-    except FileNotFoundError:
-        return False
-    if used_bytes <= LEAST_BYTES or os.path.lexists(f"{place}/{BACKING_DISK}"):
-        return False
-    return not reflink.can_clone(target) and backing.keeps_holes(target)
+    return not is_shared(place) and is_copied_slowly(place, target) and backing.keeps_holes(target)
 
 
 def stand_on(place: str, target: str) -> bool:

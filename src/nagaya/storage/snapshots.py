@@ -44,8 +44,6 @@ _CURRENT = "current"
 _TEMPORARY, _TRASH, _WHOLE = ".tmp-", ".trash-", ".whole-"
 _COPY_MARK = "copy.done"
 _NO_BACKING = "data.backing.none"  # of a restore: the machine's disk will be one file
-_QUICK_BYTES = 8 << 20
-_SECTOR = 512  # what st_blocks counts
 
 
 class Part(NamedTuple):
@@ -210,11 +208,16 @@ def copy_disks(machine_dir: str, place: str) -> None:
     copy_file(f"{machine_dir}/{_COPY_MARK}", f"{place}/{_COPY_MARK}")
 
 
-def share_disks(place: str, target: str) -> None:
-    """`copy_disks` out of a snapshot, which nobody writes, for a machine of our own VMM's: a disk that would take long to
-    copy stands on the snapshot's. Raises as that.
+def give_disks(place: str, target: str, *, backed: bool) -> None:
+    """`copy_disks` out of a snapshot, which nobody writes, for a machine that goes on from it. Raises as that.
+
+    With `backed`, of an engine that can read one on a backing file, a disk that would take long to copy stands on the
+    snapshot's; without, it is one file, whatever the snapshot's is.
     """
-    if not (shared_disks.is_worth_it(place, target) and shared_disks.stand_on(place, target)):
+    if not backed:
+        copy_disks(place, target)
+        shared_disks.make_whole(target)
+    elif not (shared_disks.is_worth_it(place, target) and shared_disks.stand_on(place, target)):
         copy_disks(place, target)
 
 
@@ -226,22 +229,13 @@ def copy_quickly(machine_dir: str, place: str) -> bool:
     allocated = 0
     for name in names:
         try:
-            allocated += os.lstat(f"{machine_dir}/{name}").st_blocks * _SECTOR
+            allocated += os.lstat(f"{machine_dir}/{name}").st_blocks * shared_disks.SECTOR
         except FileNotFoundError:
             continue
-    if allocated > _QUICK_BYTES:
+    if allocated > shared_disks.QUICK_BYTES:
         return False
     copy_disks(machine_dir, place)
     return True
-
-
-def is_copied_slowly(machine_dir: str, place: str) -> bool:
-    """Whether `copy_disks` would take a while for the data disk: more than a few blocks have to be copied. Raises `OSError`."""
-    try:
-        allocated = os.lstat(f"{machine_dir}/{DATA_DISK}").st_blocks * _SECTOR
-    except FileNotFoundError:
-        return False
-    return allocated > _QUICK_BYTES and not reflink.can_clone(place)
 
 
 def copy_again(machine_dir: str, place: str, runs: list[tuple[int, int]]) -> None:
@@ -325,7 +319,7 @@ def _sum_part(place: str, name: str, kind: str) -> Part:
     if kind == "tree":
         return Part(name, kind, *digests.digest_tree(f"{place}/{name}"))
     digest, data_bytes = digests.digest_file(f"{place}/{name}")  # in larger blocks than the file's holes
-    return Part(name, kind, digest, min(data_bytes, os.lstat(f"{place}/{name}").st_blocks * _SECTOR))
+    return Part(name, kind, digest, min(data_bytes, os.lstat(f"{place}/{name}").st_blocks * shared_disks.SECTOR))
 
 
 def _list(place: str) -> list[str]:
@@ -452,19 +446,15 @@ def is_of_another(place: str, machine_dir: str, machine_id: str) -> bool:
         return False
 
 
-def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: MachineSpec) -> str:
-    """Copies of a snapshot's disks, and the records that go with them; `commit_restore` puts them in place.
+def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: MachineSpec, *, backed: bool) -> str:
+    """A snapshot's disks (see `give_disks`), and the records that go with them; `commit_restore` puts them in place.
 
     Answers where they are. The machine may run meanwhile. Raises `OSError`, `HostError`.
     """
     fresh = f"{machine_dir}/{RESTORE}.tmp"
     remove_tree(fresh)
     os.mkdir(fresh, 0o700)
-    if spec.type == "kvm" and spec.hardware is None:
-        share_disks(place, fresh)
-    else:
-        copy_disks(place, fresh)
-        shared_disks.make_whole(fresh)
+    give_disks(place, fresh, backed=backed)
     if not shared_disks.is_shared(fresh):
         _touch(f"{fresh}/{_NO_BACKING}")
     records.store(f"{fresh}/spec.json", spec)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from nagaya.errors import HostError, NagayaError
 from nagaya.kernel.process import close_all_but, die_with
 from nagaya.static import NoReturn
-from nagaya.storage import snapshots
+from nagaya.storage import shared_disks, snapshots
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Disks:
         """`log` tells where the data disk is written; None = the machine stands for as long as copying takes."""
         self._loop = loop
         self._machine_dir, self._place = machine_dir, place
-        self._log = log if log is not None and snapshots.is_copied_slowly(machine_dir, place) else None
+        self._log = log if log is not None and shared_disks.is_copied_slowly(machine_dir, place) else None
         self._on_failed = on_failed
         self._logging = False
         self._passes = 0

@@ -63,6 +63,7 @@ class KvmEngine:
             "memory",
             "save-behind",
             "disk-log",
+            "backing",
             "replug",
             "fork",
             "migrate",
