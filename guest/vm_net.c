@@ -345,14 +345,23 @@ static int renew_link(struct link *link, const unsigned char *field)
 	return configure(link, field);
 }
 
+/* The one that a NETWORK field names; its socket is the caller's to close. */
+static int open_link(struct link *link, const unsigned char *field)
+{
+	*link = (struct link){.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	if (link->sock < 0)
+		return vm_fail(errno, "the guest kernel has no IPv4");
+	snprintf(link->request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
+	return 0;
+}
+
 int vm_reconfigure_link(const unsigned char *field)
 {
-	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	struct link link;
 	int failed;
 
-	if (link.sock < 0)
-		return vm_fail(errno, "the guest kernel has no IPv4");
-	snprintf(link.request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
+	if (open_link(&link, field))
+		return -1;
 	failed = is_as_told(&link, field) ? 0 : renew_link(&link, field);
 	close(link.sock);
 	return failed;
@@ -378,12 +387,11 @@ static int is_up(struct link *link)
 
 int vm_change_link(const unsigned char *field)
 {
-	struct link link = {.sock = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), .mac = field};
+	struct link link;
 	int failed;
 
-	if (link.sock < 0)
-		return vm_fail(errno, "the guest kernel has no IPv4");
-	snprintf(link.request.ifr_name, IFNAMSIZ, "%s", (const char *)field + UN_NAME);
+	if (open_link(&link, field))
+		return -1;
 	if (is_zero(field + UN_ADDRESS, 4) && is_zero(field + UN_ADDRESS6, 16))
 		failed = take_down(&link);
 	else if (is_up(&link) && is_as_told(&link, field))

@@ -119,6 +119,7 @@ def _find_program() -> str:
 
 def _make(store: ImageStore, image: Image, path: str, program: str, progress: Progress) -> None:
     from nagaya.images.merged import merge
+    from nagaya.storage import records
     from nagaya.storage.tree import remove_tree
 
     key = f"root image {image.id}"
@@ -139,7 +140,7 @@ def _make(store: ImageStore, image: Image, path: str, program: str, progress: Pr
     finally:
         remove_tree(temporary)
         remove_tree(tree)
-    _sync(os.path.dirname(path))
+    records.sync(os.path.dirname(path))
     progress.finish(key)
 
 
@@ -240,14 +241,6 @@ def _link_tree(nodes: list[Node], target: str) -> None:
             os.setxattr(place, attribute, value)
         os.chmod(place, stat.S_IMODE(found.st_mode))
         os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def _sync(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _uuid(diff_ids: tuple[str, ...]) -> bytes:

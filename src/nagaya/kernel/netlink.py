@@ -359,7 +359,7 @@ class Netlink:
             parts = attributes(data, _NDMSG.size)
             address, mac = parts.get(NDA_DST, b""), parts.get(NDA_LLADDR, b"")
             if link == index and state & NUD_VALID and len(address) == 16 and len(mac) == 6:
-                found.append((address, ":".join(f"{byte:02x}" for byte in mac)))
+                found.append((address, _mac(mac)))
         return found
 
     def add_default_route(self, gateway: str) -> None:
@@ -383,6 +383,10 @@ def attributes(data: bytes, at: int) -> dict[int, bytes]:
     return found
 
 
+def _mac(raw: bytes) -> str:
+    return ":".join(f"{byte:02x}" for byte in raw)
+
+
 def _read_link(data: bytes) -> Link:
     _, _, index, flags, _ = _IFINFO.unpack_from(data)
     parts = attributes(data, _IFINFO.size)
@@ -393,7 +397,7 @@ def _read_link(data: bytes) -> Link:
         number=index,
         name=parts.get(IFLA_IFNAME, b"").rstrip(b"\0").decode("utf-8", "replace"),
         kind=info.get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode(errors="replace"),
-        mac=":".join(f"{byte:02x}" for byte in parts.get(IFLA_ADDRESS, b"")),
+        mac=_mac(parts.get(IFLA_ADDRESS, b"")),
         master=int.from_bytes(parts.get(IFLA_MASTER, b""), "little"),
         mtu=int.from_bytes(parts.get(IFLA_MTU, b""), "little"),
         is_up=bool(flags & IFF_UP),

@@ -17,7 +17,7 @@ import os
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.kernels.architectures import ARCHITECTURES, X86_64
 from nagaya.static import NamedTuple
-from nagaya.storage import records
+from nagaya.storage import paths, records
 from nagaya.storage.lock import FileLock
 from nagaya.storage.tree import remove_tree
 
@@ -51,8 +51,7 @@ class Kernel(NamedTuple):
 
 def cache_directory() -> str:
     """Where this user's kernels are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nagaya", "kernels")
+    return paths.cache_directory("kernels")
 
 
 def list_kernels() -> list[Kernel]:

@@ -61,7 +61,7 @@ def remove_leaving(machine_dir: str) -> None:
         os.unlink(f"{machine_dir}/{LEAVING}")
     except FileNotFoundError:
         return
-    _sync_directory(machine_dir)
+    records.sync(machine_dir)
 
 
 def refuse_left(machine_dir: str, name: str) -> None:
@@ -85,7 +85,7 @@ def begin_arrival(machine_dir: str, migration_id: str, machine_id: str, describe
     os.mkdir(place, 0o700)
     records.write_file(f"{place}/{_DESCRIBED}", described.encode())
     records.store(f"{place}/{_RECORD}", Incoming(migration_id, machine_id), durable=True)
-    _sync_directory(machine_dir)
+    records.sync(machine_dir)
     return place
 
 
@@ -106,7 +106,7 @@ def commit_arrival(machine_dir: str) -> bool:
         os.rename(f"{machine_dir}/{INCOMING}", f"{machine_dir}/{ARRIVED}")
     except FileNotFoundError:
         return False
-    _sync_directory(machine_dir)
+    records.sync(machine_dir)
     return True
 
 
@@ -126,7 +126,7 @@ def settle_arrival(paths: Paths, migration_id: str, machine_id: str) -> bool:
     try:
         if records.load(f"{machine_dir}/{INCOMING}/{_RECORD}", Incoming) == wanted:
             os.rename(f"{machine_dir}/{INCOMING}", f"{machine_dir}/{REFUSED}")
-            _sync_directory(machine_dir)
+            records.sync(machine_dir)
             return False
     except (FileNotFoundError, IntegrityError):
         pass  # it is not on its way, or no longer
@@ -138,11 +138,3 @@ def settle_arrival(paths: Paths, migration_id: str, machine_id: str) -> bool:
         if found == wanted:
             return True
     return False
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -59,6 +59,12 @@ def find_paths(root: str = "", run: str = "") -> Paths:
     return Paths(root, os.path.abspath(run) if run else (f"{root}/run" if custom else default_run))
 
 
+def cache_directory(name: str) -> str:
+    """Where this user's cache of that name is. It may not be there."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "nagaya", name)
+
+
 def make_directory(path: str, mode: int = 0o700) -> None:
     """`mkdir -p`, with `mode` for every directory that it makes."""
     try:

@@ -140,8 +140,13 @@ def write_file(path: str, data: bytes, *, durable: bool = False, mode: int = 0o6
             pass
         raise
     if durable:
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(os.path.dirname(path) or ".")
+
+
+def sync(path: str) -> None:
+    """Bring a file to the host's disk, or of a directory the names in it. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

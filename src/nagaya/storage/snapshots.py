@@ -467,7 +467,7 @@ def prepare_restore(machine_dir: str, place: str, snapshot: Snapshot, spec: Mach
 def commit_restore(machine_dir: str) -> None:
     """From here on the machine, which does not run, is what was prepared, whoever is killed. Raises `OSError`."""
     os.rename(f"{machine_dir}/{RESTORE}.tmp", f"{machine_dir}/{RESTORE}")
-    _sync_directory(machine_dir)
+    records.sync(machine_dir)
     _finish_restore(machine_dir)
 
 
@@ -504,21 +504,13 @@ def _finish_restore(machine_dir: str) -> None:
     ):
         if os.path.lexists(f"{fresh}/{name}"):
             os.rename(f"{fresh}/{name}", f"{machine_dir}/{target}")
-    _sync_directory(machine_dir)
+    records.sync(machine_dir)
     os.rename(fresh, f"{fresh}.tmp")  # its marks must not go before the rest of it
     remove_tree(f"{fresh}.tmp")
 
 
 def _touch(path: str) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # -- after a kill

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
-from nagaya.engines.mount_rules import covers
 from nagaya.errors import Conflict, ExecError, HostError, NagayaError, Unsupported
-from nagaya.model.spec import Attachment
 from nagaya.model.state import PAUSED
 from nagaya.net.plan import NetworkPlan
 from nagaya.supervisor.etc import replace_etc, rewrite_etc
 
-Done = Callable[[NagayaError | None], None]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nagaya.model.spec import Attachment
+    from nagaya.supervisor.renewal import Done
     from nagaya.supervisor.supervisor import Supervisor
 
 CLOSE_AFTER_S = 0.05
@@ -161,6 +159,7 @@ def _tell(machine: Supervisor, before: NetworkPlan | None, on_done: Done) -> Non
 
 def _renew(machine: Supervisor, before: NetworkPlan, plan: NetworkPlan, on_done: Done) -> None:
     """The same inside of a virtual machine. What it has been told, or will have when it is no longer paused, is on the host."""
+    from nagaya.engines.mount_rules import covers  # lazy: rare
     from nagaya.supervisor.renewal import Renewal
 
     kept = {link.name for link in plan.links}

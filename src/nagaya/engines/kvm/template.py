@@ -21,6 +21,7 @@ from nagaya import __version__
 from nagaya.engines.kvm import saved
 from nagaya.errors import HostError, IntegrityError, NagayaError, NotFound, UsageError
 from nagaya.static import NamedTuple
+from nagaya.storage.paths import cache_directory
 
 SWITCH = "NAGAYA_TEMPLATES"
 _PLACEHOLDER_MAC = b"\x02naga%c"
@@ -111,8 +112,7 @@ def make_id(key: str) -> str:
 
 def directory() -> str:
     """Where this user's templates are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nagaya", "templates")
+    return cache_directory("templates")
 
 
 def is_on() -> bool:

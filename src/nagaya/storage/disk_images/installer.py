@@ -12,6 +12,7 @@ import stat
 from nagaya.errors import HostError, IntegrityError, NagayaError
 from nagaya.model.spec import Drive, MachineSpec
 from nagaya.static import NamedTuple
+from nagaya.storage import records
 from nagaya.storage.cpio import Entry, make_cpio
 from nagaya.storage.plan import InstallPlan
 from nagaya.storage.tree import remove_tree
@@ -102,11 +103,7 @@ def settle(directory: str) -> None:
     """The system is installed: from the next start on the machine boots its disk. Raises `HostError`."""
     try:
         os.rename(f"{directory}/{_PLACE}", f"{directory}/{_DONE}")  # the one step that counts, whatever follows
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        records.sync(directory)
         remove_tree(f"{directory}/{_DONE}")
     except OSError as error:
         raise HostError.from_os(error, "cannot record that the system is installed") from None

@@ -17,11 +17,10 @@ from contextlib import contextmanager
 
 from nagaya.errors import HostError, IntegrityError, NotFound, UsageError
 from nagaya.static import NamedTuple
-from nagaya.storage import records
+from nagaya.storage import paths, records
 from nagaya.storage.digests import digest_file
 from nagaya.storage.disk_images.installer import INITRAMFS, KERNEL, InstallerFiles
 from nagaya.storage.lock import FileLock
-from nagaya.storage.paths import make_directory
 from nagaya.storage.tree import remove_tree
 
 ID_DIGITS = 16
@@ -59,8 +58,7 @@ class Kept(NamedTuple):
 
 def cache_directory() -> str:
     """Where this user's are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "nagaya", "installers")
+    return paths.cache_directory("installers")
 
 
 @contextmanager
@@ -68,7 +66,7 @@ def open_cache() -> Iterator[str]:
     """The directory, made and locked. Raises `HostError`."""
     directory = cache_directory()
     try:
-        make_directory(directory)
+        paths.make_directory(directory)
         lock = FileLock(f"{directory}/{_LOCK}")
         lock.acquire()
     except OSError as error:
@@ -145,13 +143,13 @@ def keep(directory: str, made: str, record: Record) -> Kept:
             size_bytes=sum(os.stat(path).st_size for path in files[:2]), fetched_ns=time.time_ns(), asked_ns=time.time_ns(),
         )  # fmt: skip
         for path in files[:2]:
-            _sync(path)
+            records.sync(path)
         records.store(f"{made}/{_RECORD}", record, durable=True)
         old = [kept.id for kept in list_kept() if kept.record.package == record.package]
         for one in {*old, name}:  # a damaged one may have the name, too
             remove(one)
         os.rename(made, f"{directory}/{name}")
-        _sync(directory)
+        records.sync(directory)
     except OSError as error:
         raise HostError.from_os(error, "cannot keep the installer") from None
     kept = _load(directory, name)
@@ -199,11 +197,3 @@ def prune() -> list[str]:
     except OSError as error:
         raise HostError.from_os(error, "cannot prune the installers") from None
     return removed
-
-
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from nagaya.errors import Conflict, HostError, IntegrityError, NagayaError, NotFound, Unsupported, UsageError
 from nagaya.kernel.locks import pack_lock
 from nagaya.static import Any, NamedTuple
+from nagaya.storage import records
 from nagaya.storage.disk_images import program
 from nagaya.storage.disk_images.chain import Chain, choose_format, open_chain, read_top, take_lock
 from nagaya.storage.disk_images.copy import copy_sparse
@@ -485,11 +486,7 @@ def _put(temporary: str, target: _Target, *, replace: bool) -> None:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             os.rename(temporary, target.path)  # a file system without hard links
-    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    records.sync(place)
 
 
 def _sweep(place: str) -> None:
